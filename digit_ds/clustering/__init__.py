@@ -1,0 +1,1 @@
+"""K-Means over torch.distributed."""

@@ -1,0 +1,260 @@
+"""The recipe: everything that defines a training run, typed, documented and checked before anything starts.
+
+A recipe is a YAML file; ``section.key=value`` on the command line overrides one field. Unknown keys, values of the wrong
+type and combinations that cannot work end in one sentence.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from digit_ds.errors import UserError
+from digit_ds.vocabulary import Kind
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``3e-4`` is a number, as in YAML 1.2 (1.1, PyYAML's, reads a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced from strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+
+
+class ModelConfig(Section):
+    """The transformer. Vocabulary sizes and the token grid come from the shards, not from here."""
+
+    kind: Kind = "prior"
+    """``prior`` (stage 1), ``ar`` or ``nar`` (stage-2 pixel decoders), ``vq`` (baseline on VQ tokens)."""
+    layers: int = Field(16, ge=1)
+    """Transformer layers; base 16, large 24."""
+    width: int = Field(1024, ge=1)
+    """Model width D; base 1024, large 1536."""
+    heads: int = Field(16, ge=1)
+    """Attention heads; must divide the width."""
+    ffn_width: int | None = None
+    """Feed-forward width; unset: 4 x width."""
+    norm_position: Literal["post", "pre"] = "post"
+    """Where LayerNorm sits: published stage 1 is ``post``, stage 2 and the VQ baseline are ``pre``."""
+    max_positions: int = Field(1024, ge=1)
+    """Rows of each learned position table (without the two that fairseq reserves)."""
+    class_conditional: bool = False
+    """Whether a class token takes BOS's place (prior and vq only)."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout on the embeddings and on both residual branches; attention and activations have none, as published."""
+
+
+class DataConfig(Section):
+    """Token shards."""
+
+    shards: str
+    """Directory of training shards, or an object-store URL (``s3://``, ``gs://``, ...)."""
+    cache: str | None = None
+    """Local directory for shards of a remote ``shards``."""
+    validation: str | None = None
+    """Directory or URL of validation shards; unset: no validation."""
+    shuffle_seed: int = 0
+    """Seed of the sample order; keep it when resuming."""
+    num_canonical_nodes: int = Field(1, ge=1)
+    """How many parts the epoch is cut into before shuffling; keep it when resuming at another size."""
+    workers: int = Field(1, ge=0)
+    """Loader processes per rank."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (decoupled weight decay, as fairseq's Adam)."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = Field((0.9, 0.98), strict=False)
+    """Adam's exponential decay rates."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Adam's denominator term (fairseq's default)."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay, on all parameters as published."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps."""
+
+    name: Literal["inverse_sqrt", "cosine", "warmup_stable_decay", "constant"] = "inverse_sqrt"
+    """Shape after the warm-up; published priors use ``inverse_sqrt``."""
+    warmup_steps: int = Field(6250, ge=0)
+    """Steps of linear warm-up."""
+    warmup_start: float = Field(1e-7, ge=0)
+    """Learning rate at step 0."""
+    minimum: float = Field(0.0, ge=0)
+    """Learning rate at the end (cosine, warmup_stable_decay)."""
+    decay_steps: int = Field(0, ge=0)
+    """Last steps in which warmup_stable_decay falls linearly to ``minimum``."""
+
+
+class TrainingConfig(Section):
+    """Batches, length and precision."""
+
+    steps: int = Field(..., ge=1)
+    """Optimizer steps of the whole run."""
+    global_batch: int = Field(1024, ge=1)
+    """Images a step over all ranks."""
+    micro_batch: int = Field(64, ge=1)
+    """Images of one forward pass on one data-parallel rank."""
+    seed: int = 1
+    """Seed of the initial weights and of dropout."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision; master weights, gradient accumulation and reduction are fp32 either way."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Smoothing spread over the whole output vocabulary (fairseq's convention as the golden data state it)."""
+    class_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of images whose class token is replaced by BOS, for classifier-free guidance."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: slower, less memory."""
+    compile: bool = False
+    """Compile the layers with torch.compile."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights; 0: none."""
+
+
+class ParallelConfig(Section):
+    """Layout over devices; the rest of the world is data-parallel."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel size; must divide heads and ffn_width."""
+
+
+class CheckpointConfig(Section):
+    """Training checkpoints; each is complete or not there."""
+
+    every: int = Field(1000, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = Field(2, ge=1)
+    """How many of the newest stay."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints at multiples of this stay for ever; 0: none."""
+
+
+class MonitorConfig(Section):
+    """What is written to metrics.jsonl and TensorBoard."""
+
+    log_every: int = Field(10, ge=1)
+    """Steps between logged lines."""
+    validate_every: int = Field(0, ge=0)
+    """Steps between validations; 0: none."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s for MFU; unset: known for common GPUs, otherwise MFU is null."""
+
+
+class Recipe(Section):
+    """One training run."""
+
+    run: str
+    """Run directory: metrics.jsonl, tb/, checkpoints/."""
+    deepspeed: str = "zero1.json"
+    """DeepSpeed JSON, relative to the recipe's folder or to ds_configs/."""
+    model: ModelConfig = ModelConfig()
+    """The transformer."""
+    data: DataConfig
+    """Token shards."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate."""
+    training: TrainingConfig
+    """Batches, length and precision."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over devices."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Training checkpoints."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Logging."""
+
+
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply ``section.key=value`` overrides (values in YAML syntax).
+
+    Relative paths inside a recipe are relative to the working directory.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, a value has the wrong type, or a combination cannot work.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}), expected a YAML recipe") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, expected a mapping of sections")
+    for override in overrides or []:
+        _apply(values, override)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error)}") from error
+    _check_combinations(recipe, path)
+    return recipe
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in the nested mapping ``values``."""
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise UserError(f"{override!r}: expected an override of the form section.key=value")
+    *sections, key = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{name}: {section!r} is a value, not a section")
+    try:
+        values[key] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: {text!r} is not valid YAML") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first validation error as a phrase that names the key, what was found and what was expected."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in problem["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {key!r}, expected one of {', '.join(section.model_fields)}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"{key} is {problem['input']!r}, expected: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _check_combinations(recipe: Recipe, path: Path) -> None:
+    """Refuse what each field allows but the whole does not."""
+    model, training, tensor = recipe.model, recipe.training, recipe.parallel.tensor
+    ffn_width = model.ffn_width or 4 * model.width
+    if model.width % model.heads:
+        raise UserError(f"{path}: model.width {model.width} is not divisible by model.heads {model.heads}")
+    for name, size in (("model.heads", model.heads), ("model.ffn_width", ffn_width)):
+        if size % tensor:
+            raise UserError(f"{path}: {name} {size} is not divisible by parallel.tensor {tensor}")
+    if model.class_conditional and model.kind in ("ar", "nar"):
+        raise UserError(f"{path}: model.class_conditional is true, but a pixel decoder ({model.kind}) takes no class")
+    if training.class_dropout and not model.class_conditional:
+        raise UserError(
+            f"{path}: training.class_dropout is {training.class_dropout}, but model.class_conditional is false"
+        )
+    if training.global_batch % training.micro_batch:
+        raise UserError(
+            f"{path}: training.global_batch {training.global_batch} is not a multiple of "
+            f"training.micro_batch {training.micro_batch}"
+        )

@@ -1,0 +1,1 @@
+"""The embedded default: a complete run on scikit-learn's handwritten digits."""

@@ -1,0 +1,1 @@
+"""FID, Inception Score and the linear probe."""

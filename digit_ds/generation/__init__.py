@@ -1,0 +1,1 @@
+"""Samplers, and the way from prior to pictures."""

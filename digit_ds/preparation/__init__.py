@@ -1,0 +1,1 @@
+"""The distributed, restartable offline jobs that tools/ call."""

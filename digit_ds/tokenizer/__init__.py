@@ -1,0 +1,1 @@
+"""Images -> features -> tokens -> images: the frozen encoder, the codebook and the VQGAN."""
