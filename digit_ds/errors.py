@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
-    """Something the user can mend: its text is one sentence naming the file or key, what was found, what was expected."""
+    """What the user can mend: one sentence naming the file or key, what was found and what was expected."""
 
 
 def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> None:

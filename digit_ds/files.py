@@ -20,7 +20,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

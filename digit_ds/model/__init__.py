@@ -1,1 +1,1 @@
-"""The autoregressive transformer: sizes, the Megatron training model, the lean inference model, weights between them."""
+"""The transformer: sizes, the Megatron training model, the lean inference model, the weights between them."""
