@@ -11,16 +11,22 @@ from digit_ds.errors import run_command
 
 def _train(options: argparse.Namespace) -> None:
     from digit_ds.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)  # before the imports that take seconds
+
     from digit_ds.training.loop import train
 
-    train(load_recipe(options.recipe, options.overrides))
+    train(recipe)
 
 
 def _estimate(options: argparse.Namespace) -> None:
     from digit_ds.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+
     from digit_ds.training.estimate import estimate
 
-    estimate(load_recipe(options.recipe, options.overrides))
+    estimate(recipe)
 
 
 def _export(options: argparse.Namespace) -> None:
