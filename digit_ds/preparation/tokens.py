@@ -131,7 +131,8 @@ def tokenize_images(
         views: samples per image. Default: 1, and 10 with ``ten-crop``.
         crops: how views are cut, see ``digit_ds.data.images.CropKind``.
         image_size: side of a view. Default: the largest that the encoder takes (256 of DINOv2).
-        resize: length of an image's short side before cropping. Default: ``image_size``, and 1.1 times that for ``ten-crop``.
+        resize: length of an image's short side before cropping. Default: ``image_size``, 1.1 times that for
+            ``ten-crop``.
         seed: seed of crops and flips; what is drawn depends on it, the image's name and the view alone.
         batch: views at a time.
         precision: arithmetic of encoder and VQGAN, ``fp32``, ``bf16`` or ``fp16``.

@@ -87,7 +87,8 @@ def _check_sample(name: Path, sample: dict[str, Any], manifest: ShardManifest, c
     """Check one sample's label and ids, and count the ids."""
     if not -1 <= sample["label"] < len(manifest.classes):
         raise UserError(
-            f"{name}: image {sample['image_id']!r} has label {sample['label']}, expected -1 to {len(manifest.classes) - 1}"
+            f"{name}: image {sample['image_id']!r} has label {sample['label']}, "
+            f"expected -1 to {len(manifest.classes) - 1}"
         )
     for kind, count in counts.items():
         codes = sample[kind]
@@ -98,7 +99,8 @@ def _check_sample(name: Path, sample: dict[str, Any], manifest: ShardManifest, c
             )
         if codes.max() >= len(count):
             raise UserError(
-                f"{name}: image {sample['image_id']!r} has the {kind} code {codes.max()}, expected 0 to {len(count) - 1}"
+                f"{name}: image {sample['image_id']!r} has the {kind} code {codes.max()}, "
+                f"expected 0 to {len(count) - 1}"
             )
         np.add.at(count, codes, 1)
 
