@@ -1,8 +1,8 @@
 """What a checkpoint file can do to its reader: nothing but hand over tensors and plain values."""
 
 import argparse
+import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ from digit_ds.safe_load import load_torch
 
 
 class Touch:
-    """Creates a file when unpickled carelessly."""
+    """Creates a folder when unpickled carelessly."""
 
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
-        return Path.touch, (Path(self.path),)
+        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -32,7 +32,7 @@ def test_reads_both_file_formats(tmp_path, zip_format):
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zip_format):
     torch.save({"x": Touch(tmp_path / "ran")}, tmp_path / "a.pt", _use_new_zipfile_serialization=zip_format)
-    with pytest.raises(UserError, match=r"a\.pt: holds a Python object \(pathlib\..*\) that could run code"):
+    with pytest.raises(UserError, match=r"a\.pt: holds a Python object \(posix.mkdir\) that could run code"):
         load_torch(tmp_path / "a.pt")
     assert not (tmp_path / "ran").exists()
 
