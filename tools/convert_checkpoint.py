@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "to-official",
         help="released model directory -> published checkpoint",
         description="fairseq loads a checkpoint strictly only if it holds the frozen encoder, codebook and VQGAN too. "
-        "They come from the model directory (carried.safetensors) where from-official left them, else from these files.",
+        "They come from the model directory, where from-official left them (carried.safetensors), or from these files.",
     )
     command.add_argument("model", metavar="MODEL_DIR", help="released model directory")
     command.add_argument("out", metavar="OUT.pt", help="new checkpoint file")

@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
 from digit_ds.model.fairseq import FairseqCheckpoint, read_checkpoint, write_checkpoint
-from digit_ds.model.published import KINDS, PUBLISHED_OPTIONS, published_cfg
+from digit_ds.model.published import KINDS, PUBLISHED_OPTIONS, kind_of, published_cfg
 from digit_ds.model.released import read_model, read_tensors, refuse_existing, save_model, write_tensors
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import POSITION_OFFSET, State, from_official_names, to_official_names
 from digit_ds.safe_load import load_torch
+from digit_ds.tokenizer.codebook import load_codebook, save_codebook
 from digit_ds.vocabulary import SPECIALS
 
 CARRIED = "carried.safetensors"
@@ -108,12 +108,18 @@ def to_official(
     model |= {DECODER + name: value for name, value in decoder.items()}
     if (model_dir / CARRIED).exists():
         model |= read_tensors(model_dir / CARRIED)
+    given: State = {}
+    if encoder is not None:
+        given |= {ENCODER + name: value for name, value in _flat_state(Path(encoder)).items()}
+    if vqgan is not None:
+        # A training checkpoint holds its losses too, which the published model has no place for.
+        inference = {name: value for name, value in _flat_state(Path(vqgan)).items() if not name.startswith("loss.")}
+        given |= {VQGAN + name: value for name, value in inference.items()}
     if codebook is not None:
-        model |= _codebook_tensors(Path(codebook), spec, dtype)
-    for prefix, path in ((ENCODER, encoder), (VQGAN, vqgan)):
-        if path is not None:
-            model = {name: value for name, value in model.items() if not name.startswith(prefix)}
-            model |= {prefix + name: value.to(dtype) for name, value in _flat_state(Path(path)).items()}
+        given |= _codebook_tensors(Path(codebook), spec)
+    for prefix in (prefix for prefix in (ENCODER, VQGAN) if any(name.startswith(prefix) for name in given)):
+        model = {name: value for name, value in model.items() if not name.startswith(prefix)}
+    model |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
     official = provenance.get("official")
     if official:
         cfg, args = official.get("cfg"), official.get("args")
@@ -131,9 +137,9 @@ def _read_spec(
 ) -> TransformerSpec:
     """Sizes from the tensors, choices from the configuration, and both refused where they contradict each other."""
     name = found.option("_name") or found.option("arch")
-    if name not in KINDS:
+    kind = kind_of(name)
+    if kind is None:
         raise UserError(f"{source}: is a checkpoint of model {name!r}, expected one of {', '.join(KINDS)}")
-    kind = KINDS[name]
     needed = ["embed_tokens.weight", "embed_positions.weight", "output_projection.weight", "layers.0.fc1.weight"]
     needed += ["embed_positions_1.weight"] if kind in ("ar", "nar") else []
     for tensor in needed:
@@ -142,16 +148,16 @@ def _read_spec(
     for option, value in PUBLISHED_OPTIONS.items():
         if (stated := found.option(option, value)) != value:
             raise UserError(f"{source}: model option {option} is {stated!r}, expected {value!r} as in published models")
+    rows, width = decoder["embed_tokens.weight"].shape
     heads = found.option("decoder_attention_heads")
-    if not isinstance(heads, int) or heads < 1:
-        raise UserError(f"{source}: model option decoder_attention_heads is {heads!r}, expected a number of heads")
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UserError(f"{source}: model option decoder_attention_heads is {heads!r}, expected a divisor of {width}")
     pre_norm = "layer_norm.weight" in decoder
     if (stated := found.option("decoder_normalize_before", pre_norm)) != pre_norm:
         raise UserError(
             f"{source}: model option decoder_normalize_before is {stated!r}, but the checkpoint "
             f"{'has' if pre_norm else 'lacks'} tensor '{DECODER}layer_norm.weight'"
         )
-    rows, width = decoder["embed_tokens.weight"].shape
     output = len(decoder["output_projection.weight"])
     codes, rest = output - SPECIALS, rows - output
     if kind in ("ar", "nar"):
@@ -191,25 +197,21 @@ def _write_carried(
     layer: int | None,
 ) -> None:
     """Write the parts that were asked for; what the checkpoint lacks is refused before anything is written."""
-    encoder, vqgan = _under(carried, ENCODER), _under(carried, VQGAN)
-    for wanted, there, part in (
-        (encoder_out, encoder, "encoder"),
-        (codebook_out, CENTROIDS in carried, "codebook"),
-        (vqgan_out, vqgan, "VQGAN"),
-    ):
-        if wanted is not None and not there:
-            raise UserError(f"{source}: carries no {part}, so {wanted} cannot be written")
-        if wanted is not None and Path(wanted).exists():
-            raise UserError(f"{wanted}: exists already, expected a new file")
+    requests = (("encoder", ENCODER, encoder_out), ("codebook", CENTROIDS, codebook_out), ("VQGAN", VQGAN, vqgan_out))
+    for part, prefix, path in requests:
+        if path is not None and not any(name.startswith(prefix) for name in carried):
+            raise UserError(f"{source}: carries no {part}, so {path} cannot be written")
+        if path is not None and Path(path).exists():
+            raise UserError(f"{path}: exists already, expected a new file")
     if encoder_out is not None:
+        encoder = _under(carried, ENCODER)
         write_atomically(encoder_out, lambda temporary: torch.save(encoder, temporary))
     if codebook_out is not None:
-        from digit_ds.tokenizer.codebook import save_codebook
-
         provenance = {} if layer is None else {"layer": layer}
         save_codebook(codebook_out, carried[CENTROIDS].T.float().contiguous(), provenance)
     if vqgan_out is not None:
-        write_atomically(vqgan_out, lambda temporary: torch.save({"state_dict": vqgan}, temporary))
+        vqgan = {"state_dict": _under(carried, VQGAN)}
+        write_atomically(vqgan_out, lambda temporary: torch.save(vqgan, temporary))
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:
@@ -231,19 +233,15 @@ def _flat_state(path: Path) -> State:
     return found
 
 
-def _codebook_tensors(path: Path, spec: TransformerSpec, dtype: torch.dtype) -> State:
+def _codebook_tensors(path: Path, spec: TransformerSpec) -> State:
     """The centroids as fairseq keeps them: transposed, with the sums of squares of the columns."""
-    try:
-        centroids = torch.from_numpy(np.load(path, allow_pickle=False)).float()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a .npy array of centroids ({error})") from error
-    if centroids.ndim != 2 or len(centroids) != spec.discriminative_codes:
-        found = list(centroids.shape)
+    centroids = load_codebook(path).centroids
+    if len(centroids) != spec.discriminative_codes:
         raise UserError(
-            f"{path}: has shape {found}, expected [{spec.discriminative_codes}, width] as the model's codes"
+            f"{path}: holds {len(centroids)} centroids, expected {spec.discriminative_codes} as the model's codes"
         )
     columns = centroids.T.contiguous()  # [E, K]
-    return {CENTROIDS: columns.to(dtype), CENTROID_NORM: columns.square().sum(0, keepdim=True).to(dtype)}
+    return {CENTROIDS: columns, CENTROID_NORM: columns.square().sum(0, keepdim=True)}
 
 
 def _lacking(spec: TransformerSpec, model: Mapping[str, Tensor]) -> list[str]:

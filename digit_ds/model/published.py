@@ -27,6 +27,12 @@ PUBLISHED_OPTIONS = {
 """What every published model has; another value would be another network."""
 
 
+def kind_of(name: object) -> Kind | None:
+    """The kind of a model or architecture name (``st2vtlm_nar``, ``stlm_large``, ...); None: not a DiGIT model."""
+    known = [model for model in KINDS if name == model or str(name).startswith(f"{model}_")]
+    return KINDS[max(known, key=len)] if known else None
+
+
 def published_cfg(
     spec: TransformerSpec, provenance: Mapping[str, Any], files: Mapping[str, str], encoder_width: int | None
 ) -> dict[str, Any]:
