@@ -150,8 +150,10 @@ class _Samples(Dataset):
             # The text of a damaged shard's error is the decompressor's or "Checksum failure: FILE".
             raise UserError(f"{self.dataset.streams[0].remote}: a shard cannot be read ({error})") from error
         if sample["view"] != view:
-            raise UserError(f"{self.dataset.streams[0].remote}: sample {image * self.views + view} is view "
-                            f"{sample['view']}, expected {view}: the views of an image must follow each other")
+            raise UserError(
+                f"{self.dataset.streams[0].remote}: sample {image * self.views + view} is view "
+                f"{sample['view']}, expected {view}: the views of an image must follow each other"
+            )
         sample["sample"] = image * self.views + view
         sample["real"] = self.last is None or position < self.last
         return sample

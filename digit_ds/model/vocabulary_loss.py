@@ -33,7 +33,7 @@ def vocabulary_parallel_loss(
         weight = torch.full(flat.shape, 1.0 / flat.numel(), device=flat.device)
     else:
         weight = mask.reshape(-1).float()
-        weight = weight / weight.sum()
+        weight = weight / weight.sum().clamp(min=1)  # nothing counts in a batch of fillers
     return _Loss.apply(logits.view(-1, logits.shape[-1]), flat, weight, vocabulary_size, smoothing)
 
 
