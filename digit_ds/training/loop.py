@@ -236,8 +236,8 @@ class _Run:
         """What runs, in one line."""
         place, manifest = self.place, self.stream.manifest
         return (
-            f"{self.folder.name}: {self.spec.kind}, {parameter_count(self.spec):,} parameters, {manifest.images:,} images "
-            f"x {manifest.views} views; tensor {place.tensor_size} x data {place.data_size}, ZeRO {self.engine.stage}, "
+            f"{self.folder.name}: {self.spec.kind}, {parameter_count(self.spec):,} parameters, "
+            f"{manifest.images:,} images x {manifest.views} views; tensor {place.tensor_size} x data {place.data_size}, ZeRO {self.engine.stage}, "
             f"{self.recipe.training.precision}; {self.engine.kernels}; from step {self.progress.step}"
         )
 
