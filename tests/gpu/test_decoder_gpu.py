@@ -55,7 +55,7 @@ def test_float32_logits_are_the_published_ones(released, variant):
 def test_bfloat16_costs_little_more_than_rounding_the_weights(released, variant, record_property):
     """The tolerance is derived, not chosen.
 
-    Storing the weights in bfloat16 moves the logits whatever the arithmetic does; running the rounded weights in float32
+    Storing the weights in bfloat16 moves the logits whatever the arithmetic does; running rounded weights in float32
     measures by how much (0.5 % of the logits' spread here). Activations are rounded as often as weights enter, so the
     whole error in quadrature should be some sqrt(2) of that; three times is refused.
     """
