@@ -1,4 +1,4 @@
-"""Small real parts for the tests of the offline jobs: a picture folder, a DINOv2-format encoder, a codebook, a VQGAN."""
+"""Small real parts for the tests of the offline jobs: pictures, a DINOv2-format encoder, a codebook, a VQGAN."""
 
 import os
 import subprocess
