@@ -1,0 +1,229 @@
+"""The lean transformer for one process: sampling, probing, export.
+
+It computes what ``megatron.py`` trains, from the same state dict, without a launcher or a process group.
+
+Shapes: ``B`` images, ``T`` tokens, ``t`` new tokens, ``D`` width, ``H`` heads, ``V`` vocabulary.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from digit_ds.errors import UserError
+from digit_ds.model.released import read_model, save_model
+from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.weights import POSITION_OFFSET
+
+__all__ = ["Decoder", "KeyValueCache", "load_model", "save_model"]
+
+NORM_EPSILON = 1e-5
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, allocated once for ``length`` tokens.
+
+    Nothing in it changes shape or address and the position lives on the device, so that :meth:`Decoder.step` can be
+    captured in a CUDA graph and replayed.
+    """
+
+    def __init__(self, spec: TransformerSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch, spec.heads, length, spec.width // spec.heads)
+        self.length = length
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        """int64 [1]: how many tokens were seen, that is the position of the next one."""
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory is used again."""
+        self.position.zero_()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the rows of ``qkv`` are grouped by head (q, k, v of head 0, then of head 1, ...)."""
+
+    def __init__(self, spec: TransformerSpec):
+        super().__init__()
+        self.heads = spec.heads
+        self.causal = spec.causal
+        self.qkv = nn.Linear(spec.width, 3 * spec.width)
+        self.out = nn.Linear(spec.width, spec.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D] over all positions."""
+        query, key, value = self._project(hidden)
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self._join(attended)
+
+    def step(self, hidden: Tensor, keys: Tensor, values: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """[B, t, D] -> [B, t, D]: new tokens join the cache at ``positions`` [t], see ``visible`` [t, length]."""
+        query, key, value = self._project(hidden)
+        keys.index_copy_(2, positions, key)
+        values.index_copy_(2, positions, value)
+        return self._join(functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible))
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] -> query, key and value, each [B, H, T, D / H]."""
+        grouped = self.qkv(hidden).unflatten(-1, (self.heads, 3, -1))  # [B, T, H, 3, D / H]
+        query, key, value = grouped.permute(3, 0, 2, 1, 4).unbind(0)
+        return query, key, value
+
+    def _join(self, attended: Tensor) -> Tensor:
+        """[B, H, T, D / H] -> [B, T, D]."""
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an exact (erf) GELU."""
+
+    def __init__(self, spec: TransformerSpec):
+        super().__init__()
+        self.up = nn.Linear(spec.width, spec.ffn_width)
+        self.down = nn.Linear(spec.ffn_width, spec.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.down(functional.gelu(self.up(hidden)))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each with a residual connection and a LayerNorm before or after it."""
+
+    def __init__(self, spec: TransformerSpec):
+        super().__init__()
+        self.pre_norm = spec.norm_position == "pre"
+        self.attention_norm = nn.LayerNorm(spec.width, NORM_EPSILON)
+        self.attention = Attention(spec)
+        self.ffn_norm = nn.LayerNorm(spec.width, NORM_EPSILON)
+        self.ffn = FeedForward(spec)
+
+    def forward(self, hidden: Tensor, *cached: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]; ``cached`` are :meth:`Attention.step`'s other arguments, none for a full pass."""
+        attention = self.attention.step if cached else self.attention
+        if self.pre_norm:
+            hidden = hidden + attention(self.attention_norm(hidden), *cached)
+            return hidden + self.ffn(self.ffn_norm(hidden))
+        hidden = self.attention_norm(hidden + attention(hidden, *cached))
+        return self.ffn_norm(hidden + self.ffn(hidden))
+
+
+class Decoder(nn.Module):
+    """One of the four transformers; ids as in ``vocabulary``, parameters as in ``weights.SCHEMA``.
+
+    Causal, but for the NAR decoder, which attends in both directions. A pixel decoder's sequence begins with
+    ``spec.prefix_length`` discriminative tokens, which have a position table of their own.
+    """
+
+    def __init__(self, spec: TransformerSpec):
+        super().__init__()
+        self.spec = spec
+        vocabulary = spec.vocabulary
+        self.embedding = nn.Embedding(vocabulary.embedding_rows, spec.width)
+        self.positions = nn.Embedding(spec.max_positions + POSITION_OFFSET, spec.width)
+        if vocabulary.has_prefix:
+            self.prefix_positions = nn.Embedding(spec.max_positions + POSITION_OFFSET, spec.width)
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
+        self.norm = nn.LayerNorm(spec.width, NORM_EPSILON) if spec.norm_position == "pre" else nn.Identity()
+        self.output = nn.Linear(spec.width, vocabulary.output_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            tokens: int64 [B, T] ids, from the first position on (prefix included).
+
+        Returns:
+            [B, T, V] in the model's dtype.
+
+        Raises:
+            UserError: an id is outside the input table (checked on the CPU only) or T exceeds the position tables.
+        """
+        return self._logits(self.hidden_states(tokens)[-1])
+
+    def hidden_states(self, tokens: Tensor) -> list[Tensor]:
+        """int64 [B, T] -> layers + 1 tensors [B, T, D]: what enters each layer, then what leaves the last (no norm)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        self._check_ids(tokens)
+        self._check_length(tokens.shape[1])
+        states = [self._embed(tokens, positions)]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return states
+
+    def new_cache(self, batch: int, length: int) -> KeyValueCache:
+        """An empty cache for ``batch`` sequences of at most ``length`` tokens, prefix included."""
+        if not self.spec.causal:
+            raise ValueError("a NAR decoder sees every position at once and has no cache")
+        self._check_length(length)
+        weight = self.output.weight
+        return KeyValueCache(self.spec, batch, length, weight.device, weight.dtype)
+
+    def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Append tokens to the cached sequences.
+
+        Args:
+            tokens: int64 [B, t], the next t ids of each sequence; several at once for a prompt.
+            cache: from :meth:`new_cache`; changed in place. The caller sees to it that it does not overflow.
+
+        Returns:
+            [B, t, V] logits of the new positions.
+        """
+        self._check_ids(tokens)
+        positions = cache.position + torch.arange(tokens.shape[1], device=tokens.device)  # [t]
+        visible = torch.arange(cache.length, device=tokens.device) <= positions.unsqueeze(1)  # [t, length]
+        hidden = self._embed(tokens, positions)
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values):
+            hidden = layer(hidden, keys, values, positions, visible)
+        cache.position += tokens.shape[1]
+        return self._logits(hidden)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[B, T] ids at ``positions`` [T] of the whole sequence -> [B, T, D]."""
+        own = positions - self.spec.prefix_length  # each table counts from its own first row
+        position = self.positions((own + POSITION_OFFSET).clamp(min=POSITION_OFFSET))  # [T, D]
+        if self.spec.prefix_length:
+            in_prefix = (positions + POSITION_OFFSET).clamp(max=self.prefix_positions.num_embeddings - 1)
+            position = torch.where((own < 0).unsqueeze(1), self.prefix_positions(in_prefix), position)
+        return math.sqrt(self.spec.width) * self.embedding(tokens) + position
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.output(self.norm(hidden))
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        """Refuse ids outside the input table (only on the CPU: elsewhere looking would wait for the device)."""
+        rows = self.embedding.num_embeddings
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= rows:
+                found = low if low < 0 else high
+                raise UserError(f"token id {found} is outside 0..{rows - 1} of this {self.spec.kind} model")
+
+    def _check_length(self, length: int) -> None:
+        longest = self.spec.prefix_length + self.spec.max_positions
+        if length > longest:
+            raise UserError(
+                f"a sequence of {length} tokens was given, this {self.spec.kind} model takes at most {longest}"
+            )
+
+
+def load_model(
+    directory: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """Load a released model for inference: one process, evaluation mode, weights frozen.
+
+    Args:
+        directory: holds ``config.json`` and ``model.safetensors``.
+        device: where the weights go.
+        dtype: what they are computed in; float16 weights become float32 exactly.
+
+    Raises:
+        UserError: the directory or a file in it is missing or damaged, or weights and config differ.
+    """
+    spec, state, _ = read_model(directory)
+    with torch.device("meta"):
+        model = Decoder(spec)
+    model.load_state_dict({name: value.to(device, dtype) for name, value in state.items()}, assign=True)
+    return model.eval().requires_grad_(False)
