@@ -1,0 +1,39 @@
+# Everything a newcomer needs: `make demo` and `make test`. Each makes its own environment first when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SHELL_SCRIPTS = $(shell git ls-files '*.sh' '*.sbatch' .ci/run)
+
+.PHONY: demo test lint format environment clean
+
+demo: environment ## raw images -> features -> codebook -> tokens -> models -> pictures, report and figures in demo_out/
+	$(BIN)/python -m digit_ds demo --out demo_out
+
+test: environment ## all tests that this machine can run
+	$(BIN)/python -m pytest
+
+lint: environment ## ruff, layering contract, shellcheck where installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	@if command -v shellcheck >/dev/null; then shellcheck $(SHELL_SCRIPTS); else echo "shellcheck is not installed: shell scripts not linted"; fi
+
+format: environment ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+environment: $(VENV)/complete
+
+# DeepSpeed comes as source and imports torch while it builds: torch first, then DeepSpeed without build isolation.
+$(VENV)/complete: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else f"{sys.executable} is Python {v[0]}.{v[1]}, expected 3.10 to 3.12: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV): about 6.5 GB, some minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel ninja packaging numpy torch torchvision
+	$(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+clean: ## remove what demo and tests made; the environment stays
+	rm -rf demo_out .pytest_cache .ruff_cache build *.egg-info

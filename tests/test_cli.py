@@ -1,0 +1,48 @@
+"""The command line as a user meets it: one sentence and exit status 2, a traceback only when asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+from digit_ds.files import write_atomically, write_json
+
+RECIPE = "run: {0}/run\ndata: {{shards: {0}/shards}}\ntraining: {{steps: 10}}\n"
+
+
+def digit_ds(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "digit_ds", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_misspelt_key_ends_in_one_sentence_before_anything_is_written(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(tmp_path))
+    result = digit_ds("train", str(recipe), "optimizer.learning_rte=1")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "optimizer.learning_rte" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = digit_ds("train", str(tmp_path / "absent.yaml"), "--debug")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def test_writing_is_atomic(tmp_path):
+    """A writer that dies half-way leaves the old file and no rubbish."""
+    target = tmp_path / "report.json"
+    write_json(target, {"a": 1})
+    before = target.read_bytes()
+
+    def dies(temporary):
+        temporary.write_text("half")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_atomically(target, dies)
+    assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

@@ -1,0 +1,81 @@
+"""Recipes: what is read, and each way of writing one wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from digit_ds.config import load_recipe
+from digit_ds.errors import UserError
+
+MINIMAL = "run: runs/x\ndata: {shards: shards}\ntraining: {steps: 10}\n"
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_are_the_published_base_prior(recipe_file):
+    recipe = load_recipe(recipe_file)
+    assert (recipe.model.layers, recipe.model.width, recipe.model.heads) == (16, 1024, 16)
+    assert recipe.model.norm_position == "post"
+    assert recipe.optimizer.betas == (0.9, 0.98)
+    assert recipe.schedule.warmup_steps == 6250
+    assert recipe.training.label_smoothing == 0.1
+
+
+def test_overrides_reach_their_field_with_yaml_types(recipe_file):
+    recipe = load_recipe(
+        recipe_file, ["optimizer.learning_rate=5e-4", "model.kind=ar", "model.class_conditional=false", "run=other"]
+    )
+    assert recipe.optimizer.learning_rate == 5e-4
+    assert recipe.model.kind == "ar"
+    assert recipe.run == "other"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.stepz=3"], ["training.stepz", "unknown key", "global_batch"]),
+        (["trainin.steps=3"], ["trainin", "unknown key", "training"]),
+        (["training.steps=many"], ["training.steps", "'many'", "integer"]),
+        (["training.steps=1.5"], ["training.steps", "1.5", "integer"]),
+        (["training.steps='3'"], ["training.steps", "'3'", "integer"]),
+        (["training.steps=0"], ["training.steps", "0", "greater than or equal to 1"]),
+        (["model.kind=gan"], ["model.kind", "'gan'", "prior"]),
+        (["model=3"], ["model", "3"]),
+        (["run.x=3"], ["run.x", "'run' is a value"]),
+        (["steps"], ["'steps'", "section.key=value"]),
+        (["model.heads=3"], ["model.heads 3", "model.width 1024"]),
+        (["parallel.tensor=3"], ["parallel.tensor 3", "model.heads 16"]),
+        (["model.kind=ar", "model.class_conditional=true"], ["class_conditional", "ar"]),
+        (["training.class_dropout=0.1"], ["training.class_dropout", "class_conditional"]),
+        (["training.global_batch=100"], ["training.global_batch 100", "training.micro_batch 64"]),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_sentence(recipe_file, overrides, words):
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("run: x\n", "'data' is missing"), ("[1, 2]", "list"), ("run: [", "not valid YAML"), ("", "mapping")],
+)
+def test_files_that_are_no_recipes(tmp_path, text, word):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=word) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe(tmp_path / "absent.yaml")
