@@ -1,7 +1,7 @@
 """Reading PyTorch checkpoint files that somebody else wrote, without running what may be hidden in them."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +45,25 @@ def _reason(error: Exception) -> str:
         name = foreign[1].rstrip(".")
         return f"holds a Python object ({name}) that could run code, expected a checkpoint of tensors and plain values"
     return "is not a PyTorch checkpoint, or a damaged or truncated one"
+
+
+def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], source: Path | str) -> None:
+    """Give ``module`` the tensors of ``state`` as they are (``assign``), names and shapes agreeing exactly.
+
+    Raises:
+        UserError: they do not; names ``source`` and the first tensor that differs.
+    """
+    expected = {name: list(value.shape) for name, value in module.state_dict().items()}
+    found = {name: list(value.shape) for name, value in state.items()}
+    wrong = [name for name in (*expected, *(found.keys() - expected.keys())) if found.get(name) != expected.get(name)]
+    if wrong:
+        name = wrong[0]
+        more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{source}: tensor {name} is {_shape(found.get(name))}, expected {_shape(expected.get(name))}{more}"
+        )
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "absent" if shape is None else f"of shape {shape}"

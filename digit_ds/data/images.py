@@ -1,0 +1,234 @@
+"""Image folders, decoding, and the views that are cut from an image.
+
+An image is named by its POSIX path relative to the folder. Everything random about it (crops, flips, which patches are
+kept) is drawn from a seed, that name and the number of the view, never from the process that happens to work on it.
+"""
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from digit_ds.errors import UserError
+
+SUFFIXES = frozenset(
+    f".{name}"
+    for name in ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp")
+)
+"""Files that are taken for images, in lower case; whether they are is found out by decoding them."""
+
+CropKind = Literal["training", "random", "ten-crop", "random-resized-crop"]
+"""``training``: the centre crop, then random crops with flips; ``random``: random crops with flips from the first view
+on; ``ten-crop``: four corners and the centre, then their mirror images; ``random-resized-crop``: a random part of the
+image, 8 to 100 % of its area, scaled to size and flipped at random."""
+
+STRETCHED = 16
+"""From this ratio of the sides on, only the wanted part of an image is resized: 10,000 x 20 pixels would become
+128,000 x 256."""
+
+
+def walk(root: Path | str) -> Iterator[str]:
+    """Names of the image files below ``root``, sorted as strings, one directory in memory at a time.
+
+    Hidden files and folders are left out; symbolic links are followed unless they lead back to a folder above.
+
+    Raises:
+        UserError: ``root`` is not a folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: is not a folder, expected a folder of images")
+    yield from _walk(str(root), "", (_inode(str(root)),))
+
+
+def _inode(path: str) -> tuple[int, int]:
+    status = os.stat(path)  # noqa: PTH116 (strings: millions of Path objects cost more than the listing)
+    return status.st_dev, status.st_ino
+
+
+def _walk(directory: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Names below ``directory``; ``above`` are the inodes of the folders that contain it and of itself."""
+    with os.scandir(directory) as entries:
+        found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    # A folder sorts as "name/", which makes the depth-first order that of the complete names.
+    for name, is_folder in sorted(found, key=lambda entry: entry[0] + "/" * entry[1]):
+        if is_folder:
+            path = f"{directory}/{name}"
+            inode = _inode(path)
+            if inode not in above:
+                yield from _walk(path, f"{prefix}{name}/", (*above, inode))
+        elif os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122
+            yield prefix + name
+
+
+def class_name(identity: str) -> str | None:
+    """The first-level folder of an image, None for an image that lies in no folder."""
+    folder, separator, _ = identity.partition("/")
+    return folder if separator else None
+
+
+class UnreadableImageError(Exception):
+    """Why a file gives no picture; the message is a short reason without the file's name."""
+
+
+def decode(path: Path | str) -> Image.Image:
+    """Decode the first frame of an image file to upright 8-bit RGB.
+
+    EXIF orientation is applied; greyscale and CMYK are converted; what is transparent becomes white; 16-bit greys keep
+    their high byte.
+
+    Raises:
+        UnreadableImageError: the file is no image, is cut short, or cannot be converted.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large images and odd metadata: what cannot be used raises
+            with Image.open(path) as image:
+                image.load()
+                return _rgb(_upright(image))
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # decoders of foreign files raise anything: each means that there is no picture
+        raise UnreadableImageError(_reason(Path(path), error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; damaged metadata count as none."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        grey = np.asarray(image).astype(np.int64) >> 8
+        if grey.max() > 255:
+            raise UnreadableImageError("32-bit grey values")
+        return Image.fromarray(grey.astype(np.uint8), "L").convert("RGB")
+    if image.mode == "F":
+        raise UnreadableImageError("floating-point grey values")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """A short reason that does not depend on where the folder lies."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        if not path.stat().st_size:
+            return "empty file"
+        with path.open("rb") as stream:
+            return f"not an image (begins with {stream.read(12)!r})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{error}" or type(error).__name__
+
+
+def uniforms(count: int, *source: object) -> np.ndarray:
+    """``count`` numbers in [0, 1) that depend on ``source`` alone (a seed, a name, ...), the same on every machine."""
+    key = "\0".join(map(str, source)).encode("utf-8", "surrogateescape")
+    digests = (
+        hashlib.blake2b(key, salt=number.to_bytes(8, "little")).digest() for number in range(math.ceil(count / 8))
+    )
+    return (np.frombuffer(b"".join(digests), "<u8")[:count] >> np.uint64(11)) * 2.0**-53
+
+
+class Cut(NamedTuple):
+    """One view of an image: the part ``box`` (left, top, right, bottom), scaled to size, perhaps mirrored."""
+
+    box: tuple[float, float, float, float]
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Crops:
+    """How views are cut from images: which, of what size, and the seed of what is random.
+
+    ``size`` is the side of a view in pixels; ``resize`` the length to which an image's short side is scaled first
+    (bicubic with antialiasing), not used by ``random-resized-crop``.
+    """
+
+    kind: CropKind
+    size: int
+    resize: int
+    views: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(CropKind):
+            raise UserError(f"crops is {self.kind!r}, expected one of {', '.join(get_args(CropKind))}")
+        if self.kind == "ten-crop" and self.views != 10:
+            raise UserError(f"views is {self.views}, expected 10 with ten-crop")
+        if self.views < 1:
+            raise UserError(f"views is {self.views}, expected at least 1")
+        if self.resize < self.size:
+            raise UserError(f"resize is {self.resize}, expected at least the image size {self.size}")
+
+    def cut(self, image: Image.Image, identity: str) -> np.ndarray:
+        """All views of a decoded image: uint8 [views, size, size, 3]."""
+        whole, scale = image, 1.0
+        if self.kind != "random-resized-crop":
+            short, long = sorted(image.size)
+            scale = self.resize / short
+            if long < STRETCHED * short:
+                whole = image.resize(self._resized(image.size), Image.Resampling.BICUBIC)
+                scale = 1.0
+        views = np.empty((self.views, self.size, self.size, 3), np.uint8)
+        for view in range(self.views):
+            box, mirrored = self.plan(image.size, identity, view)
+            if whole is not image:
+                part = whole.crop(tuple(map(int, box)))
+            else:
+                source = [min(edge / scale, image.size[axis % 2]) for axis, edge in enumerate(box)]
+                part = image.resize((self.size, self.size), Image.Resampling.BICUBIC, tuple(source))
+            pixels = np.asarray(part)
+            views[view] = pixels[:, ::-1] if mirrored else pixels
+        return views
+
+    def plan(self, image_size: tuple[int, int], identity: str, view: int) -> Cut:
+        """Where view ``view`` lies: in the resized image, or for ``random-resized-crop`` in the image itself."""
+        if self.kind == "random-resized-crop":
+            return self._random_resized(image_size, identity, view)
+        width, height = self._resized(image_size)
+        room_x, room_y = width - self.size, height - self.size
+        centre = (round(room_x / 2), round(room_y / 2))
+        if self.kind == "ten-crop":
+            corners = [(0, 0), (room_x, 0), (0, room_y), (room_x, room_y), centre]
+            (left, top), mirrored = corners[view % 5], view >= 5
+        elif self.kind == "training" and view == 0:
+            (left, top), mirrored = centre, False
+        else:
+            u = uniforms(3, self.seed, identity, view, self.kind)
+            left, top, mirrored = int(u[0] * (room_x + 1)), int(u[1] * (room_y + 1)), bool(u[2] < 0.5)
+        return Cut((left, top, left + self.size, top + self.size), mirrored)
+
+    def _resized(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height once the short side is ``resize``; the long side is rounded down, as torchvision does."""
+        short = min(image_size)
+        width, height = (int(self.resize * side / short) for side in image_size)
+        return width, height
+
+    def _random_resized(self, image_size: tuple[int, int], identity: str, view: int) -> Cut:
+        """A part of 8 to 100 % of the area with sides 3:4 to 4:3, as torchvision's transform of that name draws it."""
+        width, height = image_size
+        u = uniforms(41, self.seed, identity, view, self.kind)
+        mirrored = bool(u[40] < 0.5)
+        for area, ratio, x, y in u[:40].reshape(10, 4):
+            target = width * height * (0.08 + 0.92 * area)
+            aspect = math.exp(math.log(3 / 4) + ratio * math.log(16 / 9))
+            w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+                return Cut((left, top, left + w, top + h), mirrored)
+        w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+        left, top = (width - w) // 2, (height - h) // 2
+        return Cut((left, top, left + w, top + h), mirrored)

@@ -1,0 +1,181 @@
+"""Token shards: MosaicML MDS files in blocks, one merged index, and a manifest that says what the tokens are.
+
+```
+SHARDS/manifest.json                     what the tokens are and which files made them
+SHARDS/index.json                        the index that StreamingDataset reads
+SHARDS/block-00000/shard.00000.mds.zstd  samples of the first block of images, in order
+```
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming import MDSWriter
+from streaming.base.compression import decompress
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.hashing import get_hash
+
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, sha256, write_json
+
+COLUMNS = {
+    "discriminative": "ndarray:uint16",  # [G] codes 0..K-1
+    "vq": "ndarray:uint16",  # [G] codes 0..N-1; this column is missing when no VQGAN was given
+    "label": "int",  # position in the manifest's classes, -1: none
+    "image_id": "str",  # path of the image relative to its folder
+    "index": "int",  # 0-based number of the image in sorted order
+    "view": "int",  # 0-based
+}
+COMPRESSION = "zstd:3"
+HASH = "sha256"
+
+
+@dataclass(frozen=True)
+class ShardManifest:
+    """``manifest.json`` of a shard directory."""
+
+    images: int
+    """Images that have samples (those skipped not counted)."""
+    views: int
+    """Samples of each image."""
+    classes: list[str]
+    """Names of the classes; a label is a position in this list."""
+    grid: list[int]
+    """Rows and columns of the tokens of one image."""
+    image_size: int
+    """Side in pixels of the crop that was tokenised."""
+    discriminative_codes: int
+    """K of the codebook."""
+    vq_codes: int
+    """N of the VQGAN; 0: no VQ tokens."""
+    crops: str
+    """How the views were cut (``digit_ds.data.images.CropKind``)."""
+    provenance: dict[str, Any]
+    """encoder_sha256, layer, transform, image_size, codebook_sha256, vqgan_sha256 (None without)."""
+    skipped: int
+    """Image files that could not be read; ``skipped.json`` lists them."""
+    index_sha256: str
+    """Hash of ``index.json``, which in turn holds the hash of every shard."""
+    format: int = 1
+    """Version of this layout."""
+
+    @property
+    def tokens(self) -> int:
+        """G: tokens of one kind per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return self.images * self.views
+
+    def write(self, directory: Path) -> None:
+        """Write ``manifest.json``: the last file of a complete shard directory."""
+        write_json(directory / "manifest.json", asdict(self))
+
+
+def read_manifest(shards: Path | str, cache: Path | str | None = None) -> ShardManifest:
+    """Read the manifest of a shard directory or, with ``cache`` as a local folder for it, of an object-store URL."""
+    location = str(shards)
+    if "://" in location:
+        if cache is None:
+            raise UserError(f"{location}: is remote, expected a local cache directory to go with it")
+        path = Path(cache) / "manifest.json"
+        _download(f"{location.rstrip('/')}/manifest.json", path)
+    else:
+        path = Path(location) / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{location}: holds no manifest.json, expected a complete directory of token shards")
+    values = read_json(path)
+    known = {field.name for field in fields(ShardManifest)}
+    if not isinstance(values, dict) or set(values) != known or values["format"] != 1:
+        raise UserError(f"{path}: is not a manifest of format 1 with the keys {', '.join(sorted(known))}")
+    return ShardManifest(**values)
+
+
+def _download(remote: str, local: Path) -> None:
+    from streaming.base.storage import CloudDownloader  # knows every object store that StreamingDataset knows
+
+    local.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        CloudDownloader.get(remote).download(remote, str(local))
+    except Exception as error:  # each store's client has exceptions of its own
+        raise UserError(f"{remote}: cannot be downloaded ({' '.join(str(error).split())})") from error
+
+
+def write_block(directory: Path, samples: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
+    """Write one block of samples as MDS files into the new folder ``directory``: equal samples give equal bytes."""
+    shutil.rmtree(directory, ignore_errors=True)
+    with MDSWriter(
+        columns={name: COLUMNS[name] for name in columns},
+        out=str(directory),
+        compression=COMPRESSION,
+        hashes=[HASH],
+    ) as writer:
+        for sample in samples:
+            writer.write(sample)
+
+
+def merge_blocks(directory: Path, blocks: Iterable[str]) -> str:
+    """Write the one ``index.json`` over the blocks' shards, in the order given, and return its SHA-256."""
+    shards = []
+    for block in blocks:
+        for shard in read_json(directory / block / "index.json")["shards"]:
+            for part in (shard["raw_data"], shard["zip_data"]):
+                part["basename"] = f"{block}/{part['basename']}"
+            shards.append(shard)
+    write_json(directory / "index.json", {"version": 2, "shards": shards})
+    return sha256(directory / "index.json")
+
+
+def read_index(directory: Path) -> list[dict[str, Any]]:
+    """The shards that ``index.json`` names."""
+    index = read_json(directory / "index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
+        raise UserError(f"{directory / 'index.json'}: names no shards, expected an MDS index")
+    return index["shards"]
+
+
+def read_shard(directory: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
+    """Samples of one shard of a local directory, its hashes checked.
+
+    Raises:
+        UserError: the shard file is missing, or its bytes are not those that were written.
+    """
+    stored = shard["zip_data"] or shard["raw_data"]
+    path = directory / stored["basename"]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}), but index.json names this shard") from error
+    _check_hash(path, data, stored)
+    if shard["zip_data"]:
+        data = decompress(shard["compression"], data)
+        _check_hash(path, data, shard["raw_data"])
+    reader = MDSReader.from_json(str(directory), None, json.loads(json.dumps(shard)))
+    count = int(np.frombuffer(data, np.uint32, 1)[0])
+    offsets = np.frombuffer(data, np.uint32, count + 1, offset=4)
+    return [reader.decode_sample(data[begin:end]) for begin, end in pairwise(offsets)]
+
+
+def _check_hash(path: Path, data: bytes, stored: dict[str, Any]) -> None:
+    """Compare a shard's bytes with the length and hashes that were stored when it was written."""
+    if len(data) != stored["bytes"]:
+        raise UserError(f"{path}: has {len(data)} bytes, expected {stored['bytes']} by index.json")
+    for name, expected in stored["hashes"].items():
+        if get_hash(name, data) != expected:
+            raise UserError(f"{path}: is damaged, its {name} is not the {expected[:12]}... of index.json")
+
+
+def iterate(directory: Path | str) -> Iterator[dict[str, Any]]:
+    """All samples of a local shard directory in order, hashes checked; token arrays are read-only uint16 [G]."""
+    directory = Path(directory)
+    read_manifest(directory)
+    for shard in read_index(directory):
+        yield from read_shard(directory, shard)

@@ -1,0 +1,159 @@
+"""Features of an image folder, for K-Means: chunks that can be memory-mapped, and a manifest.
+
+```
+FEATURES/chunk-00000.npy    [rows, E] features of the first block of images, image by image, patch by patch
+FEATURES/chunk-00000.json   rows, hash and skipped images of that chunk: the chunk is complete
+FEATURES/manifest.json      provenance, counts and chunks, besides what every job writes (``jobs``)
+```
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit_ds.data.images import Crops, uniforms
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, sha256, write_atomically, write_json
+from digit_ds.parallel.launch import device, is_main
+from digit_ds.preparation.jobs import Job, default_workers
+from digit_ds.preparation.loading import Loading
+from digit_ds.preparation.pipeline import Conveyor, Encoded, precision_dtype
+from digit_ds.tokenizer.encoder import load_encoder
+
+BLOCK_IMAGES = 1024
+"""Images of one chunk."""
+
+
+def extract_features(
+    images: Path | str,
+    encoder: Path | str,
+    out: Path | str,
+    *,
+    layer: int = 3,
+    num_heads: int | None = None,
+    image_size: int | None = None,
+    points: int | None = None,
+    fraction: float | None = None,
+    seed: int = 0,
+    batch: int = 256,
+    dtype: str = "fp16",
+    precision: str = "fp32",
+    workers: int | None = None,
+    block_images: int = BLOCK_IMAGES,
+    max_skipped: float = 0.25,
+) -> None:
+    """Write the encoder's features of one random crop of every image of a folder.
+
+    Args:
+        images: image folder.
+        encoder: DINOv2-format weights.
+        out: new directory, or one in which this very job was begun.
+        layer: which block from the end gives the features.
+        num_heads: attention heads where the weights do not follow the published width // 64.
+        image_size: side of the crop; the short side is scaled to it first. Default: the encoder's own (224 of DINOv2).
+        points: keep this many patches of each image, drawn at random.
+        fraction: keep each patch with this probability. Without ``points`` and ``fraction`` all patches are kept.
+        seed: seed of crops, flips and kept patches; what is drawn depends on it and on the image's name alone.
+        batch: images at a time.
+        dtype: stored type, ``fp16`` or ``fp32``.
+        precision: the encoder's arithmetic, ``fp32``, ``bf16`` or ``fp16``.
+        workers: decoding processes per rank. Default: the machine's cores, shared among its ranks.
+        block_images: images per chunk, the unit of restarting.
+        max_skipped: largest share of images that may be unreadable.
+
+    Raises:
+        UserError: the folder, the weights or the output directory cannot be used, or too many images are unreadable.
+    """
+    if points is not None and fraction is not None:
+        raise UserError("points and fraction are both given, expected one of them")
+    model = load_encoder(encoder, layer, num_heads, device=device(), dtype=precision_dtype(precision))
+    size = image_size or min(model.image_sizes)
+    rows, columns = model.grid(size)
+    patches = rows * columns
+    if points is not None and not 1 <= points <= patches:
+        raise UserError(f"points is {points}, expected 1 to {patches}, the patches of an image of {size} pixels")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UserError(f"fraction is {fraction}, expected more than 0 and at most 1")
+    crops = Crops("random", size, size, 1, seed)
+    provenance = model.provenance() | {"image_size": size}
+    settings = {
+        "job": "features",
+        "provenance": provenance,
+        "points": points,
+        "fraction": fraction,
+        "seed": seed,
+        "batch": batch,
+        "dtype": dtype,
+        "precision": precision,
+    }
+    job = Job(out, images, settings, block_images)
+    if job.complete:
+        if is_main():
+            print(f"{out}: already complete, nothing to do")
+        return
+
+    def annotate(name: str) -> np.ndarray:
+        """Which patches of an image are kept: bool [G]."""
+        draw = uniforms(patches, seed, name, "patches")
+        if points is not None:
+            return np.argsort(np.argsort(draw, kind="stable"), kind="stable") < points
+        return draw < (1.0 if fraction is None else fraction)
+
+    stored = precision_dtype(dtype)
+
+    def encode(pixels: Tensor, keep: list[np.ndarray]) -> tuple[Tensor]:
+        features = model(pixels)  # [B, G, E]
+        kept = torch.from_numpy(np.flatnonzero(np.concatenate(keep))).to(features.device, non_blocking=True)
+        return (features.flatten(0, 1).index_select(0, kept).to(stored),)
+
+    def write(block: int, encoded: list[Encoded]) -> None:
+        _write_chunk(job.out, block, encoded, model.width, np.float16 if dtype == "fp16" else np.float32)
+
+    loading = Loading(crops, batch, default_workers() if workers is None else workers)
+    missing = job.my_blocks(lambda block: _report_path(job.out, block).is_file())
+    Conveyor(loading, device(), encode, write, annotate).run(job, missing, "features")
+    job.barrier()
+    job.on_main(lambda: _merge(job, provenance, model.width, dtype, max_skipped))
+    job.barrier()
+
+
+def _report_path(out: Path, block: int) -> Path:
+    return out / f"chunk-{block:05d}.json"
+
+
+def _write_chunk(out: Path, block: int, encoded: list[Encoded], width: int, dtype: type) -> None:
+    """Write one chunk, then the report that makes it count."""
+    parts, skipped = [np.empty((0, width), dtype)], []
+    for item in encoded:
+        if item.ready:
+            item.ready.synchronize()
+        parts.extend(output.numpy() for output in item.outputs)
+        skipped.extend(item.batch.skipped)
+    rows = np.concatenate(parts)  # [rows, E]
+    path = out / f"chunk-{block:05d}.npy"
+    write_atomically(path, lambda temporary: np.save(temporary, rows))
+    report = {"file": path.name, "rows": len(rows), "sha256": sha256(path), "skipped": skipped}
+    write_json(_report_path(out, block), report)
+
+
+def _merge(job: Job, provenance: dict[str, Any], width: int, dtype: str, max_skipped: float) -> None:
+    """Write the manifest over all chunks."""
+    reports = [read_json(_report_path(job.out, block)) for block in range(job.blocks)]
+    skipped = job.finish(reports, max_skipped)
+    chunks = [{key: report[key] for key in ("file", "rows", "sha256")} for report in reports if report["rows"]]
+    count = sum(chunk["rows"] for chunk in chunks)
+    manifest = {
+        "format": 1,
+        "provenance": provenance,
+        "count": count,
+        "width": width,
+        "dtype": dtype,
+        "images": job.images - skipped,
+        "skipped": skipped,
+        "chunks": chunks,
+    }
+    write_json(job.out / "manifest.json", manifest)
+    print(f"{job.out}: {count} features of width {width} from {job.images - skipped} images, {skipped} skipped")

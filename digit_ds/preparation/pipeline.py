@@ -1,0 +1,87 @@
+"""The conveyor of a job: workers decode, the device encodes, a thread writes finished blocks, all at the same time."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit_ds.parallel.progress import progress
+from digit_ds.preparation.jobs import Job
+from digit_ds.preparation.loading import Batch, Loading
+
+IN_FLIGHT = 3
+"""Batches that the device may be behind, and blocks that the writer may be behind."""
+
+
+class Encoded(NamedTuple):
+    """One batch with what the device made of it."""
+
+    batch: Batch
+    """Without its pixels."""
+    outputs: tuple[Tensor, ...]
+    """In host memory; on a GPU to be read after ``ready`` only."""
+    ready: torch.cuda.Event | None
+
+
+class Conveyor:
+    """Moves a rank's blocks through decoding, encoding and writing.
+
+    ``encode(images, extra)`` takes float [B, 3, H, W] in [0, 1] on the device, and what ``annotate(name)`` gave for
+    each image in a worker; it returns tensors on the device. ``write(block, encoded)`` gets the batches of one block.
+    """
+
+    def __init__(
+        self,
+        loading: Loading,
+        device: torch.device,
+        encode: Callable[[Tensor, list[np.ndarray]], tuple[Tensor, ...]],
+        write: Callable[[int, list[Encoded]], None],
+        annotate: Callable[[str], np.ndarray] | None = None,
+    ) -> None:
+        self.loading, self.device, self.encode, self.write, self.annotate = loading, device, encode, write, annotate
+
+    @torch.inference_mode()
+    def run(self, job: Job, blocks: list[int], description: str) -> None:
+        """Do the given blocks."""
+        images = sum(min(job.block_images, job.images - block * job.block_images) for block in blocks)
+        encoded: list[Encoded] = []
+        in_flight: list[torch.cuda.Event] = []
+        writing: list[Future] = []
+        with ThreadPoolExecutor(1) as writer, progress(total=images, description=description, unit="images") as bar:
+            for batch in self.loading.batches(job, blocks, self.annotate):
+                encoded.append(self._encode(batch))
+                if encoded[-1].ready:
+                    in_flight.append(encoded[-1].ready)
+                    if len(in_flight) > IN_FLIGHT:
+                        in_flight.pop(0).synchronize()
+                bar.update(len(batch.names) + len(batch.skipped))
+                if batch.last:
+                    if len(writing) >= IN_FLIGHT:
+                        writing.pop(0).result()
+                    writing.append(writer.submit(self.write, batch.block, encoded))
+                    encoded = []
+            for future in writing:
+                future.result()
+
+    def _encode(self, batch: Batch) -> Encoded:
+        """Send a batch through the device without waiting for it."""
+        bare = batch._replace(pixels=torch.empty(0))
+        if not batch.names:
+            return Encoded(bare, (), None)
+        if self.device.type != "cuda":
+            images = batch.pixels.permute(0, 3, 1, 2).float() / 255
+            return Encoded(bare, self.encode(images, batch.extra), None)
+        pixels = batch.pixels.pin_memory().to(self.device, non_blocking=True)
+        outputs = self.encode(pixels.permute(0, 3, 1, 2).float() / 255, batch.extra)
+        host = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True).copy_(o, non_blocking=True) for o in outputs)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Encoded(bare, host, ready)
+
+
+def precision_dtype(precision: str) -> torch.dtype:
+    """``fp32``, ``bf16`` or ``fp16`` as a torch dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,0 +1,131 @@
+"""Features -> discriminative tokens: the nearest of the K-Means centroids, and the file that holds them.
+
+Shapes: `N` features, `K` codes, `E` width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, sha256, write_atomically, write_json
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # distances held at a time: 64 MiB on the CPU, 1 GiB on a GPU
+
+
+class Codebook:
+    """K centroids; ``assign`` turns features into codes 0..K-1.
+
+    Attributes:
+        centroids: float32 [K, E].
+        codes: K.
+        provenance: what the centroids were made from, as ``save_codebook`` was told; empty for a bare ``.npy``.
+        sha256: of the ``.npy`` file.
+    """
+
+    def __init__(self, centroids: Tensor, provenance: dict[str, Any], file_hash: str, path: Path | str):
+        self.centroids = centroids
+        self.provenance = provenance
+        self.sha256 = file_hash
+        self.codes, self.width = centroids.shape
+        self._path = path
+
+    def assign(self, features: Tensor) -> Tensor:
+        """Index of the nearest centroid, int64 [...], of features [..., E].
+
+        The published rule: argmin of |f|^2 - 2 f.c + |c|^2 in float32, the lowest index where distances are equal;
+        half-precision features are raised to float32 first. TF32 is switched off for it whatever the caller set:
+        its ten mantissa bits would move about one token in a hundred to a neighbouring centroid. Features are taken
+        in chunks, so the distances never need more than 64 MiB (1 GiB on a GPU).
+
+        Raises:
+            UserError: the features have another width than the centroids.
+        """
+        if features.shape[-1] != self.width:
+            raise UserError(
+                f"{self._path}: its centroids have width {self.width}, expected {features.shape[-1]}, the width of the "
+                "features"
+            )
+        return nearest(features, self.centroids)
+
+
+def load_codebook(path: Path | str, device: torch.device | str = "cpu") -> Codebook:
+    """Load centroids from a ``.npy`` file [K, E], and their provenance from the ``.json`` beside it if there is one.
+
+    Raises:
+        UserError: the file is no two-dimensional array of finite floating-point numbers, or the provenance beside it
+            was written for another file.
+    """
+    path = Path(path)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected centroids in .npy") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: is not a complete .npy file of numbers, expected centroids [codes, width]") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: is an archive of arrays, expected one .npy array of centroids [codes, width]")
+    if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
+        raise UserError(
+            f"{path}: holds {array.dtype} of shape {list(array.shape)}, expected floating-point centroids "
+            "[codes, width]"
+        )
+    centroids = torch.from_numpy(array.astype(np.float32))
+    if not centroids.isfinite().all():
+        raise UserError(f"{path}: holds centroids that are infinite or not a number, expected finite ones")
+    file_hash, sidecar = sha256(path), path.with_suffix(".json")
+    provenance = read_json(sidecar) if sidecar.exists() else {}
+    if not isinstance(provenance, dict):
+        raise UserError(f"{sidecar}: holds no JSON object, expected the provenance of {path.name}")
+    described = provenance.pop("codebook_sha256", file_hash)
+    if described != file_hash:
+        raise UserError(
+            f"{sidecar}: describes a file with SHA-256 {described}, expected {file_hash}, that of {path.name}"
+        )
+    return Codebook(centroids.to(device), provenance, file_hash, path)
+
+
+def save_codebook(path: Path | str, centroids: np.ndarray | Tensor, provenance: dict[str, Any]) -> None:
+    """Write centroids [K, E] as float32 ``.npy`` (the published layout) with ``provenance`` as ``.json`` beside it.
+
+    Each file is written atomically; the ``.json`` also names the ``.npy`` file's hash, so that the two cannot be
+    mixed up.
+    """
+    path = Path(path)
+    array = np.ascontiguousarray(torch.as_tensor(centroids).detach().cpu().numpy(), dtype=np.float32)
+    write_atomically(path, lambda temporary: np.save(temporary, array, allow_pickle=False))
+    write_json(path.with_suffix(".json"), {**provenance, "codebook_sha256": sha256(path)})
+
+
+@torch.no_grad()
+def nearest(features: Tensor, centroids: Tensor) -> Tensor:
+    """Index int64 [...] of the row of ``centroids`` [K, E] nearest to each of ``features`` [..., E]; see ``assign``."""
+    flat = features.reshape(-1, features.shape[-1])  # [N, E]
+    centroids = centroids.float()
+    transposed, squares = centroids.T, centroids.square().sum(1)
+    codes = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
+    rows = max(1, _CHUNK_ELEMENTS[flat.device.type] // len(centroids))
+    with full_precision():
+        for start in range(0, len(flat), rows):
+            chunk = flat[start : start + rows].float()
+            distances = chunk @ transposed  # [rows, K]
+            distances.mul_(-2).add_(chunk.square().sum(1, keepdim=True)).add_(squares)
+            codes[start : start + rows] = distances.argmin(1)
+    return codes.view(features.shape[:-1])
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep float32 products on a GPU in float32, without TF32, whatever the process-wide settings say."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
