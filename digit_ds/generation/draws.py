@@ -53,7 +53,7 @@ def uniforms(seed: int, images: Tensor, purpose: int, count: int, step: int = 0)
     stream = torch.full_like(positions, purpose + 256 * step)
     words = philox([positions, stream, images & _WORD, images >> 32], (seed & _WORD, (seed >> 32) & _WORD))
     # 52 bits and a half: exact in float64, never 0 and never 1.
-    return (((words[0] >> 6) << 26) + (words[1] >> 6) + 0.5) * math.ldexp(1.0, -52)
+    return ((((words[0] >> 6) << 26) + (words[1] >> 6)).double() + 0.5) * math.ldexp(1.0, -52)
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """From logits to one token: temperature, top-k, top-p and the draw.
 
 Shapes: ``V`` vocabulary with the special ids in front, ``K`` codes = V minus those, any leading dimensions.
-The conventions are fairseq's, as the published scripts use them: the softmax runs over the whole vocabulary, special ids
-are then left out, and the remaining probabilities are *not* renormalised before top-p looks at their mass.
+The conventions are fairseq's, as the published scripts use them: the softmax runs over the whole vocabulary, special
+ids are then left out, and the remaining probabilities are *not* renormalised before top-p looks at their mass.
 """
 
 import torch
@@ -26,8 +26,8 @@ def candidates(
 ) -> tuple[Tensor, Tensor | None]:
     """What may be drawn: probabilities float64 [..., k], zero where removed, and their codes (None: 0 .. K-1).
 
-    ``top_k`` keeps the k most probable codes, ``top_p`` the most probable ones up to and including the first at which their
-    cumulative mass reaches p (everything, if it never does). With both, top-p looks at what top-k left.
+    ``top_k`` keeps the k most probable codes, ``top_p`` the most probable ones up to and including the first at which
+    their cumulative mass reaches p (everything, if it never does). With both, top-p looks at what top-k left.
     The codes stay in ascending order whatever their probabilities, so that rounding noise in two nearly equal logits
     moves a boundary of the cumulative distribution by that much instead of exchanging two whole intervals.
     """
@@ -37,7 +37,7 @@ def candidates(
         log_probabilities = log_probabilities.gather(-1, codes)
     probabilities = log_probabilities.double().exp()
     if top_p is not None:
-        descending, order = probabilities.sort(-1, descending=True, stable=True)
+        descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
         mass_before = descending.cumsum(-1) - descending
         descending = descending.masked_fill(mass_before >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, descending)

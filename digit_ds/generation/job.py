@@ -61,12 +61,15 @@ class Job:
         """Whether nothing is left to do.
 
         Raises:
-            UserError: the directory holds something else: other files, another job, or a complete job that lost pictures.
+            UserError: the directory holds something else: other files, another job, or a complete job that lost
+            pictures.
         """
         path = self.out / "manifest.json"
         if not path.exists():
             if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise UserError(f"{self.out}: exists but is no sampling job (no manifest.json), expected a new or empty folder")
+                raise UserError(
+                    f"{self.out}: exists but is no sampling job (no manifest.json), expected a new or empty folder"
+                )
             return False
         manifest = read_json(path)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

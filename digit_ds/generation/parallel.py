@@ -36,7 +36,9 @@ class ParallelSampler(Sampler):
             if step + 1 < decoding.steps:
                 scores = log_probabilities.gather(-1, codes[..., None]).squeeze(-1)
                 noise = gumbel(uniforms(self.seed, images, CONFIDENCE, self.spec.tokens, step))
-                unknown = masked_again(unknown, scores, noise, (step + 1) / decoding.steps, at_first, decoding.choice_temperature)
+                unknown = masked_again(
+                    unknown, scores, noise, (step + 1) / decoding.steps, at_first, decoding.choice_temperature
+                )
         return codes
 
 
@@ -59,11 +61,12 @@ def masked_again(
         choice_temperature: weight of the noise at the start.
 
     Returns:
-        bool [R, G]: the least confident of ``unknown``, as many as the cosine schedule asks for, at least one fewer than now.
+        bool [R, G]: the least confident of ``unknown``, as many as the cosine schedule asks for, at least one fewer
+        than now.
     """
     confidence = scores.double().masked_fill(~unknown, math.inf) + choice_temperature * (1 - ratio) * noise
     now = unknown.sum(-1)
     scheduled = torch.floor(at_first * math.cos(math.pi * ratio / 2)).long()
     count = torch.minimum(scheduled, now - 1).clamp(min=1)
-    rank = confidence.argsort(-1, stable=True).argsort(-1)
+    rank = confidence.argsort(dim=-1, stable=True).argsort(-1)
     return unknown & (rank < count[:, None])

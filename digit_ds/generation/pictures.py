@@ -5,19 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from digit_ds.files import write_atomically
 
 FAST_COMPRESSION = 1
 """zlib level of the PNGs: three times as fast as the default, for files about a tenth larger."""
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Float images [B, 3, H, W] of about [0, 1] -> uint8 [B, H, W, 3]; clipped and truncated, as the published generator does."""
-    return (images * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
@@ -31,8 +24,11 @@ def read_png(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def write_adm_array(path: Path, pictures: Iterator[np.ndarray], shape: tuple[int, ...], labels: np.ndarray | None) -> None:
-    """Write an ``.npz`` as ADM's evaluator reads it: ``arr_0`` uint8 [N, H, W, 3], then ``arr_1`` int64 [N] labels if any.
+def write_adm_array(
+    path: Path, pictures: Iterator[np.ndarray], shape: tuple[int, ...], labels: np.ndarray | None
+) -> None:
+    """Write an ``.npz`` as ADM's evaluator reads it: ``arr_0`` uint8 [N, H, W, 3], then ``arr_1`` int64 [N] labels if
+    any.
 
     The pictures are streamed: 50,000 of 256 x 256 are 9.8 GB.
     """
@@ -54,7 +50,8 @@ def write_adm_array(path: Path, pictures: Iterator[np.ndarray], shape: tuple[int
 def draw_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], height: int = 64) -> Image.Image:
     """A picture of rows of pictures (uint8 [H, W, 3] of one size), each row with its label on the left.
 
-    Pictures smaller than ``height`` are enlarged by a whole number without smoothing, so that pixels stay what they are.
+    Pictures smaller than ``height`` are enlarged by a whole number without smoothing, so that pixels stay what they
+    are.
     """
     scale = max(1, height // rows[0][1][0].shape[0])
     tall, wide = (side * scale for side in rows[0][1][0].shape[:2])

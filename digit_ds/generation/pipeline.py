@@ -11,14 +11,14 @@ from torch import Tensor
 
 from digit_ds.generation.draws import PIXELS, PRIOR
 from digit_ds.generation.parallel import ParallelSampler
-from digit_ds.generation.pictures import to_bytes
 from digit_ds.generation.samplers import AutoregressiveSampler, Sampler
 from digit_ds.generation.settings import Decoding
 from digit_ds.model.decoder import Decoder
-from digit_ds.tokenizer.vqgan import Vqgan
+from digit_ds.tokenizer.vqgan import Vqgan, to_uint8
 
 BLOCK = 16
-"""Images that the VQGAN paints together, always the same ones (0..15, 16..31, ...): their pixels do not depend on the batch."""
+"""Images that the VQGAN paints together, always the same ones (0..15, 16..31, ...): their pixels do not depend on the
+batch."""
 
 
 class Codes(NamedTuple):
@@ -47,13 +47,14 @@ class Pipeline:
 
     def __init__(self, prior: Sampler | None, pixels: Sampler | None, vqgan: Vqgan):
         self.prior, self.pixels, self.vqgan = prior, pixels, vqgan
-        self.grid = (pixels or prior).spec.grid
+        last = pixels or prior
+        self.grid, self.device = last.spec.grid, last.device
 
     def write(self, images: Tensor, labels: Tensor | None = None, known: Tensor | None = None) -> Codes:
         """Write the tokens of ``images`` (int64 [B], global numbers).
 
-        ``labels`` int64 [B] for a class-conditional prior; ``known`` int64 [B, G]: codes of the first stage that are given,
-        -1 where they are to be written.
+        ``labels`` int64 [B] for a class-conditional prior; ``known`` int64 [B, G]: codes of the first stage that are
+        given, -1 where they are to be written.
         """
         first = known if self.prior is None else self.prior(images, labels, known=known)
         if self.pixels is None:
@@ -64,4 +65,5 @@ class Pipeline:
     def paint(self, vq: Tensor) -> np.ndarray:
         """VQ codes [B, G] of at most one block -> uint8 [B, H, W, 3]."""
         padded = vq[torch.arange(BLOCK).clamp(max=len(vq) - 1)]
-        return to_bytes(self.vqgan.decode(padded.unflatten(1, self.grid)))[: len(vq)]
+        pixels = to_uint8(self.vqgan.decode(padded.unflatten(1, self.grid).to(self.device)))
+        return pixels[: len(vq)].permute(0, 2, 3, 1).cpu().numpy()

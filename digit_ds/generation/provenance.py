@@ -4,7 +4,12 @@ from typing import Any, NamedTuple
 
 from digit_ds.errors import UserError
 
-_MADE_WITH = {"encoder_sha256": "encoder", "layer": "encoder layer", "codebook_sha256": "codebook", "vqgan_sha256": "VQGAN"}
+_MADE_WITH = {
+    "encoder_sha256": "encoder",
+    "layer": "encoder layer",
+    "codebook_sha256": "codebook",
+    "vqgan_sha256": "VQGAN",
+}
 
 
 class Part(NamedTuple):
@@ -15,7 +20,8 @@ class Part(NamedTuple):
 
 
 def check_agreement(parts: list[Part]) -> None:
-    """Refuse parts of different origin. What a part does not know of itself (a published checkpoint) is not held against it.
+    """Refuse parts of different origin. What a part does not know of itself (a published checkpoint) is not held
+    against it.
 
     Raises:
         UserError: names the first two parts that differ, and in what.

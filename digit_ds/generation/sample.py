@@ -59,7 +59,8 @@ def sample(
     from_tokens: Path | str | None = None,
     keep: int | None = None,
 ) -> None:
-    """Write ``count`` pictures to ``out_dir`` (its layout: ``job.py``), alone or together with the other processes of the job.
+    """Write ``count`` pictures to ``out_dir`` (its layout: ``job.py``), alone or together with the other processes of
+    the job.
 
     An interrupted job continues; a complete one is left as it is.
 
@@ -77,8 +78,8 @@ def sample(
         batch: images that a process computes together; default 64 on CPUs, 512 on GPUs.
         precision: of the transformers; default float64 on CPUs (then no batch size changes a token), bfloat16 on GPUs.
         adm_array: also write ``samples.npz``.
-        from_images: folder of pictures whose tokens are taken instead of drawn; with ``encoder`` (weights) and ``codebook``
-            unless the prior is a ``vq`` model.
+        from_images: folder of pictures whose tokens are taken instead of drawn; with ``encoder`` (weights) and
+            ``codebook`` unless the prior is a ``vq`` model.
         from_tokens: ``.npz`` of first-stage tokens to take, such as a job's ``tokens.npz``.
         keep: how many leading tokens of each given image to keep, the prior writing the rest; None: all.
 
@@ -156,7 +157,9 @@ def _stages(
         if directory is not None:
             spec, provenance, _ = read_config(Path(directory))
             if spec.kind not in kinds:
-                raise UserError(f"{directory}: is a {spec.kind} model, expected {' or '.join(kinds)} as {name.replace('_', ' ')}")
+                raise UserError(
+                    f"{directory}: is a {spec.kind} model, expected {' or '.join(kinds)} as {name.replace('_', ' ')}"
+                )
             stages[name] = _Model(Path(directory), spec, provenance)
     if keep is not None and not given:
         raise UserError("keep is given, but no pictures or tokens to keep anything of")
@@ -173,7 +176,9 @@ def _stages(
             raise UserError(f"{prior}: writes VQ tokens itself, but a pixel decoder was given too")
         return stages
     if "pixel_decoder" not in stages:
-        raise UserError(f"{prior}: writes discriminative tokens, but no pixel decoder is given to turn them into VQ tokens")
+        raise UserError(
+            f"{prior}: writes discriminative tokens, but no pixel decoder is given to turn them into VQ tokens"
+        )
     for field in ("grid", "discriminative_codes"):
         ours, theirs = (getattr(stages[name].spec, field) for name in ("prior", "pixel_decoder"))
         if ours != theirs:
@@ -268,7 +273,8 @@ def _jsonable(value: Any) -> Any:
 
 
 def _share(missing: list[int], rows: int) -> Iterator[list[int]]:
-    """This process's groups of blocks. A group fills the rows of a model call, unless that would leave processes idle."""
+    """This process's groups of blocks. A group fills the rows of a model call, unless that would leave processes
+    idle."""
     per_process = -(-len(missing) // launch.world_size())
     size = max(1, min(rows // BLOCK, per_process))
     groups = [missing[start : start + size] for start in range(0, len(missing), size)]

@@ -2,12 +2,13 @@
 
 Shapes: ``B`` images, ``R`` rows of one model call, ``G`` tokens of an image, ``K`` codes, ``V`` vocabulary.
 
-The numbers an image draws depend on the seed and on its own number alone (``draws.py``), so batch and world size cannot change
-what is asked of the generator. What they could change is the rounding of the logits, since a matrix product may add up in another
-order at another shape; a draw that falls within that error of a boundary would then come out differently. Two things keep
-pictures equal: every model call has the same number of rows, the last batch being padded, so that neither the end of a job nor the
-number of processes changes a shape; and in float64, the CPU's default, the error is so small (1e-14 a draw) that other batch
-sizes agree as well. In bfloat16 another *batch size* may change single draws.
+The numbers an image draws depend on the seed and on its own number alone (``draws.py``), so batch and world size
+cannot change what is asked of the generator. What they could change is the rounding of the logits, since a matrix
+product may add up in another order at another shape; a draw that falls within that error of a boundary would then
+come out differently. Two things keep pictures equal: every model call has the same number of rows, the last batch
+being padded, so that neither the end of a job nor the number of processes changes a shape; and in float64, the CPU's
+default, the error is so small (1e-14 a draw) that other batch sizes agree as well. In bfloat16 another *batch size*
+may change single draws.
 """
 
 from abc import ABC, abstractmethod

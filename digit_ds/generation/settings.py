@@ -13,8 +13,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 class Guidance:
     """Classifier-free guidance of a class-conditional prior.
 
-    The logits become ``unconditional + scale * (conditional - unconditional)``; 1 is no guidance. The prior must have been trained
-    with ``training.class_dropout``, which is what teaches it the unconditional start.
+    The logits become ``unconditional + scale * (conditional - unconditional)``; 1 is no guidance. The prior must have
+    been trained with ``training.class_dropout``, which is what teaches it the unconditional start.
     """
 
     scale: float = 1.0
@@ -30,7 +30,9 @@ class Guidance:
         if self.schedule not in ("constant", "linear", "cosine"):
             raise UserError(f"guidance schedule is {self.schedule!r}, expected constant, linear or cosine")
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise UserError(f"guidance interval is {self.interval}, expected two numbers with 0 <= first <= second <= 1")
+            raise UserError(
+                f"guidance interval is {self.interval}, expected two numbers with 0 <= first <= second <= 1"
+            )
 
     @property
     def active(self) -> bool:
@@ -50,8 +52,8 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one model's tokens are drawn. The published settings: top-k 200 (base) or 400 (large) for priors, top-p 0.8 for
-    an autoregressive pixel decoder, 8 steps with choice temperature 4.5 for a parallel one.
+    """How one model's tokens are drawn. The published settings: top-k 200 (base) or 400 (large) for priors, top-p 0.8
+    for an autoregressive pixel decoder, 8 steps with choice temperature 4.5 for a parallel one.
     """
 
     temperature: float = 1.0
@@ -69,7 +71,9 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}, expected a number above 0 (greedy decoding is top-k 1)")
+            raise UserError(
+                f"temperature is {self.temperature}, expected a number above 0 (greedy decoding is top-k 1)"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top-k is {self.top_k}, expected at least 1")
         if self.top_p is not None and self.top_p <= 0:

@@ -85,7 +85,8 @@ class ImageFolder:
         self.identity = {"image_names_sha256": names_hash}
 
     def labels(self) -> tuple[list[int], list[str]]:
-        """Label of every picture (-1: it lies in no folder) and the names of the classes, as preparation numbers them."""
+        """Label of every picture (-1: it lies in no folder) and the names of the classes, as preparation numbers
+        them."""
         folders = [class_name(name) for name in self.names]
         classes = sorted({folder for folder in folders if folder is not None})
         numbers = {folder: number for number, folder in enumerate(classes)}
