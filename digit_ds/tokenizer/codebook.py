@@ -3,8 +3,6 @@
 Shapes: `N` features, `K` codes, `E` width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ from torch import Tensor
 
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256, write_atomically, write_json
+from digit_ds.tokenizer.precision import without_tf32
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # distances held at a time: 64 MiB on the CPU, 1 GiB on a GPU
+_CPU_DISTANCES, _GPU_DISTANCES = 1 << 24, 1 << 28  # held at a time: 64 MiB and 1 GiB
 
 
 class Codebook:
@@ -38,10 +37,11 @@ class Codebook:
     def assign(self, features: Tensor) -> Tensor:
         """Index of the nearest centroid, int64 [...], of features [..., E].
 
-        The published rule: argmin of |f|^2 - 2 f.c + |c|^2 in float32, the lowest index where distances are equal;
-        half-precision features are raised to float32 first. TF32 is switched off for it whatever the caller set:
-        its ten mantissa bits would move about one token in a hundred to a neighbouring centroid. Features are taken
-        in chunks, so the distances never need more than 64 MiB (1 GiB on a GPU).
+        The published rule: argmin of |f|^2 - 2 f.c + |c|^2 in float32, the lowest index where distances are equal.
+        Half-precision features are raised to float32 first (bfloat16 on a GPU: by an exact splitting of the
+        centroids instead, see ``split_operands``). TF32 stays off whatever the caller set: its ten mantissa bits
+        are too few to tell close centroids apart. Features are taken in chunks, so that the distances never need
+        more than 64 MiB (1 GiB on a GPU).
 
         Raises:
             UserError: the features have another width than the centroids.
@@ -107,25 +107,45 @@ def nearest(features: Tensor, centroids: Tensor) -> Tensor:
     """Index int64 [...] of the row of ``centroids`` [K, E] nearest to each of ``features`` [..., E]; see ``assign``."""
     flat = features.reshape(-1, features.shape[-1])  # [N, E]
     centroids = centroids.float()
-    transposed, squares = centroids.T, centroids.square().sum(1)
+    index_of = _nearest_split if flat.is_cuda and flat.dtype == torch.bfloat16 else _nearest_published
     codes = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
-    rows = max(1, _CHUNK_ELEMENTS[flat.device.type] // len(centroids))
-    with full_precision():
-        for start in range(0, len(flat), rows):
-            chunk = flat[start : start + rows].float()
-            distances = chunk @ transposed  # [rows, K]
-            distances.mul_(-2).add_(chunk.square().sum(1, keepdim=True)).add_(squares)
-            codes[start : start + rows] = distances.argmin(1)
+    rows = max(1, (_GPU_DISTANCES if flat.is_cuda else _CPU_DISTANCES) // len(centroids))
+    for start in range(0, len(flat), rows):
+        codes[start : start + rows] = index_of(flat[start : start + rows], centroids)
     return codes.view(features.shape[:-1])
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Keep float32 products on a GPU in float32, without TF32, whatever the process-wide settings say."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolution.allow_tf32
-    matmul.allow_tf32 = convolution.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, convolution.allow_tf32 = before
+def _nearest_published(features: Tensor, centroids: Tensor) -> Tensor:
+    features = features.float()
+    with without_tf32(features):
+        distances = features @ centroids.T  # [N, K]
+    distances.mul_(-2).add_(features.square().sum(1, keepdim=True)).add_(centroids.square().sum(1))
+    return distances.argmin(1)
+
+
+def _nearest_split(features: Tensor, centroids: Tensor) -> Tensor:
+    left, right = split_operands(features, centroids)
+    return torch.mm(left, right.T, out_dtype=torch.float32).argmax(1)
+
+
+def split_operands(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16 matrices L [N, X], R [K, X] with (L R^T)[n, k] = f.c - |c|^2 / 2, whose argmax is the nearest centroid.
+
+    For bfloat16 features only: each float32 of the centroids is the exact sum of three bfloat16 numbers, so a
+    bfloat16 product accumulated in float32 sums the very products that a float32 one would, at several times its
+    speed. The small parts stand first, so that they are added while the sum is small.
+    """
+    halves = centroids.square().sum(1, keepdim=True) / -2  # [K, 1]
+    right = torch.cat([*reversed(_split(centroids)), *_split(halves)], 1)
+    left = torch.cat([features, features, features, features.new_ones(len(features), 3)], 1)
+    padding = -right.shape[1] % 8  # tensor cores want rows of whole 16 bytes
+    return torch.nn.functional.pad(left, (0, padding)), torch.nn.functional.pad(right, (0, padding))
+
+
+def _split(values: Tensor) -> list[Tensor]:
+    """Three bfloat16 tensors, large to small, whose sum is the float32 ``values``."""
+    parts = []
+    for _ in range(3):
+        parts.append(values.bfloat16())
+        values = values - parts[-1].float()
+    return parts

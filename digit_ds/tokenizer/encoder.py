@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.safe_load import load_strictly
+from digit_ds.tokenizer.precision import without_tf32
 from digit_ds.tokenizer.vit_checkpoints import VitCheckpoint, read_vit_checkpoint
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,7 +47,7 @@ class Encoder(nn.Module):
             f"registers {checkpoint.registers.shape[1]} positions {checkpoint.table}x{checkpoint.table}"
         )
         self._file_hash = sha256(path)
-        self._network_sizes = _network_sizes(checkpoint, path)
+        self._network_sizes = _network_sizes(checkpoint)
         self.image_sizes = tuple(sorted(self._network_sizes))
         # Extra tokens and positions are added here: timm would interpolate the table otherwise than published.
         kept_blocks = self.depth - layer + 1
@@ -113,10 +114,11 @@ class Encoder(nn.Module):
         images = self.preprocess(images)
         positions = getattr(self, f"positions_{images.shape[-1] // self.patch_size}")
         images = images.to(dtype=positions.dtype, memory_format=torch.channels_last)
-        patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B, G, E]
-        tokens = torch.cat([self.prefix.expand(len(images), -1, -1), patches + positions], 1)  # [B, 1 + R + G, E]
-        tokens = self.vit.blocks(tokens)
-        return self.vit.norm(tokens[:, self.prefix.shape[1] :])
+        with without_tf32(images):
+            patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B, G, E]
+            prefix = self.prefix.expand(len(images), -1, -1)
+            tokens = self.vit.blocks(torch.cat([prefix, patches + positions], 1))  # [B, 1 + R + G, E]
+        return self.vit.norm(tokens[:, prefix.shape[1] :])
 
     def _check_size(self, height: int, width: int) -> None:
         if height != width or height not in self._network_sizes:
@@ -175,17 +177,17 @@ def interpolate_positions(table: Tensor, grid: int) -> Tensor:
     return scaled.permute(0, 2, 3, 1).reshape(1, grid * grid, width)
 
 
-def _network_sizes(checkpoint: VitCheckpoint, path: Path | str) -> dict[int, int]:
+def _network_sizes(checkpoint: VitCheckpoint) -> dict[int, int]:
     """Accepted image size -> size at which the network sees it.
 
-    The native size is what the position table was made for, but at most 224. 8/7 of it (256 for 224) is published as
-    shrunk to the native size with DINOv2; the other encoders, with patches of 16, see it whole: a 16x16 grid
-    instead of 14x14.
+    The native size is what the position table was made for; a table for more than 224 (DINOv2's is for 518) is
+    scaled down to that. 8/7 of the native size, 256 for 224, is published as shrunk to it with DINOv2; the other
+    encoders, whose patches of 16 divide it, see it whole: a grid of 16x16 instead of 14x14.
     """
     patch_size = checkpoint.patch_size
-    native = min(checkpoint.table * patch_size, _NATIVE_SIZE)
-    if native % patch_size:
-        raise UserError(f"{path}: its patch size {patch_size} does not divide {_NATIVE_SIZE}, the size of the images")
+    native = checkpoint.table * patch_size
+    if native > _NATIVE_SIZE and _NATIVE_SIZE % patch_size == 0:
+        native = _NATIVE_SIZE
     sizes = {native: native}
     large, rest = divmod(native * 8, 7)
     if rest == 0 and checkpoint.layout == "DINOv2":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.safe_load import load_strictly, load_torch
-from digit_ds.tokenizer.codebook import full_precision
+from digit_ds.tokenizer.precision import without_tf32
 from digit_ds.tokenizer.vqgan_network import GROUPS, VqganNetwork
 
 MAGE_CONFIG: Mapping[str, Any] = {
@@ -56,8 +56,9 @@ class Vqgan(nn.Module):
         height, width = images.shape[-2:]
         if height % self.downsampling or width % self.downsampling:
             raise UserError(f"images are {height}x{width}, this VQGAN takes multiples of {self.downsampling}")
-        with full_precision():
-            return self.network.quantise(self.network.encode(images.to(self._dtype))).flatten(1)
+        images = images.to(self.network.encoder.conv_in.weight.dtype)
+        with without_tf32(images):
+            return self.network.quantise(self.network.encode(images)).flatten(1)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -71,16 +72,13 @@ class Vqgan(nn.Module):
             if side * side != ids.shape[1]:
                 raise UserError(f"{ids.shape[1]} VQ tokens make no square grid, expected them as [B, rows, columns]")
             ids = ids.view(-1, side, side)
-        with full_precision():
-            return self.network.decode(self.network.embed(ids)).float()
+        latents = self.network.embed(ids)
+        with without_tf32(latents):
+            return self.network.decode(latents).float()
 
     def provenance(self) -> dict[str, Any]:
         """What the tokens depend on, JSON-able."""
         return {"vqgan_sha256": self.sha256}
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.network.encoder.conv_in.weight.dtype
 
 
 def load_vqgan(

@@ -1,0 +1,100 @@
+"""A model cut for tensor parallelism: a directory from which each Megatron rank reads its own part.
+
+``config.json`` is that of the released model plus ``tensor_parallel``; ``tensor_rank_00_of_02.safetensors`` holds what
+rank 0 of 2 holds in memory, vocabulary padding included. These are weights alone: a run that starts from them has a
+fresh optimizer.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from digit_ds.errors import UserError
+from digit_ds.files import write_json
+from digit_ds.model.released import (
+    CONFIG,
+    ReleasedModel,
+    read_config,
+    read_model,
+    read_tensors,
+    refuse_existing,
+    write_tensors,
+)
+from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.weights import State, check_tensor_size, parameters, shard, shard_shape, unshard
+
+TENSOR_PARALLEL = "tensor_parallel"
+
+
+def rank_file(rank: int, tensor_size: int) -> str:
+    """File name of one rank's part."""
+    return f"tensor_rank_{rank:02d}_of_{tensor_size:02d}.safetensors"
+
+
+def write_partitioned(
+    directory: Path | str,
+    spec: TransformerSpec,
+    state: Mapping[str, Tensor],
+    provenance: dict[str, Any],
+    tensor_size: int,
+) -> None:
+    """Cut a full state dict for ``tensor_size`` ranks and write it; ``config.json`` comes last.
+
+    Raises:
+        UserError: the directory holds a model already, or the size does not divide the model.
+    """
+    directory = Path(directory)
+    refuse_existing(directory)
+    check_tensor_size(spec, tensor_size)
+    for rank in range(tensor_size):
+        write_tensors(directory / rank_file(rank, tensor_size), shard(state, spec, tensor_size, rank))
+    content = {"spec": spec.to_dict(), "provenance": provenance, TENSOR_PARALLEL: tensor_size}
+    write_json(directory / CONFIG, content)
+
+
+def read_partitioned(directory: Path | str) -> ReleasedModel:
+    """Join the parts of all ranks to the whole model, dtypes as stored.
+
+    Raises:
+        UserError: it is not such a directory, or a part is missing, damaged or of another model.
+    """
+    directory = Path(directory)
+    spec, provenance, config = read_config(directory)
+    tensor_size = _tensor_size(directory, config)
+    parts = [_read_part(directory, spec, tensor_size, rank) for rank in range(tensor_size)]
+    return ReleasedModel(spec, unshard(parts, spec), provenance)
+
+
+def read_shard(directory: Path | str, tensor_size: int, rank: int) -> tuple[TransformerSpec, State]:
+    """One rank's weights to start training from, out of a released or a partitioned model directory of any size.
+
+    A directory cut for the same size costs this rank only its own file.
+    """
+    directory = Path(directory)
+    spec, _, config = read_config(directory)
+    check_tensor_size(spec, tensor_size)
+    if config.get(TENSOR_PARALLEL) == tensor_size:
+        return spec, _read_part(directory, spec, tensor_size, rank)
+    model = read_partitioned(directory) if TENSOR_PARALLEL in config else read_model(directory)
+    return spec, shard(model.state, spec, tensor_size, rank)
+
+
+def _tensor_size(directory: Path, config: Mapping[str, Any]) -> int:
+    tensor_size = config.get(TENSOR_PARALLEL)
+    if not isinstance(tensor_size, int) or tensor_size < 1:
+        raise UserError(f"{directory / CONFIG}: {TENSOR_PARALLEL} is {tensor_size!r}, expected a number of ranks")
+    return tensor_size
+
+
+def _read_part(directory: Path, spec: TransformerSpec, tensor_size: int, rank: int) -> State:
+    path = directory / rank_file(rank, tensor_size)
+    part = read_tensors(path)
+    for parameter in parameters(spec):
+        expected = shard_shape(parameter, tensor_size)
+        found = tuple(part[parameter.name].shape) if parameter.name in part else None
+        if found != expected:
+            held = "is missing" if found is None else f"has shape {list(found)}"
+            raise UserError(f"{path}: tensor {parameter.name!r} {held}, expected {list(expected)} by its config")
+    return part

@@ -1,0 +1,114 @@
+"""Small real parts for the tests of the offline jobs: a picture folder, a DINOv2-format encoder, a codebook, a VQGAN."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from digit_ds.files import sha256
+from digit_ds.tokenizer.codebook import save_codebook
+from digit_ds.tokenizer.vqgan_network import VqganNetwork
+
+REPOSITORY = Path(__file__).parent.parent
+WIDTH, PATCH, TABLE, DEPTH, SIZE = 16, 4, 8, 4, 32
+
+
+def make_images(root: Path, count: int = 20, classes: tuple[str, ...] = ("cat", "dog", "grüne Äpfel")) -> Path:
+    """Coloured noise of differing sizes, JPEG and PNG in turn, spread over class folders."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        folder = root / classes[number % len(classes)] if classes else root
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs = generator.integers(0, 256, (5, 5, 3)).astype(np.uint8)
+        size = tuple(map(int, generator.integers(33, 90, 2)))
+        picture = Image.fromarray(blobs).resize(size, Image.Resampling.BICUBIC)
+        picture.save(folder / f"{number:03d}.{'png' if number % 2 else 'jpg'}")
+    return root
+
+
+def make_encoder(path: Path, seed: int = 0) -> Path:
+    """Random weights in the key layout of dinov2_vitb14_reg4_pretrain.pth, for images of 32 pixels: 8 x 8 patches."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    state = {
+        "cls_token": draw(1, 1, WIDTH),
+        "register_tokens": draw(1, 4, WIDTH),
+        "mask_token": draw(1, WIDTH),
+        "pos_embed": draw(1, 1 + TABLE * TABLE, WIDTH),
+        "patch_embed.proj.weight": draw(WIDTH, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": draw(WIDTH),
+        "norm.weight": 1 + draw(WIDTH),
+        "norm.bias": draw(WIDTH),
+    }
+    for block in range(DEPTH):
+        prefix = f"blocks.{block}."
+        for norm in ("norm1", "norm2"):
+            state |= {f"{prefix}{norm}.weight": 1 + draw(WIDTH), f"{prefix}{norm}.bias": draw(WIDTH)}
+        for name, rows, columns in (
+            ("attn.qkv", 3 * WIDTH, WIDTH),
+            ("attn.proj", WIDTH, WIDTH),
+            ("mlp.fc1", 4 * WIDTH, WIDTH),
+            ("mlp.fc2", WIDTH, 4 * WIDTH),
+        ):
+            state |= {f"{prefix}{name}.weight": draw(rows, columns), f"{prefix}{name}.bias": draw(rows)}
+        state |= {f"{prefix}ls1.gamma": 1 + draw(WIDTH), f"{prefix}ls2.gamma": 1 + draw(WIDTH)}
+    torch.save(state, path)
+    return path
+
+
+def make_codebook(path: Path, encoder: Path | None = None, codes: int = 24, width: int = WIDTH) -> Path:
+    """Random centroids; with ``encoder`` their provenance says that they were made from its features."""
+    centroids = np.random.default_rng(1).standard_normal((codes, width))
+    provenance = {"encoder_sha256": sha256(encoder), "layer": 3} if encoder else {}
+    save_codebook(path, centroids, provenance)
+    return path
+
+
+def make_vqgan(path: Path, levels: int = 3) -> tuple[Path, Path]:
+    """A random VQGAN and its configuration: 2 ** (levels - 1) pixels a token."""
+    torch.manual_seed(2)
+    ddconfig = {
+        "z_channels": 8,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1] * levels,
+        "num_res_blocks": 1,
+        "resolution": SIZE,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+        "double_z": False,
+    }
+    torch.save({"state_dict": VqganNetwork(ddconfig, 32).state_dict()}, path)
+    config = {"model": {"params": {"embed_dim": 8, "n_embed": 32, "ddconfig": ddconfig}}}
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+    return path, path.with_suffix(".yaml")
+
+
+def command(tool: str, *arguments: object, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    """Run a tool as a user does: alone, or under torchrun with several processes."""
+    script = [str(REPOSITORY / "tools" / f"{tool}.py"), *map(str, arguments)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    else:
+        launcher = []
+    return subprocess.run(
+        [sys.executable, *launcher, *script],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory by its relative path."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

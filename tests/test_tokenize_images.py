@@ -1,0 +1,180 @@
+"""Image folder -> token shards, by the commands that users type."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from preparation_parts import SIZE, command, contents, make_codebook, make_encoder, make_images, make_vqgan
+
+from digit_ds.data.images import Crops, decode, walk
+from digit_ds.data.shards import iterate, read_manifest
+from digit_ds.errors import UserError
+from digit_ds.preparation.tokens import Tokenizer, tokenize_images
+from digit_ds.preparation.verify import verify_shards
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp("parts")
+    encoder = make_encoder(root / "encoder.pth")
+    vqgan, config = make_vqgan(root / "vqgan.ckpt")
+    return {
+        "images": make_images(root / "images"),
+        "encoder": encoder,
+        "codebook": make_codebook(root / "km.npy", encoder),
+        "vqgan": vqgan,
+        "vqgan_config": config,
+        "num_heads": 2,
+    }
+
+
+def run(parts: dict, out: Path, **options) -> None:
+    tokenize_images(**({"views": 2, "block_images": 8, "batch": 6, "workers": 0} | parts | {"out": out} | options))
+
+
+def options(parts: dict) -> list[str]:
+    return [part for key, value in parts.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def shards(parts, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "out"
+    run(parts, out)
+    return out
+
+
+def test_the_samples_are_the_tokens_of_the_views(parts, shards):
+    names = list(walk(parts["images"]))
+    samples = list(iterate(shards))
+    assert [(s["image_id"], s["view"]) for s in samples] == [(name, view) for name in names for view in range(2)]
+    assert [s["index"] for s in samples] == [i for i in range(len(names)) for _ in range(2)]
+    classes = sorted({name.split("/")[0] for name in names})
+    assert [s["label"] for s in samples] == [classes.index(s["image_id"].split("/")[0]) for s in samples]
+    tokenizer = Tokenizer(**{k: v for k, v in parts.items() if k != "images"})
+    crops = Crops("training", SIZE, SIZE, 2, 0)
+    for position in (0, 7, 19):
+        views = crops.cut(decode(parts["images"] / names[position]), names[position])
+        expected = tokenizer.encode(torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255)
+        for view in range(2):
+            sample = samples[2 * position + view]
+            assert sample["discriminative"].dtype == sample["vq"].dtype == np.uint16
+            assert sample["discriminative"].tolist() == expected[0][view].tolist()
+            assert sample["vq"].tolist() == expected[1][view].tolist()
+
+
+def test_manifest_and_verification(parts, shards):
+    manifest = read_manifest(shards)
+    assert (manifest.images, manifest.views, manifest.grid, manifest.image_size) == (20, 2, [8, 8], SIZE)
+    assert (manifest.discriminative_codes, manifest.vq_codes, manifest.skipped) == (24, 32, 0)
+    assert set(manifest.provenance) >= {"encoder_sha256", "layer", "transform", "codebook_sha256", "vqgan_sha256"}
+    report = verify_shards(shards)
+    counts = Counter(int(code) for sample in iterate(shards) for code in sample["discriminative"])
+    assert report.usage["discriminative"].counts.tolist() == [counts[code] for code in range(24)]
+    assert report.usage["discriminative"].used == len(counts)
+    shares = np.array(list(counts.values())) / sum(counts.values())
+    assert report.usage["discriminative"].perplexity == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_streaming_dataset_reads_the_merged_index(shards, tmp_path):
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(
+        remote=str(shards), local=str(tmp_path / "cache"), shuffle=False, batch_size=1, validate_hash="sha256"
+    )
+    streamed = [dataset[i] for i in range(len(dataset))]
+    for ours, theirs in zip(iterate(shards), streamed, strict=True):
+        assert ours["image_id"] == theirs["image_id"] and ours["view"] == theirs["view"]
+        assert np.array_equal(ours["vq"], theirs["vq"])
+
+
+def test_second_run_does_nothing_and_other_settings_are_refused(parts, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(shards, out)
+    before = contents(out)
+    run(parts, out)
+    assert "already complete" in capsys.readouterr().out
+    for changed in ({"views": 1}, {"seed": 1}, {"vqgan": None}, {"precision": "bf16"}):
+        with pytest.raises(UserError, match="already holds the results of another run"):
+            run(parts, out, **changed)
+    assert contents(out) == before
+    other = make_images(tmp_path / "images", 5)
+    with pytest.raises(UserError, match="not the 20"):
+        run(parts, out, images=other)
+    assert contents(out) == before
+
+
+def test_occupied_directory_is_refused(parts, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="already holds other files"):
+        run(parts, tmp_path)
+    assert contents(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_flipped_bytes_are_found(shards, tmp_path):
+    names = [name for name in contents(shards) if name.endswith((".zstd", "index.json")) and "/index" not in name]
+    assert len(names) == 4
+    for name in names:
+        out = tmp_path / name.replace("/", "-")
+        shutil.copytree(shards, out)
+        data = bytearray((out / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (out / name).write_bytes(data)
+        result = command("verify_shards", out)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        message = result.stderr.strip().splitlines()[-1]
+        assert message.startswith("error: ") and str(out / name) in message
+
+
+def test_missing_shard_is_found(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "out")
+    (tmp_path / "out" / "block-00001" / "shard.00000.mds.zstd").unlink()
+    with pytest.raises(UserError, match=r"block-00001/shard\.00000\.mds\.zstd"):
+        verify_shards(tmp_path / "out")
+
+
+def test_what_does_not_belong_together_is_refused(parts, tmp_path):
+    other = make_encoder(tmp_path / "other.pth", seed=9)
+    coarse, config = make_vqgan(tmp_path / "coarse.ckpt", levels=4)
+    wide = make_codebook(tmp_path / "wide.npy", width=17)
+    for changed, message in (
+        ({"encoder": other}, r"km\.npy.*encoder_sha256.*other\.pth"),
+        ({"layer": 2}, r"km\.npy.*layer 3.*layer 2"),
+        ({"codebook": wide}, r"wide\.npy.*width 17.*16"),
+        ({"vqgan": coarse, "vqgan_config": config}, r"coarse\.ckpt.*4 x 4.*8 x 8"),
+        ({"image_size": 30}, r"30x30.*32x32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(parts, tmp_path / "out", **changed)
+        assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders_by_command(parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for images in (tmp_path / "nowhere", tmp_path / "empty"):
+        result = command("tokenize_images", *options(parts | {"images": images, "out": tmp_path / "out"}))
+        assert result.returncode == 2
+        assert len(result.stderr.strip().splitlines()) == 1 and str(images) in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_truncated_image_is_skipped_and_reported(parts, tmp_path):
+    images = make_images(tmp_path / "images", 12)
+    victim = images / "dog" / "001.png"
+    victim.write_bytes(victim.read_bytes()[:-200])
+    Image.new("RGB", (40, 40)).save(images / "cat" / "zz.png")
+    arguments = options(parts | {"images": images, "out": tmp_path / "out"})
+    result = command("tokenize_images", *arguments, "--max-skipped", 0.05)
+    assert result.returncode == 2 and "1 of 13 images" in result.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    result = command("tokenize_images", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "1 skipped" in result.stdout
+    skipped = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert [entry["image"] for entry in skipped] == ["dog/001.png"] and "truncated" in skipped[0]["reason"]
+    assert read_manifest(tmp_path / "out").skipped == 1
+    assert verify_shards(tmp_path / "out").manifest.images == 12
