@@ -10,12 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_models import CLASSES, CODES, VQ_CODES, write_models
 
 from digit_ds.errors import UserError
 from digit_ds.generation.sample import sample
 from digit_ds.generation.settings import Decoding, Guidance
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small for more than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +102,11 @@ def start(models, out: Path, count: int, processes: int) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )
 
 
-def test_processes_and_a_kill_change_no_byte(models, tmp_path):
+def test_the_number_of_processes_changes_no_byte(models, tmp_path):
     run(models, tmp_path / "alone", pixel_decoder="nar", count=90, batch=64)
     three = start(models, tmp_path / "three", 90, processes=3)
     _, errors = three.communicate(timeout=300)
@@ -103,7 +114,7 @@ def test_processes_and_a_kill_change_no_byte(models, tmp_path):
     assert content(tmp_path / "three") == content(tmp_path / "alone")
 
 
-def test_a_killed_job_continues_where_it_stopped(models, tmp_path):
+def test_a_killed_job_is_unfinished_and_refuses_other_settings(models, tmp_path):
     out = tmp_path / "out"
     job = start(models, out, 4000, processes=1)
     while len(list(out.glob("parts/[0-9]*.npz"))) < 3:

@@ -62,9 +62,7 @@ def test_numbers_belong_to_the_image_and_differ_in_everything_else():
 # --- filters and draws ---
 
 
-@pytest.mark.parametrize(
-    "key", ["topp_0.3", "topp_0.8", "topp_0.999", "topp_300", "topk_1", "topk_20"]
-)
+@pytest.mark.parametrize("key", ["topp_0.3", "topp_0.8", "topp_0.999", "topp_300", "topk_1", "topk_20"])
 def test_filters_equal_fairseqs(key):
     expected = load("sampling/expected.npz")
     kind, value = key.split("_")
@@ -121,7 +119,8 @@ def test_guidance_scales():
 
 
 def test_guided_sampling_equals_a_full_forward_pass_written_out():
-    """Greedy tokens under a rising scale, each step recomputed without cache from conditional and unconditional logits."""
+    """Greedy tokens under a rising scale, each step recomputed without cache from conditional and unconditional
+    logits."""
     model = golden_model("stage1_cond_postnorm", torch.float64)
     guidance = Guidance(2.5, "linear", (0.0, 0.6))
     sampler = AutoregressiveSampler(model, Decoding(top_k=1, guidance=guidance), 0, PRIOR, rows=2)
@@ -186,9 +185,7 @@ def test_parallel_decoding_replays_the_golden_one_token_for_token():
             unknown = masked_again(unknown, scores, noise, (step + 1) / steps, at_first, 4.5)
             tokens = tokens.masked_fill(unknown, MASK)
             kept = was_unknown & ~unknown
-            torch.testing.assert_close(
-                scores[kept], golden["scores_after_step"][step][:, 1:][kept], atol=1e-4, rtol=0
-            )
+            torch.testing.assert_close(scores[kept], golden["scores_after_step"][step][:, 1:][kept], atol=1e-4, rtol=0)
         assert torch.equal(tokens, golden["tokens_after_step"][step][:, 1:])
 
 

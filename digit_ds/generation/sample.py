@@ -163,6 +163,8 @@ def _stages(
             stages[name] = _Model(Path(directory), spec, provenance)
     if keep is not None and not given:
         raise UserError("keep is given, but no pictures or tokens to keep anything of")
+    if keep is not None and keep < 0:
+        raise UserError(f"keep is {keep}, expected 0 or more leading tokens")
     if given and keep is None:
         if "pixel_decoder" not in stages:
             raise UserError("no pixel decoder is given, expected one to reconstruct from given tokens")

@@ -92,7 +92,7 @@ class ImageFolder:
         numbers = {folder: number for number, folder in enumerate(classes)}
         return [numbers.get(folder, -1) for folder in folders], classes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:
         """int64 [B] -> int64 [B, G]; always a full block at a time, so that rounding does not depend on the batch."""
         codes = []
