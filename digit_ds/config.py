@@ -66,8 +66,6 @@ class DataConfig(Section):
     """Directory or URL of validation shards; unset: no validation."""
     shuffle_seed: int = 0
     """Seed of the sample order; keep it when resuming."""
-    num_canonical_nodes: int = Field(1, ge=1)
-    """How many parts the epoch is cut into before shuffling; keep it when resuming at another size."""
     workers: int = Field(1, ge=0)
     """Loader processes per rank."""
 
@@ -110,7 +108,7 @@ class TrainingConfig(Section):
     global_batch: int = Field(1024, ge=1)
     """Images a step over all ranks."""
     micro_batch: int = Field(64, ge=1)
-    """Images of one forward pass on one data-parallel rank."""
+    """Images of one forward pass on one data-parallel rank; keep it over layouts for equal dropout masks."""
     seed: int = 1
     """Seed of the initial weights and of dropout."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -125,6 +123,10 @@ class TrainingConfig(Section):
     """Compile the layers with torch.compile."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights; 0: none."""
+    max_skipped: int = Field(10, ge=1)
+    """The run stops after this many updates in a row that were skipped because their gradient was not finite."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """A collective that takes longer (a rank died or hangs) ends the job."""
 
 
 class ParallelConfig(Section):
@@ -154,6 +156,8 @@ class MonitorConfig(Section):
     """Steps between validations; 0: none."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s for MFU; unset: known for common GPUs, otherwise MFU is null."""
+    profile_step: int = Field(0, ge=0)
+    """torch.profiler traces this step and the two after it into RUN/profile; 0: none."""
 
 
 class Recipe(Section):
@@ -200,6 +204,9 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}: holds {type(values).__name__}, expected a mapping of sections")
     for override in overrides or []:
         _apply(values, override)
+    named = values.get("deepspeed")
+    if isinstance(named, str) and (path.parent / named).is_file():
+        values["deepspeed"] = str(path.parent / named)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """Who this process is: rank, world and device, from the environment that torchrun, deepspeed, srun or nobody made."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,8 +43,11 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def initialize() -> None:
-    """Join the process group of this job (NCCL on GPUs, gloo on CPUs); a process alone needs none and gets none."""
+def initialize(timeout: timedelta | None = None) -> None:
+    """Join the process group of this job (NCCL on GPUs, gloo on CPUs); a process alone needs none and gets none.
+
+    ``timeout`` is how long a collective may take before the process is ended (PyTorch's own default when unset).
+    """
     if world_size() == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -51,7 +55,7 @@ def initialize() -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ.update(RANK=str(rank()), WORLD_SIZE=str(world_size()), LOCAL_RANK=str(local_rank()))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
 def is_main() -> bool:

@@ -60,6 +60,7 @@ class Encoder(nn.Module):
             # timm truncates width * mlp_ratio: the half keeps a rounded product from losing a unit.
             mlp_ratio=(checkpoint.hidden + 0.5) / self.width,
             mlp_layer=SwiGLUPacked if checkpoint.gated else Mlp,
+            act_layer=nn.SiLU if checkpoint.gated else nn.GELU,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             class_token=False,
             pos_embed="none",

@@ -1,0 +1,209 @@
+"""Token batches for training, from MDS shards on disk or in an object store.
+
+The order of samples is this module's own: epoch ``e`` is a permutation of all images drawn from (seed, e), and image
+``i`` is shown as its view ``(first(i) + e) mod views``. Epochs follow each other without a gap, so a position in this
+endless sequence is all there is to resume from, at any data-parallel size, and every epoch sees every image once: no
+repeats to fill a batch, none left out. StreamingDataset fetches, decompresses and checks the shards; its own iteration
+order is not used, because it pads epochs to the number of ranks, workers and canonical nodes. Token shards are small
+(1 KB a sample), so that samples in any order cost no more than in shard order once a shard is in the local cache.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from streaming import StreamingDataset
+from streaming.base.util import clean_stale_shared_memory
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from digit_ds.data.shards import HASH, ShardManifest, read_manifest
+from digit_ds.errors import UserError
+from digit_ds.parallel import launch
+
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+class TokenBatch(NamedTuple):
+    """One micro-batch of token codes."""
+
+    discriminative: Tensor
+    """int64 [B, G]"""
+    vq: Tensor | None
+    """int64 [B, G]; None where the shards have no VQ tokens."""
+    labels: Tensor
+    """int64 [B], -1: none."""
+    real: Tensor
+    """bool [B]; False for repeats that only fill the last batch of a validation pass."""
+    samples: Tensor
+    """int64 [B]: image number x views + view."""
+    image_ids: list[str]
+    """Paths of the images relative to their folder, for messages."""
+
+
+class Chunks(NamedTuple):
+    """Which micro-batches of each global batch are this rank's: chunk ``m x data_size + data_rank`` for ``m`` = 0.."""
+
+    global_batch: int
+    micro_batch: int
+    data_rank: int = 0
+    data_size: int = 1
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of one rank in one step."""
+        return self.global_batch // (self.micro_batch * self.data_size)
+
+
+def sample_hash(samples: Tensor) -> int:
+    """Sum over sample ids of 40 well-mixed bits each: equal for equal sets of samples, however they are split."""
+    mixed = samples.numpy().astype(np.uint64) * _MIX
+    return int((mixed >> np.uint64(24)).sum())
+
+
+class TokenStream:
+    """The endless sequence of samples of one shard directory.
+
+    Args:
+        shards: local directory or object-store URL.
+        cache: local directory for decompressed shards; unset: one in the temporary folder, named after ``owner``.
+        seed: of the order and of each image's first view.
+        owner: distinguishes default caches; two live datasets must not share one.
+        shuffle: False: images in their order, view 0 (validation).
+    """
+
+    def __init__(
+        self, shards: str, cache: str | None = None, seed: int = 0, owner: str = "", shuffle: bool = True
+    ) -> None:
+        name = hashlib.sha256(f"{Path(owner).absolute()}\n{shards}".encode()).hexdigest()[:16]
+        cache = cache or str(Path(tempfile.gettempdir()) / f"digit_ds-{name}")
+        self.shards = shards
+        self.manifest = _manifest(shards, cache)
+        self.dataset = _Samples(_open(shards, cache), self.manifest, seed, shuffle)
+
+    def batches(self, chunks: Chunks, position: int = 0, workers: int = 0) -> Iterator[TokenBatch]:
+        """This rank's micro-batches of all global batches from ``position`` (samples seen so far) on, for ever."""
+        return self._load(_endless(chunks, position), workers)
+
+    def epoch(self, micro_batch: int, data_rank: int, data_size: int) -> Iterator[TokenBatch]:
+        """This rank's share of one pass over all images; all ranks get equally many batches, filled with repeats."""
+        images = self.manifest.images
+        rounds = -(-images // (micro_batch * data_size))
+        starts = [(turn * data_size + data_rank) * micro_batch for turn in range(rounds)]
+        return self._load([list(range(start, start + micro_batch)) for start in starts], workers=0, wrap=True)
+
+    def _load(self, batches, workers: int, wrap: bool = False) -> Iterator[TokenBatch]:
+        self.dataset.last = self.manifest.images if wrap else None
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            collate_fn=_collate,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)
+
+
+def _endless(chunks: Chunks, position: int) -> Iterator[list[int]]:
+    """Positions of this rank's chunks, global batch after global batch."""
+    while True:
+        for micro in range(chunks.per_step):
+            start = position + (micro * chunks.data_size + chunks.data_rank) * chunks.micro_batch
+            yield list(range(start, start + chunks.micro_batch))
+        position += chunks.global_batch
+
+
+class _Samples(Dataset):
+    """Position in the endless sequence -> sample."""
+
+    def __init__(self, dataset: StreamingDataset, manifest: ShardManifest, seed: int, shuffle: bool) -> None:
+        self.dataset = dataset
+        self.images, self.views = manifest.images, manifest.views
+        self.seed, self.shuffle = seed, shuffle
+        self.last: int | None = None
+        self._orders: dict[int, np.ndarray] = {}
+        self._first_view = _permutation(seed, -1, self.images) % self.views if shuffle else None
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Image number and view at a position of the sequence."""
+        epoch, offset = divmod(position, self.images)
+        if self._first_view is None:
+            return offset, 0
+        if epoch not in self._orders:
+            self._orders = {epoch: _permutation(self.seed, epoch, self.images)} | {
+                known: order for known, order in self._orders.items() if known == epoch - 1
+            }
+        image = int(self._orders[epoch][offset])
+        return image, (int(self._first_view[image]) + epoch) % self.views
+
+    def __getitem__(self, position: int) -> dict:
+        image, view = self.place(position)
+        try:
+            sample = dict(self.dataset[image * self.views + view])
+        except (ValueError, RuntimeError, OSError) as error:
+            # The text of a damaged shard's error is the decompressor's or "Checksum failure: FILE".
+            raise UserError(f"{self.dataset.streams[0].remote}: a shard cannot be read ({error})") from error
+        if sample["view"] != view:
+            raise UserError(
+                f"{self.dataset.streams[0].remote}: sample {image * self.views + view} is view "
+                f"{sample['view']}, expected {view}: the views of an image must follow each other"
+            )
+        sample["sample"] = image * self.views + view
+        sample["real"] = self.last is None or position < self.last
+        return sample
+
+
+def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
+    """The order of the images in an epoch (epoch -1: what the first views are drawn from)."""
+    return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), epoch + 1])).permutation(images)
+
+
+def _collate(samples: list[dict]) -> TokenBatch:
+    """Decoded arrays are read-only uint16 views of the shard: stacking copies, int64 is what embeddings read."""
+
+    def codes(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([sample[name] for sample in samples]).astype(np.int64))
+
+    return TokenBatch(
+        discriminative=codes("discriminative"),
+        vq=codes("vq") if "vq" in samples[0] else None,
+        labels=torch.tensor([sample["label"] for sample in samples]),
+        real=torch.tensor([sample["real"] for sample in samples]),
+        samples=torch.tensor([sample["sample"] for sample in samples]),
+        image_ids=[sample["image_id"] for sample in samples],
+    )
+
+
+def _manifest(shards: str, cache: str) -> ShardManifest:
+    """The manifest; of a remote directory one process of each node fetches it."""
+    if "://" in shards:
+        if launch.local_rank() == 0:
+            read_manifest(shards, cache)
+        launch.barrier()
+    return read_manifest(shards, cache)
+
+
+def _open(shards: str, cache: str) -> StreamingDataset:
+    """The dataset, with each shard's hash checked when it enters the cache.
+
+    A local directory is read through the cache too: shards are compressed, and the directory may be read-only.
+    """
+    local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), launch.world_size()
+    if world % local or (world > 1 and "LOCAL_WORLD_SIZE" not in os.environ):
+        raise UserError(f"LOCAL_WORLD_SIZE is {local}, expected the processes of a node out of {world}")
+    remote = shards if "://" in shards else str(Path(shards).absolute())
+    try:
+        return StreamingDataset(remote=remote, local=cache, shuffle=False, validate_hash=HASH, batch_size=1)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{shards}: cannot be opened as token shards ({' '.join(str(error).split())})") from error
+
+
+def clean_shared_memory() -> None:
+    """Remove what a crashed run left in shared memory; once, on all processes, before the first dataset."""
+    clean_stale_shared_memory()

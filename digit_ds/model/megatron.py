@@ -1,0 +1,226 @@
+"""The training model: Megatron-core's tensor-parallel layers around PyTorch's attention.
+
+State-dict names are the schema's (``weights.SCHEMA``); a rank holds the slices that ``weights.shard`` cuts. Activations
+are [B, T, D]; between the column- and the row-parallel matrices each rank has its share of the heads or of the
+feed-forward width, elsewhere all ranks of a tensor-parallel group hold the same values.
+
+Dropout falls on replicated activations only (embeddings and both residual branches, as published), so it is drawn from
+the default generator, which Megatron's scheme keeps equal over a tensor-parallel group; :func:`seed_dropout` sets it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.vocabulary_loss import vocabulary_parallel_loss
+from digit_ds.model.weights import POSITION_OFFSET, check_tensor_size, padded_rows
+
+NORM_EPSILON = 1e-5
+
+try:
+    from apex.normalization import FusedLayerNorm as LayerNorm
+
+    NORM_KERNEL = "apex FusedLayerNorm"
+except ImportError:
+    from torch.nn import LayerNorm
+
+    NORM_KERNEL = "torch LayerNorm"
+
+
+class _Column(ColumnParallelLinear):
+    """Output features cut over ranks. Alone there is nothing to communicate: one plain matrix product, which compiles."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp_group.size() == 1:
+            return F.linear(x, self.weight, self.bias)
+        return super().forward(x)[0]
+
+
+class _Row(RowParallelLinear):
+    """Input features cut over ranks; the partial sums are reduced before the bias is added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp_group.size() == 1:
+            return F.linear(x, self.weight, self.bias)
+        # Megatron-core 0.16.1 drops the reduction of a tensor that is not contiguous; a product of a contiguous one is.
+        return super().forward(x.contiguous())[0]
+
+
+class _Attention(nn.Module):
+    """Self-attention over this rank's heads."""
+
+    def __init__(self, spec: TransformerSpec, config: ModelParallelConfig) -> None:
+        super().__init__()
+        self.head_width = spec.width // spec.heads
+        self.causal = spec.causal
+        options = {"config": config, "init_method": nn.init.zeros_, "bias": True, "skip_bias_add": False}
+        self.qkv = _Column(spec.width, 3 * spec.width, gather_output=False, **options)
+        self.out = _Row(spec.width, spec.width, input_is_parallel=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        # Rows of the fused matrix are grouped by head: for each head its q, k and v.
+        qkv = self.qkv(x).view(batch, length, -1, 3, self.head_width).transpose(1, 2)  # [B, heads, T, 3, D / H]
+        query, key, value = qkv.unbind(3)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)  # [B, heads, T, D / H]
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class _FeedForward(nn.Module):
+    """Two matrices with an exact (erf) GELU between them."""
+
+    def __init__(self, spec: TransformerSpec, config: ModelParallelConfig) -> None:
+        super().__init__()
+        options = {"config": config, "init_method": nn.init.zeros_, "bias": True, "skip_bias_add": False}
+        self.up = _Column(spec.width, spec.ffn_width, gather_output=False, **options)
+        self.down = _Row(spec.ffn_width, spec.width, input_is_parallel=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class _Layer(nn.Module):
+    """Attention and feed-forward, each a residual branch with its LayerNorm before (pre) or after the sum (post)."""
+
+    def __init__(self, spec: TransformerSpec, config: ModelParallelConfig, dropout: float) -> None:
+        super().__init__()
+        self.attention = _Attention(spec, config)
+        self.attention_norm = LayerNorm(spec.width, eps=NORM_EPSILON)
+        self.ffn = _FeedForward(spec, config)
+        self.ffn_norm = LayerNorm(spec.width, eps=NORM_EPSILON)
+        self.pre_norm = spec.norm_position == "pre"
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pre_norm:
+            x = x + self._drop(self.attention(self.attention_norm(x)))
+            return x + self._drop(self.ffn(self.ffn_norm(x)))
+        x = self.attention_norm(x + self._drop(self.attention(x)))
+        return self.ffn_norm(x + self._drop(self.ffn(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class MegatronTransformer(nn.Module):
+    """The transformer of ``spec``, cut over Megatron's tensor-parallel group (which must exist).
+
+    Weights are uninitialised until a state dict of :func:`digit_ds.model.weights.shard` is loaded.
+
+    Args:
+        dropout: on the embeddings and both residual branches.
+        recompute: keep only each layer's input and compute the rest again in the backward pass.
+        smoothing: label smoothing of :meth:`forward` with a target.
+    """
+
+    def __init__(
+        self, spec: TransformerSpec, dropout: float = 0.0, recompute: bool = False, smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dropout = dropout
+        self.recompute = recompute
+        self.smoothing = smoothing
+        tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        check_tensor_size(spec, tensor_size)
+        # Megatron must neither draw weights (they come from a state dict) nor reach for a GPU that may not exist.
+        config = ModelParallelConfig(
+            tensor_model_parallel_size=tensor_size, use_cpu_initialization=True, perform_initialization=False
+        )
+        vocabulary = spec.vocabulary
+        self.embedding = VocabParallelEmbedding(
+            padded_rows(vocabulary.embedding_rows), spec.width, init_method=nn.init.zeros_, config=config
+        )
+        rows = spec.max_positions + POSITION_OFFSET
+        self.positions = nn.Embedding(rows, spec.width)
+        self.prefix_positions = nn.Embedding(rows, spec.width) if vocabulary.has_prefix else None
+        self.layers = nn.ModuleList(_Layer(spec, config, dropout) for _ in range(spec.layers))
+        self.norm = LayerNorm(spec.width, eps=NORM_EPSILON) if spec.norm_position == "pre" else None
+        self.output = _Column(
+            spec.width,
+            padded_rows(vocabulary.output_size),
+            gather_output=False,
+            bias=False,
+            config=config,
+            init_method=nn.init.zeros_,
+        )
+        self._mark_tensor_parallel()
+
+    def _mark_tensor_parallel(self) -> None:
+        """Say which parameters are slices: without the mark DeepSpeed leaves all but one rank's out of the norm."""
+        for module in self.modules():
+            if isinstance(module, _Column | VocabParallelEmbedding):
+                sliced = list(module.parameters(recurse=False))
+            elif isinstance(module, _Row):
+                sliced = [module.weight]
+            else:
+                continue
+            for parameter in sliced:
+                parameter.tensor_model_parallel = True
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Parameters under the schema's names (Megatron's layers add empty ``_extra_state`` entries of their own)."""
+        state = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if name.endswith("_extra_state")]:
+            del state[name]
+        return state
+
+    def forward(
+        self, tokens: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """This rank's logits, or the loss of a batch.
+
+        Args:
+            tokens: int64 [B, T].
+            target: int64 [B, T'] for the last T' positions.
+            mask: [B, T'], weights of the positions (bool or float); None: all count.
+
+        Returns:
+            Without ``target`` this rank's share of the padded logits [B, T, V / tensor size]; with it the
+            label-smoothed loss and the plain negative log-likelihood, both means in nats over the true vocabulary.
+        """
+        x = self._embed(tokens)
+        for layer in self.layers:
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if target is None:
+            return self.output(x)
+        logits = self.output(x[:, -target.shape[1] :].contiguous())  # [B, T', V / tensor size]
+        size = self.spec.vocabulary.output_size
+        return vocabulary_parallel_loss(logits, target, size, self.smoothing, mask)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Scaled token embedding + position -> [B, T, D]; prefix and image count their positions separately."""
+        prefix = self.spec.prefix_length
+        place = torch.arange(POSITION_OFFSET, tokens.shape[1] + POSITION_OFFSET, device=tokens.device)
+        positions = self.positions(place[: tokens.shape[1] - prefix])
+        if self.prefix_positions is not None:
+            positions = torch.cat([self.prefix_positions(place[:prefix]), positions])  # [T, D]
+        x = math.sqrt(self.spec.width) * self.embedding(tokens) + positions
+        return F.dropout(x, self.dropout, self.training)
+
+    def compile_layers(self) -> None:
+        """Compile each layer; all layers have one shape, so the first compilation serves the others."""
+        for layer in self.layers:
+            layer.compile()
+
+
+def seed_dropout(seed: int, step: int, chunk: int) -> None:
+    """Set the default generators for one micro-batch.
+
+    The seed says which micro-batch of the global batch it is, not which rank computes it: tensor-parallel ranks draw
+    equal masks (they hold equal activations), data-parallel ones different masks, and a resumed run, at whatever
+    layout, draws what the uninterrupted one would have drawn.
+    """
+    torch.manual_seed(hash((seed, step, chunk)) & (2**63 - 1))

@@ -1,0 +1,116 @@
+"""Which processes share what: Megatron's groups, the ``mpu`` that DeepSpeed is given, the mailbox of small numbers.
+
+Tensor-parallel ranks are consecutive (Megatron's order), so that a tensor-parallel group lies inside a node and its
+ranks read the same samples.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from digit_ds.errors import UserError
+from digit_ds.parallel import launch
+
+
+class Mpu:
+    """Megatron's parallel state with the names that DeepSpeed asks for.
+
+    Without an ``mpu`` DeepSpeed broadcasts rank 0's weights over all tensor-parallel ranks, silently; the plain
+    ``parallel_state`` lacks the ``model_parallel`` names, which mean the tensor-parallel group here.
+    """
+
+    _TENSOR = "tensor_model_parallel"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("get_model_parallel_"):
+            name = f"get_{self._TENSOR}_{name.removeprefix('get_model_parallel_')}"
+        return getattr(parallel_state, name)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of this process's data-parallel group."""
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place in the grid of processes."""
+
+    tensor_size: int
+    tensor_rank: int
+    data_size: int
+    data_rank: int
+    mailbox: dist.ProcessGroup
+    """A gloo group of all processes: small numbers travel between hosts without touching a device's queue."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of the job."""
+        return self.tensor_size * self.data_size
+
+    def sum(self, values: list[int]) -> list[int]:
+        """Whole numbers, summed over all processes."""
+        if self.world_size == 1:
+            return values
+        box = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(box, group=self.mailbox)
+        return box.tolist()
+
+
+def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
+    """Join the process group (also alone: DeepSpeed and Megatron need one) and build the groups of this layout.
+
+    A collective that does not finish within ``timeout_seconds`` ends the process instead of hanging for ever.
+    """
+    world = launch.world_size()
+    if world % tensor_size:
+        raise UserError(f"parallel.tensor is {tensor_size}, which does not divide the {world} processes of this job")
+    # The deepspeed launcher sets LOCAL_SIZE only; StreamingDataset reads LOCAL_WORLD_SIZE and assumes 1 without it.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _local_size(world))
+    if world % local:
+        raise UserError(f"LOCAL_WORLD_SIZE is {local}, which does not divide the {world} processes of this job")
+    os.environ.update(
+        RANK=str(launch.rank()),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(launch.local_rank()),
+        LOCAL_WORLD_SIZE=str(local),
+    )
+    timeout = timedelta(seconds=timeout_seconds)
+    if not dist.is_initialized():
+        launch.initialize(timeout)
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_size,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        )
+    mailbox = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    return Topology(
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        mailbox=mailbox,
+    )
+
+
+def _local_size(world: int) -> int:
+    """Processes of this node where no launcher says so (Slurm's form is ``4(x2)``)."""
+    tasks = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    digits = tasks.partition("(")[0].partition(",")[0]
+    return int(digits) if digits.isdigit() and world > 1 else world
+
+
+def finish() -> None:
+    """Leave all groups; a process group left open warns at exit."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

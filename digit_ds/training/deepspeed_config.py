@@ -1,0 +1,125 @@
+"""The DeepSpeed JSON that a recipe names: passed on unchanged but for what the recipe owns, which must not disagree."""
+
+from pathlib import Path
+from typing import Any
+
+from digit_ds.config import Recipe
+from digit_ds.errors import UserError
+from digit_ds.files import read_json
+
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+"""The DeepSpeed configurations that come with the project."""
+_OPTIMIZER_KEYS = (
+    "optimizer",
+    "scheduler",
+    "amp",
+    "fp16",
+    "torch_autocast",
+    "tensor_parallel",
+    "sequence_parallel_size",
+)
+
+
+def read_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
+    """The configuration for ``deepspeed.initialize`` with ``data_size`` data-parallel ranks.
+
+    Raises:
+        UserError: the file is missing, contradicts the recipe, or asks for a combination that is not correct.
+    """
+    path = _find(recipe.deepspeed)
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {type(config).__name__}, expected a mapping of DeepSpeed options")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    for key in _OPTIMIZER_KEYS:
+        if key in config:
+            raise UserError(f"{path}: holds {key!r}, which the recipe decides; remove it")
+    _check_combinations(recipe, path, config, zero, stage)
+    for key, value in _owned(recipe, data_size, stage, path).items():
+        config[key] = _agreed(path, key, config.get(key), value)
+    return config
+
+
+def _find(name: str) -> Path:
+    """The file: as given (relative to the recipe's folder or the working directory), else among the shipped ones."""
+    for candidate in (Path(name), SHIPPED / name):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"deepspeed is {name!r}, which is neither a file nor one of {SHIPPED}")
+
+
+def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, Any]:
+    """What the recipe decides, in DeepSpeed's words."""
+    training = recipe.training
+    per_pass = training.micro_batch * data_size
+    if training.global_batch % per_pass:
+        raise UserError(
+            f"training.global_batch {training.global_batch} is not a multiple of training.micro_batch "
+            f"{training.micro_batch} x {data_size} data-parallel ranks"
+        )
+    owned: dict[str, Any] = {
+        "train_batch_size": training.global_batch,
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": training.global_batch // per_pass,
+        # The optimizer clips by recipe.optimizer.gradient_clipping inside its fused kernel.
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,  # GuardedAdamW is torch's AdamW, which ZeRO supports
+        "steps_per_print": 10**9,
+    }
+    if training.precision == "bf16":
+        # The optimizer skips what is not finite; DeepSpeed's own check would make the host wait once a step.
+        owned["bf16"] = {"enabled": True, "check_grad_overflow": False, "immediate_grad_update": stage == 1}
+    if stage:
+        # Left out, both default to bf16.
+        owned["data_types"] = {"grad_accum_dtype": "fp32"}
+        owned["communication_data_type"] = "fp32"
+    return owned
+
+
+def _agreed(path: Path, key: str, found: Any, wanted: Any) -> Any:
+    """The recipe's value of ``key``, where the file says the same or nothing."""
+    if isinstance(wanted, dict):
+        found = {} if found is None else found
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: {key} is {found!r}, expected a mapping")
+        return found | {name: _agreed(path, f"{key}.{name}", found.get(name), value) for name, value in wanted.items()}
+    if key == "gradient_clipping":
+        if found is not None:
+            raise UserError(f"{path}: holds 'gradient_clipping', which optimizer.gradient_clipping decides; remove it")
+    elif found is not None and found != wanted and found != "auto":
+        raise UserError(f"{path}: {key} is {found!r}, but the recipe makes it {wanted!r}; remove it from this file")
+    return wanted
+
+
+def _check_combinations(recipe: Recipe, path: Path, config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:
+    """Refuse what DeepSpeed 0.19 accepts and then computes wrongly, or fails at after minutes."""
+    training = recipe.training
+    if stage == 0 and training.precision == "bf16":
+        raise UserError(
+            f"{path}: ZeRO stage 0 cannot accumulate bf16 gradients in fp32, as training.precision bf16 asks; use stage 1"
+        )
+    overlap = zero.get("overlap_comm")
+    if training.compile and overlap:
+        raise UserError(f"{path}: overlap_comm and training.compile together give wrong gradients; turn one off")
+    if overlap is None and stage == 3:
+        zero["overlap_comm"] = False  # on by default in stage 3 alone, with repeated reports of NaN
+    if training.compile and stage == 3:
+        raise UserError(
+            f"{path}: ZeRO stage 3 gathers weights inside a layer, which training.compile cannot; use stage 2"
+        )
+    if training.compile and recipe.parallel.tensor > 1:
+        raise UserError("training.compile is proven with parallel.tensor 1 only; turn one of the two off")
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device", "none") not in ("none", "cpu"):
+        raise UserError(f"{path}: offload_optimizer.device is {offload['device']!r}, expected 'cpu' or 'none'")
+    if offload.get("device") == "cpu":
+        if stage == 1:
+            raise UserError(f"{path}: offload_optimizer needs ZeRO stage 2 or 3, found stage 1")
+        # The fused CPU AdamW of PyTorch stands in for DeepSpeed's, which is compiled at first use.
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
+        if zero.get(key) not in (None, False, 1):
+            raise UserError(f"{path}: zero_optimization.{key} is on, which is not exact; remove it")

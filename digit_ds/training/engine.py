@@ -1,0 +1,236 @@
+"""The DeepSpeed engine around the Megatron model: what is built, and the few things asked of it."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is first imported
+
+import deepspeed
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from digit_ds.config import Recipe
+from digit_ds.errors import UserError
+from digit_ds.model import weights
+from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer
+from digit_ds.model.spec import TransformerSpec
+from digit_ds.parallel.topology import Mpu, Topology
+from digit_ds.training.deepspeed_config import read_deepspeed_config
+from digit_ds.training.optimizer import GuardedAdamW
+
+# On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, for minutes; gloo needs no compiler.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of one parameter's float32 master weights or of an optimizer state of the same shape."""
+
+    name: str
+    """Parameter name in the schema."""
+    start: int
+    """First element of the part within the flattened tensor-parallel slice."""
+    tensors: dict[str, Tensor]
+    """``weight``, ``exp_avg``, ``exp_avg_sq`` and, with a moving average, ``average``: flat views of the live state."""
+
+
+class Engine:
+    """A model in training on this process: forward, backward, update, and access to its state."""
+
+    def __init__(self, recipe: Recipe, spec: TransformerSpec, topology: Topology, device: torch.device) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        config = read_deepspeed_config(recipe, topology.data_size)
+        self.topology = topology
+        self.device = device
+        self.stage: int = config.get("zero_optimization", {}).get("stage", 0)
+        model = MegatronTransformer(
+            spec, recipe.model.dropout, recipe.training.recompute, recipe.training.label_smoothing
+        )
+        whole = weights.initial_state(spec, recipe.training.seed)
+        model.load_state_dict(weights.shard(whole, spec, topology.tensor_size, topology.tensor_rank), strict=False)
+        before = fingerprint(model) if topology.world_size > 1 else None
+        if recipe.training.compile:
+            model.compile_layers()
+        settings = recipe.optimizer
+        self.optimizer = GuardedAdamW(
+            model.parameters(),
+            learning_rate=0.0,
+            betas=settings.betas,
+            epsilon=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            clipping=settings.gradient_clipping,
+            average_decay=recipe.training.ema_decay,
+        )
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=config,
+            mpu=Mpu(),
+            dist_init_required=False,
+        )
+        self.model: MegatronTransformer = model
+        self._zero: Any = self._deepspeed.optimizer
+        self.optimizer.global_norm = self._stage_zero_norm if self.stage == 0 else lambda: self._zero._global_grad_norm
+        if (
+            before is not None
+            and self.stage < 3
+            and recipe.training.precision == "fp32"
+            and fingerprint(model) != before
+        ):
+            raise RuntimeError("deepspeed.initialize changed this rank's weights")
+        self.kernels = _kernels(recipe, device)
+
+    def train(self) -> None:
+        """Dropout on."""
+        self.model.train()
+
+    def evaluate(self) -> None:
+        """Dropout off."""
+        self.model.eval()
+
+    def loss(self, tokens: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss and nll of a micro-batch, see ``MegatronTransformer.forward``."""
+        return self._deepspeed(tokens, target, mask)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch; the last one of a step reduces over data-parallel ranks."""
+        self._deepspeed.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """Call after each backward; the last one of a step updates the weights."""
+        if self._deepspeed.is_gradient_accumulation_boundary():
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+        self._deepspeed.step()
+
+    @property
+    def gradient_norm(self) -> Tensor | float:
+        """Norm of the whole model's gradient before clipping in the last step; negative or not finite: skipped."""
+        return self.optimizer.last_norm if self.stage == 0 else self._zero._global_grad_norm
+
+    def _stage_zero_norm(self) -> Tensor:
+        """Without ZeRO: each slice counted once, replicated parameters once over the tensor-parallel group."""
+        sliced, whole = [], []
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                kind = sliced if getattr(parameter, "tensor_model_parallel", False) else whole
+                kind.append(parameter.grad)
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for gradients, counted in ((sliced, True), (whole, self.topology.tensor_rank == 0)):
+            if gradients and counted:
+                square += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
+        return square.sqrt().float()
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Every piece of state that this rank owns, as views: together the ranks' pieces are the whole state once.
+
+        With ZeRO a data-parallel rank owns a part of each tensor-parallel slice; without, data rank 0 owns it all.
+        """
+        self._create_state()
+        names = ["weight", *self.optimizer.state_names]
+        for name, parameter in self.model.named_parameters():
+            start, view = self._view(parameter)
+            if view is not None:
+                yield Fragment(name, start, {kind: view(kind) for kind in names})
+
+    def _view(self, parameter: Tensor) -> tuple[int, Callable[[str], Tensor] | None]:
+        """First element and accessor of this rank's part of a parameter's state; None where it owns nothing."""
+        if self.stage == 0:
+            if self.topology.data_rank:
+                return 0, None
+            return 0, lambda kind: self._whole(parameter, kind).view(-1)
+        if self.stage == 3:
+            rank, size = dist.get_rank(parameter.ds_process_group), parameter.partition_numel()
+            length = min(size, parameter.ds_numel - rank * size)  # the last part is padded
+            if length <= 0:
+                return 0, None
+            # DeepSpeed's public accessor of this partition copies it to the device under offload.
+            part = self._zero._get_fp32_opt_state_partition
+            return rank * size, lambda kind: part(parameter, False, None if kind == "weight" else kind)[0][:length]
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, None
+        start = mapping.lp_fragment_address.start
+        return start, lambda kind: mapping.get_hp_fragment(None if kind == "weight" else kind)
+
+    def _whole(self, parameter: Tensor, kind: str) -> Tensor:
+        """State of a parameter without ZeRO."""
+        return parameter.data if kind == "weight" else self.optimizer.state[parameter][kind]
+
+    def _create_state(self) -> None:
+        """Optimizer states exist from the first step on; a checkpoint may be wanted before it."""
+        if self.stage == 3:
+            self.optimizer.create_state(self._zero.fp32_partitioned_groups_flat)
+        else:
+            self.optimizer.create_state()
+        if self.stage in (1, 2):
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def restore(self, slices: Callable[[str], dict[str, Tensor]], adam_steps: int) -> None:
+        """Fill this rank's state; ``slices(kind)`` gives its tensor-parallel slice of every parameter."""
+        for kind in ("weight", *self.optimizer.state_names):
+            values = slices(kind)
+            for fragment in self.fragments():
+                tensor = fragment.tensors[kind]
+                tensor.copy_(values[fragment.name].reshape(-1)[fragment.start : fragment.start + tensor.numel()])
+        for state in self.optimizer.state.values():
+            state["step"].fill_(adam_steps)
+        self._refresh_model()
+
+    def _refresh_model(self) -> None:
+        """Bring what every rank's forward pass reads up to the restored master weights."""
+        if self.stage == 0:
+            group = parallel_state.get_data_parallel_group()
+            owner = dist.get_process_group_ranks(group)[0]
+            for parameter in self.model.parameters():
+                for kind in ("weight", *self.optimizer.state_names):
+                    dist.broadcast(self._whole(parameter, kind), owner, group=group)
+        elif self.stage == 3:
+            zero = self._zero
+            zero.checkpoint_event_prologue()
+            for model, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat):
+                model.data.copy_(master.data)
+            zero.checkpoint_event_epilogue()
+        else:
+            self._zero.update_lp_params()
+
+    @property
+    def adam_steps(self) -> int:
+        """Updates that were applied (skipped ones not counted)."""
+        states = list(self.optimizer.state.values())
+        return int(states[0]["step"]) if states else 0
+
+
+def fingerprint(model: torch.nn.Module) -> list[float]:
+    """Two sums of every parameter: changes when any value does."""
+    sums = []
+    for parameter in model.parameters():
+        flat = parameter.detach().double().reshape(-1)
+        sums += [float(flat.sum()), float(flat.square().sum())]
+    return sums
+
+
+def _kernels(recipe: Recipe, device: torch.device) -> str:
+    """Which implementations this run uses, for the log."""
+    attention = "SDPA (flash or cuDNN)" if device.type == "cuda" else "SDPA"
+    compiled = "layers and loss compiled" if recipe.training.compile else "layers not compiled"
+    return f"{attention}, {NORM_KERNEL}, fused AdamW, {compiled}"
+
+
+def check_start() -> None:
+    """Refuse to train on a broken reduction: sum a non-contiguous tensor over the tensor-parallel group."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    probe = torch.ones(4, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(probe, group=parallel_state.get_tensor_model_parallel_group())
+    if not torch.equal(probe, torch.full_like(probe, size)):
+        raise UserError(f"an all-reduce over {size} tensor-parallel ranks gives {probe.tolist()}, expected {size}")

@@ -1,0 +1,29 @@
+"""From a training checkpoint to the released model directory."""
+
+from pathlib import Path
+
+from digit_ds.errors import UserError
+from digit_ds.model.released import save_model
+from digit_ds.training.checkpoint import StoredState, is_complete, newest_checkpoint
+
+
+def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
+    """Write the released model of a run (its newest complete checkpoint) or of one checkpoint.
+
+    Weights are the float32 master weights, or with ``ema`` their moving average. Needs no process group and no GPU.
+
+    Raises:
+        UserError: there is no complete checkpoint, it is damaged, it holds no moving average, or ``out`` holds a model.
+    """
+    source = Path(source)
+    path = source if is_complete(source) else newest_checkpoint(source / "checkpoints")
+    if path is None:
+        raise UserError(f"{source}: holds no complete checkpoint, expected a run directory or one checkpoint in it")
+    stored = StoredState(path)
+    stored.verify()
+    if ema and "average" not in stored.kinds():
+        raise UserError(f"{path}: holds no moving average, since training.ema_decay was 0")
+    state = stored.full("average" if ema else "weight")
+    progress = stored.manifest["progress"]
+    provenance = {**stored.manifest["provenance"], "steps": progress["step"], "images": progress["images"]}
+    save_model(out, stored.spec, state, provenance)

@@ -1,0 +1,254 @@
+"""The training run: from a recipe to metrics, checkpoints and a trained model."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from digit_ds.config import Recipe
+from digit_ds.data.stream import Chunks, TokenBatch, TokenStream, clean_shared_memory, sample_hash
+from digit_ds.errors import UserError
+from digit_ds.model.megatron import seed_dropout
+from digit_ds.model.sequences import Sequence, training_sequence
+from digit_ds.model.weights import parameter_count
+from digit_ds.parallel import launch, topology
+from digit_ds.training import checkpoint, runs
+from digit_ds.training.engine import Engine, check_start
+from digit_ds.training.export import export
+from digit_ds.training.guard import Diverged, SkipGuard
+from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_gib, peak_tflops
+from digit_ds.training.preemption import STATUS, StopSignal
+from digit_ds.training.schedule import learning_rate
+
+SampleGrid = Callable[[Path], Tensor]
+"""Draws samples of a released model directory as one picture [3, H, W]."""
+
+
+def train(recipe: Recipe, sample_grid: SampleGrid | None = None) -> None:
+    """Train, from the newest complete checkpoint if the run directory has one.
+
+    Works alone and under torchrun, the deepspeed launcher and srun; every process calls it. ``sample_grid`` is called
+    on rank 0 after each checkpoint, and its picture goes to TensorBoard.
+
+    Raises:
+        UserError: the recipe, the shards or the run directory cannot be used, or the run diverged.
+        SystemExit: with status 75 after SIGTERM or SIGUSR1 on any rank; the step was finished and saved.
+    """
+    runs.check_run_directory(Path(recipe.run), recipe)
+    place = topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
+    try:
+        check_start()
+        _Run(recipe, place, sample_grid).run()
+    finally:
+        topology.finish()
+
+
+class _Run:
+    """The parts of one run on this process, and the loop over its steps."""
+
+    def __init__(self, recipe: Recipe, place: topology.Topology, sample_grid: SampleGrid | None) -> None:
+        self.recipe, self.place, self.sample_grid = recipe, place, sample_grid
+        self.folder, self.device = Path(recipe.run), launch.device()
+        clean_shared_memory()
+        data = recipe.data
+        self.stream = TokenStream(data.shards, data.cache, data.shuffle_seed, owner=f"{recipe.run}/train")
+        self.validation = (
+            TokenStream(data.validation, owner=f"{recipe.run}/validation", shuffle=False) if data.validation else None
+        )
+        self.spec = runs.model_spec(recipe, self.stream.manifest)
+        self.engine = Engine(recipe, self.spec, place, self.device)
+        settings = recipe.checkpoint
+        self.checkpoints = checkpoint.Checkpoints(
+            self.folder, settings.keep_last, settings.keep_every, place.world_size
+        )
+        newest = self.checkpoints.newest()
+        launch.barrier()  # all have looked before anything moves
+        self.progress = checkpoint.restore(self.engine, newest) if newest else checkpoint.Progress()
+        if launch.is_main():
+            runs.write_recipe(self.folder, recipe)
+            self.checkpoints.clear_partial()
+        launch.barrier()
+        self.chunks = Chunks(
+            recipe.training.global_batch, recipe.training.micro_batch, place.data_rank, place.data_size
+        )
+        self.guard = SkipGuard(self.progress, recipe.training.max_skipped)
+        self.seen = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
+        self.peak = peak_tflops(recipe.monitor.peak_tflops)
+
+    def run(self) -> None:
+        """All steps that are left."""
+        recipe, progress, steps = self.recipe, self.progress, self.recipe.training.steps
+        self.report = Reporter(self.folder, progress.step, steps, runs.recipe_text(recipe))
+        if progress.step >= steps:
+            self.report.say(f"{self.folder}: already at step {progress.step} of {steps}, nothing to do")
+            return
+        self.report.say(self._headline())
+        batches = self.stream.batches(self.chunks, progress.images, recipe.data.workers)
+        stop, clock = StopSignal(), Clock()
+        self.engine.train()
+        stopped = False
+        try:
+            while progress.step < steps and not stopped:
+                with self._profiled(progress.step + 1):
+                    loss, nll, samples = self._step(batches, clock)
+                stopped = self._exchange(stop, samples)
+                progress.seconds += clock.tick()
+                self._tell(self.guard.read(keep=1))
+                self.report.advance()
+                last = stopped or progress.step == steps
+                if last or progress.step % recipe.monitor.log_every == 0:
+                    self._log(loss, nll, clock)
+                if self.validation and (every := recipe.monitor.validate_every) and progress.step % every == 0:
+                    self._validate()
+                if last or progress.step % recipe.checkpoint.every == 0:
+                    self._save(wait=last)
+                clock.pause()
+        except Diverged as error:
+            self._tell(error.messages)
+            raise
+        finally:
+            stop.restore()
+            self.report.close()
+        if stopped:
+            print(f"stopped by signal at step {progress.step}", file=sys.stderr, flush=True)
+            raise SystemExit(STATUS)
+
+    def _step(self, batches: Iterator[TokenBatch], clock: Clock) -> tuple[Tensor, Tensor, int]:
+        """One optimizer step: mean loss and nll of this rank's micro-batches, hash of its samples."""
+        training, progress = self.recipe.training, self.progress
+        rate = learning_rate(self.recipe, progress.step)
+        losses, samples, image_ids = [], 0, []
+        for micro in range(self.chunks.per_step):
+            start = time.perf_counter()
+            batch = next(batches)
+            clock.waited(time.perf_counter() - start)
+            chunk = micro * self.place.data_size + self.place.data_rank
+            seed_dropout(training.seed, progress.step, chunk)
+            sequence = self._sequence(batch, training.class_dropout)
+            self.seen[sequence.target.flatten()] = 1
+            loss, nll = self.engine.loss(sequence.input, sequence.target, sequence.loss_mask)
+            self.engine.backward(loss)
+            self.engine.step(rate)
+            losses.append(torch.stack([loss.detach(), nll]))
+            samples += sample_hash(batch.samples)
+            image_ids += batch.image_ids
+        progress.step += 1
+        progress.images += training.global_batch
+        self.guard.note(progress.step, self.engine.gradient_norm, image_ids)
+        loss, nll = torch.stack(losses).mean(0)
+        return loss, nll, samples
+
+    def _sequence(self, batch: TokenBatch, class_dropout: float) -> Sequence:
+        """A batch on the device, as the model reads it. Masks come from the default generator, as dropout does."""
+        codes = batch.discriminative.to(self.device, non_blocking=True) if self.spec.kind != "vq" else None
+        vq = batch.vq.to(self.device, non_blocking=True) if self.spec.kind != "prior" and batch.vq is not None else None
+        labels = batch.labels.to(self.device, non_blocking=True) if self.spec.classes else None
+        return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout)
+
+    def _exchange(self, stop: StopSignal, samples: int) -> bool:
+        """Once a step, between hosts: has anyone been told to stop, who has written a checkpoint, which samples."""
+        own = samples if self.place.tensor_rank == 0 else 0
+        stopped, written, failed, samples = self.place.sum([int(bool(stop.received)), *self.checkpoints.news, own])
+        self._checkpoint_ready(self.checkpoints.hear(written, failed))
+        self.progress.samples_hash = (self.progress.samples_hash * 6364136223846793005 + samples) % 2**64
+        return stopped > 0
+
+    def _log(self, loss: Tensor, nll: Tensor, clock: Clock) -> None:
+        """One line of metrics; the one place of a step where the host waits for the device."""
+        recipe, progress = self.recipe, self.progress
+        group = parallel_state.get_data_parallel_group()
+        values = torch.stack([loss, nll]).float()
+        dist.all_reduce(values, group=group)
+        dist.all_reduce(self.seen, dist.ReduceOp.MAX, group=group)
+        used = int(self.seen.sum())
+        self.seen.zero_()
+        loss_value, nll_value = (values / self.place.data_size).tolist()
+        rates = clock.summary(recipe.training.global_batch, self.spec.sequence_length)
+        tflops = rates["images_per_second"] * flops_per_image(self.spec) / self.place.world_size / 1e12
+        self.report.log(
+            {
+                "step": progress.step,
+                "images": progress.images,
+                "epoch": progress.images / self.stream.manifest.images,
+                "loss": loss_value,
+                "nll": nll_value,
+                "grad_norm": float(self.engine.gradient_norm),
+                "lr": learning_rate(recipe, progress.step - 1),
+                **rates,
+                "tflops": tflops,
+                "mfu": tflops / self.peak if self.peak else None,
+                "memory_gib": memory_gib(self.device),
+                "token_usage": used / self.spec.vocabulary.output_size,
+                "skipped_updates": progress.skipped,
+                "training_seconds": progress.seconds,
+                "sample_ids_hash": f"{progress.samples_hash:016x}",
+            }
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Mean nll over all validation images."""
+        self.engine.evaluate()
+        seed_dropout(self.recipe.training.seed, 0, self.place.data_rank)  # NAR masks: the same at every validation
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in self.validation.epoch(self.chunks.micro_batch, self.place.data_rank, self.place.data_size):
+            sequence = self._sequence(batch, class_dropout=0.0)
+            mask = batch.real.to(self.device).unsqueeze(1).expand_as(sequence.target)
+            if sequence.loss_mask is not None:
+                mask = mask & sequence.loss_mask
+            _, nll = self.engine.loss(sequence.input, sequence.target, mask)
+            total += torch.stack([nll * mask.sum(), mask.sum()])
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        self.report.log({"step": self.progress.step, "validation_nll": float(total[0] / total[1])})
+        self.engine.train()
+
+    def _save(self, wait: bool) -> None:
+        """Begin a checkpoint of this step; ``wait``: until it is complete."""
+        self._tell(self.guard.read(keep=0))
+        self._checkpoint_ready(self.checkpoints.wait(self.place.sum))
+        provenance = {"provenance": self.stream.manifest.provenance}
+        self.checkpoints.start(self.engine, self.spec, self.progress, provenance)
+        if wait:
+            final = self.checkpoints.wait(self.place.sum)
+            if final is None:
+                raise UserError(f"{self.folder}: the checkpoint of step {self.progress.step} could not be written")
+            self._checkpoint_ready(final)
+
+    def _checkpoint_ready(self, path: Path | None) -> None:
+        """A grid of samples of a new checkpoint, where there is someone to draw it."""
+        if path is None or self.sample_grid is None or not launch.is_main():
+            return
+        model = self.folder / "samples" / path.name
+        export(path, model, ema=self.recipe.training.ema_decay > 0)
+        self.report.image("samples", self.sample_grid(model), self.progress.step)
+
+    def _tell(self, messages: list[str]) -> None:
+        """Messages about this rank's data, from every rank that has any."""
+        for message in messages:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    def _headline(self) -> str:
+        """What runs, in one line."""
+        place, manifest = self.place, self.stream.manifest
+        return (
+            f"{self.folder.name}: {self.spec.kind}, {parameter_count(self.spec):,} parameters, {manifest.images:,} images "
+            f"x {manifest.views} views; tensor {place.tensor_size} x data {place.data_size}, ZeRO {self.engine.stage}, "
+            f"{self.recipe.training.precision}; {self.engine.kernels}; from step {self.progress.step}"
+        )
+
+    def _profiled(self, step: int):
+        """A profiler around the steps that the recipe asks for."""
+        from contextlib import nullcontext
+
+        if step != self.recipe.monitor.profile_step or not launch.is_main():
+            return nullcontext()
+        folder = self.folder / "profile"
+        folder.mkdir(exist_ok=True)
+        return torch.profiler.profile(
+            on_trace_ready=lambda profile: profile.export_chrome_trace(str(folder / f"step_{step:08d}.json"))
+        )

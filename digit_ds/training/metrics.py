@@ -1,0 +1,156 @@
+"""What a run says about itself: ``metrics.jsonl``, TensorBoard, the progress line; FLOPs and MFU."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from digit_ds.files import write_atomically
+from digit_ds.model.spec import TransformerSpec
+from digit_ds.parallel import launch
+from digit_ds.parallel.progress import progress
+
+_PEAKS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "V100": 125.0}
+"""Dense bf16 (fp16 on V100) TFLOP/s by NVIDIA's data sheets, found by the device's name."""
+
+
+def peak_tflops(stated: float | None) -> float | None:
+    """Peak of one device: as the recipe states, else by its name; None: unknown."""
+    if stated is not None or not torch.cuda.is_available():
+        return stated
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+def flops_per_image(spec: TransformerSpec) -> float:
+    """Floating-point operations of one training image, forward and backward: 6 a weight and token, plus attention.
+
+    Matrix weights only (tables that are looked up do no arithmetic), output matrix on the positions that have a
+    target; attention counted whole (12 x D x T a token and layer), as is customary, though half of it is masked.
+    Recomputation is not counted: it is time, not work.
+    """
+    tokens = spec.sequence_length
+    per_layer = 4 * spec.width**2 + 2 * spec.width * spec.ffn_width
+    output = spec.vocabulary.output_size * spec.width
+    attention = 12.0 * spec.layers * spec.width * tokens
+    return tokens * (6.0 * spec.layers * per_layer + attention) + (1 + spec.tokens) * 6.0 * output
+
+
+class Reporter:
+    """Writes on rank 0; the other ranks hold one that does nothing."""
+
+    def __init__(self, run: Path, step: int, steps: int, recipe_text: str) -> None:
+        self.path = run / "metrics.jsonl"
+        self.active = launch.is_main()
+        self._bar = progress(total=steps, initial=step, description=run.name, unit="steps")
+        if self.active:
+            self._forget_after(step)
+            self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1)
+            self._board.add_text("recipe", f"```yaml\n{recipe_text}\n```", step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop lines of steps after the checkpoint that is resumed from: they come again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue  # cut off by a kill
+        text = "".join(kept)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update(1)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line of metrics (``step`` among them); numbers that are not finite become null."""
+        if not self.active:
+            return
+        clean = {key: _clean(value) for key, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(clean) + "\n")
+        for key, value in clean.items():
+            if isinstance(value, int | float) and key != "step":
+                self._board.add_scalar(key, value, values["step"])
+        if "loss" in clean:
+            self._bar.set_postfix_str(
+                f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"
+                + (f", MFU {values['mfu']:.1%}" if values.get("mfu") else ""),
+                refresh=False,
+            )
+
+    def image(self, name: str, pixels: torch.Tensor, step: int) -> None:
+        """A picture uint8 or float [3, H, W] for TensorBoard."""
+        if self.active:
+            self._board.add_image(name, pixels, step)
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        if self.active:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._bar.close()
+        if self.active:
+            self._board.close()
+
+
+def _clean(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Clock:
+    """Wall clock of the steps since the last logged one: step times and the share spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._steps: list[float] = []
+        self._waits = 0.0
+        self._last = time.perf_counter()
+
+    def pause(self) -> None:
+        """What happened since the last step (a validation, a checkpoint) is not step time."""
+        self._last = time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Time spent waiting for a batch."""
+        self._waits += seconds
+
+    def tick(self) -> float:
+        """A step is done; its seconds."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._steps.append(seconds)
+        return seconds
+
+    def summary(self, global_batch: int, tokens: int) -> dict[str, float]:
+        """Rates over the steps since the last call."""
+        steps, waits = np.array(self._steps), self._waits
+        self._steps, self._waits = [], 0.0
+        rate = global_batch * len(steps) / steps.sum()
+        return {
+            "images_per_second": float(rate),
+            "tokens_per_second": float(rate * tokens),
+            "step_seconds": float(steps.mean()),
+            "step_seconds_p50": float(np.percentile(steps, 50)),
+            "step_seconds_p95": float(np.percentile(steps, 95)),
+            "data_wait_seconds": waits / len(steps),
+        }
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: the device's allocator, or the resident set where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

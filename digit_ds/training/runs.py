@@ -1,0 +1,105 @@
+"""The run directory: whose results it holds, and what model a recipe and its shards make."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from digit_ds.config import Recipe
+from digit_ds.data.shards import ShardManifest
+from digit_ds.errors import UserError
+from digit_ds.files import write_atomically
+from digit_ds.model.spec import TransformerSpec
+
+_MAY_CHANGE = (
+    "run",
+    "deepspeed",
+    "data.shards",
+    "data.cache",
+    "data.validation",
+    "data.workers",
+    "training.steps",
+    "training.micro_batch",
+    "training.recompute",
+    "training.compile",
+    "training.max_skipped",
+    "training.timeout_seconds",
+    "parallel",
+    "checkpoint",
+    "monitor",
+)
+"""What may differ when a run is continued: where and how fast it runs, how long, what it writes. The rest is the run."""
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def check_run_directory(run: Path, recipe: Recipe) -> None:
+    """Refuse a directory that holds something else's or another recipe's results."""
+    stored = run / "recipe.yaml"
+    if not stored.exists():
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"{run}: exists and holds no recipe.yaml, expected a new directory or a run to continue")
+        return
+    try:
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{stored}: cannot be read ({' '.join(str(error).split())})") from error
+    old, new = _flat(before), _flat(recipe.model_dump(mode="json"))
+    if old.get("schedule.name") == "cosine" and old.get("training.steps") != new["training.steps"]:
+        raise UserError(
+            f"{run}: training.steps was {old['training.steps']}, and a cosine schedule cannot change its end"
+        )
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE):
+            raise UserError(
+                f"{run}: holds the results of another recipe ({key} is {old.get(key)} there and {new.get(key)} here), "
+                "choose another run directory"
+            )
+
+
+def write_recipe(run: Path, recipe: Recipe) -> None:
+    """Leave the recipe in its run directory."""
+    text = recipe_text(recipe)
+    write_atomically(run / "recipe.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> ``section.key``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def model_spec(recipe: Recipe, manifest: ShardManifest) -> TransformerSpec:
+    """The model of a recipe over the tokens of a shard set.
+
+    Raises:
+        UserError: the shards lack what this kind of model reads.
+    """
+    model, shards = recipe.model, recipe.data.shards
+    if model.kind != "prior" and not manifest.vq_codes:
+        raise UserError(f"{shards}: has no VQ tokens, which model.kind {model.kind} needs")
+    if model.class_conditional and not manifest.classes:
+        raise UserError(f"{shards}: has no classes, which model.class_conditional needs")
+    spec = TransformerSpec(
+        kind=model.kind,
+        layers=model.layers,
+        width=model.width,
+        heads=model.heads,
+        ffn_width=model.ffn_width or 4 * model.width,
+        norm_position=model.norm_position,
+        max_positions=model.max_positions,
+        discriminative_codes=manifest.discriminative_codes if model.kind != "vq" else 0,
+        vq_codes=manifest.vq_codes if model.kind != "prior" else 0,
+        classes=len(manifest.classes) if model.class_conditional else 0,
+        grid=(manifest.grid[0], manifest.grid[1]),
+    )
+    if spec.max_positions < spec.tokens + 1:
+        raise UserError(
+            f"model.max_positions is {spec.max_positions}, expected at least {spec.tokens + 1} for the shards' grid"
+        )
+    return spec
