@@ -66,27 +66,34 @@ def _from_launcher(environment: Mapping[str, str]) -> Place | None:
         return None
     if world is None:
         raise UserError(f"RANK is {rank} but WORLD_SIZE is not set, expected both or neither")
-    task = _number(environment, "SLURM_PROCID") or 0
+    if world < 1:
+        raise UserError(f"WORLD_SIZE is {world}, expected 1 or more")
     agents = _number(environment, "GROUP_WORLD_SIZE")  # set by torchrun: how many torchruns joined
-    if tasks > 1 and agents is not None and agents != tasks:
+    if tasks > 1 and agents is None:
+        return _named_inside_srun(environment, rank, world)
+    if agents not in (None, tasks) and tasks > 1:
         raise UserError(
             f"srun started {tasks} torchruns but {agents} joined this one's world of {world}, "
             "expected torchrun --nnodes with the same --rdzv-endpoint on every task"
         )
-    if tasks > 1 and agents is None and (world != tasks or rank not in (None, task)):
+    if rank is None:
+        if world > 1:
+            raise UserError(f"WORLD_SIZE is {world} but RANK is not set, expected both or neither")
+        rank = 0
+    local_world = _local_world(environment, world)
+    local_rank = _number(environment, "LOCAL_RANK")
+    return Place(rank, world, rank % local_world if local_rank is None else local_rank, local_world)
+
+
+def _named_inside_srun(environment: Mapping[str, str], rank: int | None, world: int) -> Place:
+    """A task of srun whose RANK or WORLD_SIZE somebody set too (``initialize`` does): both must say the same."""
+    task = _from_srun(environment)
+    if world != task.world_size or rank not in (None, task.rank):
         raise UserError(
-            f"RANK={rank} WORLD_SIZE={world} contradict srun, which made this task {task} of {tasks}: "
+            f"RANK={rank} WORLD_SIZE={world} contradict srun, which made this task {task.rank} of {task.world_size}: "
             "unset them, or start one task a node and the ranks by torchrun"
         )
-    if rank is None and tasks == 1 and world > 1:
-        raise UserError(f"WORLD_SIZE is {world} but RANK is not set, expected both or neither")
-    rank = task if rank is None else rank
-    local_world = _local_world(environment, world)
-    if tasks > 1 and agents is None:
-        local_rank = _number(environment, "SLURM_LOCALID") or 0
-    else:
-        local_rank = _number(environment, "LOCAL_RANK")
-    return Place(rank, world, rank % local_world if local_rank is None else local_rank, local_world)
+    return task
 
 
 def _local_world(environment: Mapping[str, str], world: int) -> int:
@@ -94,13 +101,11 @@ def _local_world(environment: Mapping[str, str], world: int) -> int:
     torchrun, deepspeed = _number(environment, "LOCAL_WORLD_SIZE"), _number(environment, "LOCAL_SIZE")
     if torchrun and deepspeed and torchrun != deepspeed:
         raise UserError(f"LOCAL_WORLD_SIZE is {torchrun} but LOCAL_SIZE is {deepspeed}, expected the same number")
-    return torchrun or deepspeed or _srun_local_world(environment) or world
+    return torchrun or deepspeed or world
 
 
-def _srun_local_world(environment: Mapping[str, str]) -> int | None:
-    """Tasks on each node of an srun step of several tasks: 4 from ``4(x2)``; ``4,3`` is refused."""
-    if (_number(environment, "SLURM_STEP_NUM_TASKS") or 1) == 1:
-        return None
+def _srun_local_world(environment: Mapping[str, str]) -> int:
+    """Tasks on each node of an srun step: 4 from ``4(x2)``; ``4,3`` is refused."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     if match := re.fullmatch(r"(\d+)(\(x\d+\))?", text):
         return int(match[1])
@@ -112,7 +117,7 @@ def _from_srun(environment: Mapping[str, str]) -> Place | None:
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS")
     if tasks is None:
         return None
-    on_node = _srun_local_world(environment) or 1
+    on_node = 1 if tasks == 1 else _srun_local_world(environment)
     given = _number(environment, "LOCAL_WORLD_SIZE")
     if given not in (None, on_node):
         raise UserError(f"LOCAL_WORLD_SIZE is {given} but srun placed {on_node} tasks on each node")
@@ -121,8 +126,6 @@ def _from_srun(environment: Mapping[str, str]) -> Place | None:
 
 def _check(found: Place) -> None:
     """Refuse numbers that no launcher can mean."""
-    if found.world_size < 1:
-        raise UserError(f"WORLD_SIZE is {found.world_size}, expected 1 or more")
     if not 0 <= found.rank < found.world_size:
         raise UserError(f"RANK is {found.rank}, expected 0 to WORLD_SIZE - 1 = {found.world_size - 1}")
     if found.local_world_size < 1 or found.world_size % found.local_world_size:
