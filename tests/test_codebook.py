@@ -117,6 +117,12 @@ def test_saved_codebooks_come_back_with_their_provenance(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["km.json", "km.npy"]
 
 
+def test_codebooks_are_npy_files(tmp_path):
+    with pytest.raises(UserError, match=r"km\.bin: is no name for a codebook, expected one that ends in \.npy"):
+        save_codebook(tmp_path / "km.bin", draw(6, 5), {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_published_files_have_no_provenance():
     assert digit_ds.load_codebook(CENTROIDS).provenance == {}
 

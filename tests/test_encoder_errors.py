@@ -113,6 +113,11 @@ def test_images_of_other_sizes(height, width):
             encoder.grid(height)
 
 
+def test_images_in_bytes():
+    with pytest.raises(UserError, match=r"images are torch\.uint8, expected floating point in \[0, 1\]"):
+        digit_ds.load_encoder(WEIGHTS, num_heads=2)(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+
+
 def test_small_encoders_take_their_own_size_only(tmp_path):
     encoder = digit_ds.load_encoder(save(tmp_path / "a.pth", small()), layer=1)
     assert encoder.image_sizes == (32,)

@@ -101,6 +101,8 @@ class Encoder(nn.Module):
         """Normalise, and shrink the sizes that are published as shrunk; float32, before the cast to the network's."""
         height, width = images.shape[-2:]
         self._check_size(height, width)
+        if not images.is_floating_point():
+            raise UserError(f"images are {images.dtype}, expected floating point in [0, 1]")
         images = (images.float() - self.mean) / self.std
         if self._network_sizes[height] != height:
             images = F.interpolate(images, scale_factor=_SHRINK, mode="bicubic")
@@ -110,7 +112,7 @@ class Encoder(nn.Module):
         """Features [B, G, E] of float images [B, 3, H, W] in [0, 1].
 
         Raises:
-            UserError: the images are not square or not of one of ``image_sizes``.
+            UserError: the images are not floating point, not square or not of one of ``image_sizes``.
         """
         images = self.preprocess(images)
         positions = getattr(self, f"positions_{images.shape[-1] // self.patch_size}")
