@@ -323,6 +323,9 @@ def test_wrong_files_are_one_sentence(tmp_path):
         with pytest.raises(UserError, match=sentence) as raised:
             from_official(tmp_path / name, tmp_path / "model")
         assert name in str(raised.value) and "\n" not in str(raised.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        from_official(golden, tmp_path / "file" / "model")
     np.save(tmp_path / "km.npy", np.zeros((7, 16), np.float32))
     from_official(GOLDEN / "stage1_uncond_prenorm" / "checkpoint_last.pt", tmp_path / "prior")
     with pytest.raises(UserError, match="holds 7 centroids, expected 96"):
@@ -356,9 +359,11 @@ def test_the_command(tool, tmp_path, capsys):
 
 
 def test_the_command_ends_with_one_sentence(tmp_path):
-    command = [sys.executable, str(TOOL), "from-official", str(tmp_path / "none.pt"), str(tmp_path / "model")]
+    (tmp_path / "code.pt").write_bytes(pickle.dumps({"cfg": Trap()}))
+    command = [sys.executable, str(TOOL), "from-official", str(tmp_path / "code.pt"), str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.pt: cannot be read" in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "code.pt: is not a PyTorch checkpoint" in done.stderr
 
 
 def test_an_unconditional_model_of_this_project_has_no_official_leftovers(tmp_path):
