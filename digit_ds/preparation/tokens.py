@@ -1,7 +1,7 @@
 """Token shards of an image folder: discriminative and VQ tokens of the same views, in one pass."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.parallel.launch import device, is_main
 from digit_ds.preparation.jobs import Job, default_workers
-from digit_ds.preparation.loading import Decoder, Loading
+from digit_ds.preparation.loading import Batch, Decoder, Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded, precision_dtype
+from digit_ds.preparation.writing import WriterProcess
 from digit_ds.tokenizer.codebook import Codebook, load_codebook
 from digit_ds.tokenizer.encoder import load_encoder
 from digit_ds.tokenizer.vqgan import load_vqgan
@@ -189,46 +190,59 @@ def tokenize_images(
         if is_main():
             print(f"{out}: already complete, nothing to do")
         return
-    columns = [name for name in COLUMNS if name != "vq" or tokenizer.vqgan is not None]
-    labels = {name: label for label, name in enumerate(job.classes)}
-
-    def write(block: int, encoded: list[Encoded]) -> None:
-        """Write a block under a passing name; its proper name makes it count."""
-        passing, final = job.out / f".{_block_name(block)}", job.out / _block_name(block)
-        write_block(passing, _samples(encoded, cut.views, labels), columns)
-        skipped = [entry for item in encoded for entry in item.batch.skipped]
-        write_json(passing / "report.json", {"skipped": skipped})
-        shutil.rmtree(final, ignore_errors=True)
-        passing.rename(final)
-
     missing = job.my_blocks(lambda block: (job.out / _block_name(block)).is_dir())
-    Conveyor(loading, device(), lambda pixels, _extra: tokenizer.encode(pixels), write).run(job, missing, "tokens")
+    with BlockWriter(job, tokenizer, cut) as write:
+        Conveyor(loading, device(), lambda pixels, _extra: tokenizer.encode(pixels), write).run(job, missing, "tokens")
     job.barrier()
     job.on_main(lambda: _merge(job, tokenizer, cut, max_skipped))
     job.barrier()
 
 
+class BlockWriter:
+    """Writes blocks of a job's samples, in a process of its own (MDS is many small steps of Python). Use ``with``."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, crops: Crops) -> None:
+        self.out, self.views = job.out, crops.views
+        self.columns = [name for name in COLUMNS if name != "vq" or tokenizer.vqgan is not None]
+        self.labels = {name: label for label, name in enumerate(job.classes)}
+        self._process = WriterProcess(self._write)
+
+    def __enter__(self) -> Callable[[int, list[Encoded]], None]:
+        self._process.__enter__()
+        return lambda block, encoded: self._process(block, [(item.batch, item.arrays()) for item in encoded])
+
+    def __exit__(self, *failure: Any) -> None:
+        self._process.__exit__(*failure)
+
+    def _write(self, block: int, encoded: list[tuple[Batch, list[np.ndarray]]]) -> None:
+        """Write a block under a passing name; its proper name makes it count."""
+        passing, final = self.out / f".{_block_name(block)}", self.out / _block_name(block)
+        write_block(passing, self._samples(encoded), self.columns)
+        write_json(passing / "report.json", {"skipped": [entry for batch, _ in encoded for entry in batch.skipped]})
+        shutil.rmtree(final, ignore_errors=True)
+        passing.rename(final)
+
+    def _samples(self, encoded: list[tuple[Batch, list[np.ndarray]]]) -> Iterator[dict[str, Any]]:
+        """Samples of one block: image by image, view by view."""
+        for batch, outputs in encoded:
+            tokens = [codes.astype(np.uint16) for codes in outputs]  # each [B, G]
+            for position, (name, number) in enumerate(zip(batch.names, batch.numbers)):
+                for view in range(self.views):
+                    row = position * self.views + view
+                    sample = {
+                        "discriminative": tokens[0][row],
+                        "label": self.labels.get(class_name(name), -1),
+                        "image_id": name,
+                        "index": number,
+                        "view": view,
+                    }
+                    if len(tokens) > 1:
+                        sample["vq"] = tokens[1][row]
+                    yield sample
+
+
 def _block_name(block: int) -> str:
     return f"block-{block:05d}"
-
-
-def _samples(encoded: list[Encoded], views: int, labels: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Samples of one block: image by image, view by view."""
-    for item in encoded:
-        tokens = [codes.astype(np.uint16) for codes in item.arrays()]  # each [B, G]
-        for position, (name, number) in enumerate(zip(item.batch.names, item.batch.numbers)):
-            for view in range(views):
-                row = position * views + view
-                sample = {
-                    "discriminative": tokens[0][row],
-                    "label": labels.get(class_name(name), -1),
-                    "image_id": name,
-                    "index": number,
-                    "view": view,
-                }
-                if len(tokens) > 1:
-                    sample["vq"] = tokens[1][row]
-                yield sample
 
 
 def _merge(job: Job, tokenizer: Tokenizer, crops: Crops, max_skipped: float) -> None:
