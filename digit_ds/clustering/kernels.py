@@ -236,9 +236,10 @@ def segment_sum_kernel(points, order, codes, sums, n, width, scale, LENGTH: tl.c
         code = tl.load(codes + place).to(tl.int64)
         row = tl.load(order + place).to(tl.int64)
         units = (tl.load(points + row * width + columns, mask=inside, other=0.0) * scale).to(tl.int64)
-        changed = code != current
-        tl.atomic_add(sums + current * width + columns, total, mask=inside & changed)
-        total = tl.where(changed, units, total + units)
+        if code != current:
+            tl.atomic_add(sums + current * width + columns, total, mask=inside)
+            total = tl.zeros((COLUMNS,), tl.int64)
+        total += units
         current = code
     tl.atomic_add(sums + current * width + columns, total, mask=inside)
 
