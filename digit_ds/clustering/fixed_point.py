@@ -6,6 +6,7 @@ just fits 62 bits, which keeps more bits of a sum than fp64's 53; 1 or 64 proces
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 
@@ -16,9 +17,17 @@ def scale_for(count: int, magnitude: float) -> float:
     return 2.0 ** min(exponent, 100)
 
 
-def add_points(sums: torch.Tensor, points: torch.Tensor, codes: torch.Tensor, scale: float) -> None:
-    """Add float32 ``points`` [n, D] to ``sums`` int64 [K, D], each to the row its code names.
+def add_points(
+    sums: torch.Tensor, counts: torch.Tensor, points: torch.Tensor, codes: torch.Tensor, scale: float
+) -> None:
+    """Add float32 ``points`` [n, D] to the rows of ``sums`` int64 [K, D] that ``codes`` name, and count them.
 
     The product with a power of two is exact and the conversion cuts off what is below one unit.
     """
+    if sums.is_cuda and find_spec("triton"):
+        from digit_ds.clustering.kernels import add_points_sorted
+
+        add_points_sorted(sums, counts, points, codes, scale)
+        return
     sums.index_add_(0, codes, (points * scale).to(torch.int64))
+    counts += torch.bincount(codes, minlength=len(counts))

@@ -201,8 +201,7 @@ def _assign_and_sum(state: State, shard: Shard, assigner: Assigner, bar: Any) ->
     counts = torch.zeros(clusters, dtype=torch.int64, device=assigner.device)
     for batch in shard.batches(state.mean):
         codes = assigner.assign(batch)
-        add_points(sums, batch.points, codes, state.scale)
-        counts += torch.bincount(codes, minlength=clusters)
+        add_points(sums, counts, batch.points, codes, state.scale)
         if state.spread is None:
             squares.append(float(batch.points.square().sum(dtype=torch.float64)))
         bar.update(len(codes))

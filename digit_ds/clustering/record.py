@@ -139,7 +139,8 @@ class Record:
         print(
             f"{self.out}: {len(counts)} codes from {facts['points']} points (all of them), "
             f"inertia {facts['final_inertia']:.6g}, used codes {facts['used_codes']}, "
-            f"dead codes {facts['dead_codes']}, perplexity {facts['perplexity']:.1f}, empty clusters split {facts['empty_clusters_split']}"
+            f"dead codes {facts['dead_codes']}, perplexity {facts['perplexity']:.1f}, "
+            f"empty clusters split {facts['empty_clusters_split']}"
         )
 
 
