@@ -87,9 +87,16 @@ def compare(run: Path, expected: dict) -> None:
         assert line["loss"] == pytest.approx(loss, rel=TOLERANCE), line["step"]
         assert line["nll"] == pytest.approx(nll, rel=TOLERANCE), line["step"]
         assert line["grad_norm"] == pytest.approx(norm, rel=TOLERANCE), line["step"]
-    state = StoredState(newest_checkpoint(run / "checkpoints")).full("weight")
+    stored = StoredState(newest_checkpoint(run / "checkpoints"))
+    state = stored.full("weight")
     for name, value in expected["weights"].items():
-        torch.testing.assert_close(state[name], value, rtol=0, atol=TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
+        found = state[name]
+        if name.endswith("qkv.bias"):
+            # A key bias shifts all scores of a query alike, which softmax ignores: its gradient is rounding noise,
+            # and Adam makes steps of full size out of noise.
+            found, value = (weights.split_qkv(bias, stored.spec.heads)[::2] for bias in (found, value))
+            found, value = torch.cat(found), torch.cat(value)
+        torch.testing.assert_close(found, value, rtol=0, atol=TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def read_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, contradicts the recipe, or asks for a combination that is not correct.
     """
-    path = _find(recipe.deepspeed)
+    path = find_config(recipe.deepspeed)
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}, expected a mapping of DeepSpeed options")
@@ -43,7 +43,7 @@ def read_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
     return config
 
 
-def _find(name: str) -> Path:
+def find_config(name: str) -> Path:
     """The file: as given (relative to the recipe's folder or the working directory), else among the shipped ones."""
     for candidate in (Path(name), SHIPPED / name):
         if candidate.is_file():

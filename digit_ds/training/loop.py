@@ -18,6 +18,7 @@ from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
 from digit_ds.training import checkpoint, runs
+from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.engine import Engine, check_start
 from digit_ds.training.export import export
 from digit_ds.training.guard import Diverged, SkipGuard
@@ -40,6 +41,7 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None) -> None:
         SystemExit: with status 75 after SIGTERM or SIGUSR1 on any rank; the step was finished and saved.
     """
     runs.check_run_directory(Path(recipe.run), recipe)
+    read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
     place = topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
     try:
         check_start()

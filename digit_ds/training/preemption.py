@@ -5,12 +5,6 @@ from types import FrameType
 
 STATUS = 75
 """Exit status of a run that was stopped by a signal and saved (EX_TEMPFAIL: try again later)."""
-DIVERGED_STATUS = 3
-"""Exit status of a run that stopped because too many updates in a row were skipped."""
-
-
-class Stopped(SystemExit):
-    """The run saved and stopped because of a signal."""
 
 
 class StopSignal:

@@ -1,0 +1,215 @@
+"""A run that is killed, starved, fed NaN or moved goes on as if nothing had happened, or says why it stops."""
+
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_parts import launch, metrics, recipe, start, train, write_shards
+
+from digit_ds.config import Recipe
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def token_shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def same_course(run: Path, straight: Path) -> None:
+    """Every logged step once, and all its numbers that do not measure time bit-equal."""
+    ours, theirs = metrics(run), metrics(straight)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for line, expected in zip(ours, theirs):
+        for key in ("images", "loss", "nll", "grad_norm", "lr", "sample_ids_hash", "skipped_updates"):
+            assert line[key] == expected[key], (line["step"], key)
+
+
+def stored(run: Path):
+    from digit_ds.training.checkpoint import StoredState, newest_checkpoint
+
+    return StoredState(newest_checkpoint(run / "checkpoints"))
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    """Poll until ``condition()``."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.002)
+
+
+def steps_logged(run: Path) -> int:
+    """Lines of metrics so far."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path):
+    options = {"training__steps": 60, "model__dropout": 0.2, "checkpoint__every": 2, "deepspeed": "zero2.json"}
+    straight = recipe(tmp_path / "straight", token_shards, **options)
+    launch(train, (straight,), 2, tmp_path / "log-straight")
+    values = recipe(tmp_path / "run", token_shards, **options)
+    run, chance, inside_saves = tmp_path / "run", random.Random(0), 0
+    for attempt in range(20):
+        group = start(train, (values,), 2, tmp_path / "log")
+        before = steps_logged(run)
+        if attempt % 2:  # inside a save
+            partial = run / "checkpoints"
+            wait_for(lambda p=partial: any(p.glob(".step_*.partial")) or not group.processes[0].is_alive())
+            inside_saves += any(partial.glob(".step_*.partial"))
+        else:
+            wait_for(lambda b=before: steps_logged(run) > b or not group.processes[0].is_alive())
+            time.sleep(chance.random() * 0.3)
+        for process in group.processes:
+            process.kill()
+        group.wait()
+    assert inside_saves >= 5
+    launch(train, (values,), 2, tmp_path / "log")
+    same_course(run, tmp_path / "straight")
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        expected = stored(tmp_path / "straight").full(kind)
+        assert all(torch.equal(value, expected[name]) for name, value in stored(run).full(kind).items())
+
+
+def save_again(values: Recipe) -> None:
+    """Restore the newest checkpoint at this layout and save it at once, without a step."""
+    from digit_ds.parallel import topology
+    from digit_ds.training.loop import _Run
+
+    place = topology.initialize(values.parallel.tensor, values.training.timeout_seconds)
+    run = _Run(values, place, None)
+    (run.folder / "checkpoints" / "latest").unlink(missing_ok=True)
+    run._save(wait=True)
+    topology.finish()
+
+
+def test_layout_may_change_between_runs(token_shards, tmp_path):
+    options = {"training__ema_decay": 0.9, "model__dropout": 0.1}
+    straight = recipe(tmp_path / "straight", token_shards, training__steps=18, **options)
+    launch(train, (straight,), 1, tmp_path / "log")
+    run = tmp_path / "run"
+    for steps, tensor, world, stage in ((6, 1, 2, 1), (12, 2, 2, 3), (15, 4, 4, 2), (18, 1, 1, 0)):
+        values = recipe(
+            run, token_shards, training__steps=steps, parallel__tensor=tensor, deepspeed=f"zero{stage}.json", **options
+        )
+        if steps > 6:  # the state survives the reshape bit for bit
+            before = {kind: stored(run).full(kind) for kind in ("weight", "exp_avg", "exp_avg_sq", "average")}
+            launch(save_again, (values,), world, tmp_path / f"log-again-{steps}")
+            assert stored(run).manifest["layout"] == {"tensor": tensor, "data": world // tensor, "zero": stage}
+            for kind, state in before.items():
+                after = stored(run).full(kind)
+                assert all(torch.equal(value, after[name]) for name, value in state.items()), kind
+        launch(train, (values,), world, tmp_path / f"log-{steps}")
+    for line, expected in zip(metrics(run), metrics(tmp_path / "straight"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert line["sample_ids_hash"] == expected["sample_ids_hash"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_to_one_rank_stops_and_saves_all(number, token_shards, tmp_path):
+    straight = recipe(tmp_path / "straight", token_shards, training__steps=30)
+    launch(train, (straight,), 1, tmp_path / "log-straight")
+    values = recipe(tmp_path / "run", token_shards, training__steps=30)
+    group = start(train, (values,), 2, tmp_path / "log")
+    wait_for(lambda: steps_logged(tmp_path / "run") > 3)
+    os.kill(group.processes[1].pid, number)
+    assert group.wait() == [75, 75]
+    step = stored(tmp_path / "run").manifest["progress"]["step"]
+    assert group.output().count(f"stopped by signal at step {step}") == 2
+    assert 3 < step < 30 and len(metrics(tmp_path / "run")) == step
+    launch(train, (values,), 2, tmp_path / "log-rest")
+    assert len(metrics(tmp_path / "run")) == 30
+    assert metrics(tmp_path / "run")[-1]["sample_ids_hash"] == metrics(tmp_path / "straight")[-1]["sample_ids_hash"]
+
+
+def train_with_nan(values: Recipe, bad_steps: list[int]) -> None:
+    """One rank's loss, and so its gradient, is NaN in some steps."""
+    from digit_ds.parallel import launch as place
+    from digit_ds.training.engine import Engine
+
+    original, calls = Engine.backward, {"micro": 0}
+
+    def backward(self, loss):
+        step = 1 + calls["micro"] // 2  # two micro-batches a step
+        calls["micro"] += 1
+        original(self, loss * float("nan") if step in bad_steps and place.rank() == 1 else loss)
+
+    Engine.backward = backward
+    train(values)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 1), ("bf16", 2)])
+def test_nan_on_one_rank_skips_the_update_on_all(precision, stage, token_shards, tmp_path):
+    options = {"training__steps": 6, "training__precision": precision, "deepspeed": f"zero{stage}.json"}
+    values = recipe(tmp_path / "run", token_shards, checkpoint__every=1, checkpoint__keep_last=9, **options)
+    output = launch(train_with_nan, (values, [3]), 2, tmp_path / "log")
+    assert output.count("step 3: gradient not finite, update skipped") == 2 and "class1/" in output
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_updates"] for line in lines][-2:] == [1, 1]
+    assert lines[2]["grad_norm"] is None or lines[2]["grad_norm"] < 0
+    from digit_ds.training.checkpoint import StoredState
+
+    states = [StoredState(tmp_path / "run" / "checkpoints" / f"step_{step:08d}") for step in (2, 3, 4)]
+    assert [state.manifest["progress"]["adam_steps"] for state in states] == [2, 2, 3]
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        second, third, fourth = (state.full(kind) for state in states)
+        assert all(torch.equal(value, third[name]) for name, value in second.items()), kind
+        assert any(not torch.equal(value, fourth[name]) for name, value in third.items())
+        assert all(value.isfinite().all() for value in fourth.values())
+
+
+def test_many_skipped_updates_stop_the_run_with_advice(token_shards, tmp_path):
+    values = recipe(tmp_path / "run", token_shards, training__max_skipped=3)
+    group = start(train_with_nan, (values, [3, 4, 5, 6, 7, 8]), 2, tmp_path / "log")
+    assert all(status != 0 for status in group.wait())
+    assert "3 updates in a row had no finite gradient" in group.output()
+    assert "optimizer.learning_rate" in group.output()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_dead_or_hung_rank_ends_the_job(how, token_shards, tmp_path):
+    values = recipe(tmp_path / "run", token_shards, training__steps=10000, training__timeout_seconds=8.0)
+    group = start(train, (values,), 2, tmp_path / "log")
+    wait_for(lambda: steps_logged(tmp_path / "run") > 3)
+    os.kill(group.processes[1].pid, how)
+    begin = time.monotonic()
+    group.processes[0].join(40)
+    assert group.processes[0].exitcode not in (None, 0), group.output()[-3000:]
+    assert time.monotonic() - begin < 30
+    group.processes[1].kill()
+
+
+def train_on_full_disk(values: Recipe) -> None:
+    """From step 5 on no file can grow past 48 KiB: the metrics can, a checkpoint cannot."""
+    from digit_ds.training.checkpoint import Checkpoints
+
+    original = Checkpoints.start
+
+    def start_save(self, engine, spec, progress, extra):
+        if progress.step >= 5:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (48 * 1024, resource.RLIM_INFINITY))
+        original(self, engine, spec, progress, extra)
+
+    Checkpoints.start = start_save
+    train(values)
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(token_shards, tmp_path):
+    options = {"training__steps": 12, "checkpoint__every": 4}
+    launch(train, (recipe(tmp_path / "straight", token_shards, **options),), 2, tmp_path / "log-straight")
+    values = recipe(tmp_path / "run", token_shards, **options)
+    group = start(train_on_full_disk, (values,), 2, tmp_path / "log")
+    assert all(status != 0 for status in group.wait())
+    assert "the checkpoint of step 8 could not be written" in group.output()
+    assert "the last complete checkpoint stays" in group.output()
+    assert stored(tmp_path / "run").manifest["progress"]["step"] == 4
+    launch(train, (values,), 2, tmp_path / "log-rest")
+    same_course(tmp_path / "run", tmp_path / "straight")

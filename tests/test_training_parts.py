@@ -1,0 +1,300 @@
+"""Pieces of training that need one process at most."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from training_parts import launch, recipe, write_shards
+
+from digit_ds.data.stream import Chunks, TokenStream
+from digit_ds.errors import UserError
+from digit_ds.model import weights
+from digit_ds.training import runs
+from digit_ds.training.checkpoint import Progress, is_complete, newest_checkpoint
+from digit_ds.training.deepspeed_config import read_deepspeed_config
+from digit_ds.training.estimate import device_parameters, estimate, memory_by_part
+from digit_ds.training.guard import Diverged, SkipGuard
+from digit_ds.training.metrics import flops_per_image
+from digit_ds.training.optimizer import GuardedAdamW
+from digit_ds.training.schedule import learning_rate
+
+
+@pytest.fixture(scope="module")
+def token_shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+# --- schedules ---------------------------------------------------------------------------------------------------
+
+
+def rates(name: str, **settings) -> list[float]:
+    values = recipe(
+        Path("run"), Path("shards"), schedule={"name": name, "warmup_steps": 10, "warmup_start": 1e-3, **settings},
+        training__steps=100, optimizer__learning_rate=1.0,
+    )  # fmt: skip
+    return [learning_rate(values, step) for step in range(101)]
+
+
+def test_warmup_is_a_line_from_its_start_to_the_peak():
+    for name in ("inverse_sqrt", "cosine", "warmup_stable_decay", "constant"):
+        found = rates(name)
+        assert found[0] == 1e-3
+        assert found[5] == pytest.approx(1e-3 + (1 - 1e-3) * 5 / 10)
+        assert found[10] == 1.0
+
+
+def test_schedules_follow_their_formulas():
+    assert rates("inverse_sqrt")[40] == pytest.approx(math.sqrt(10 / 40))
+    assert rates("inverse_sqrt")[100] == pytest.approx(math.sqrt(10 / 100))
+    cosine = rates("cosine", minimum=0.1)
+    assert cosine[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert cosine[32] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 22 / 90)))
+    assert cosine[100] == pytest.approx(0.1)
+    stable = rates("warmup_stable_decay", minimum=0.2, decay_steps=20)
+    assert stable[11] == stable[79] == stable[80] == 1.0
+    assert stable[90] == pytest.approx(0.2 + 0.8 * 0.5)
+    assert stable[100] == pytest.approx(0.2)
+    assert set(rates("constant")[10:]) == {1.0}
+
+
+# --- optimizer ---------------------------------------------------------------------------------------------------
+
+
+def pair(clipping: float, average: float = 0.0):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1000, generator=generator)
+    ours, plain = start.clone().requires_grad_(), start.clone().requires_grad_()
+    settings = {"betas": (0.9, 0.98), "weight_decay": 0.01}
+    guarded = GuardedAdamW([ours], 0.01, settings["betas"], 1e-8, 0.01, clipping, average)
+    return ours, plain, guarded, torch.optim.AdamW([plain], 0.01, **settings), generator
+
+
+def test_optimizer_clips_as_torch_does():
+    ours, plain, guarded, adamw, generator = pair(clipping=10.0)
+    for scale in (0.01, 1.0, 5.0):
+        gradient = torch.randn(1000, generator=generator) * scale
+        ours.grad, plain.grad = gradient.clone(), gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_([plain], 10.0)
+        guarded.step()
+        adamw.step()
+        assert float(guarded.last_norm) == pytest.approx(float(norm), rel=1e-6)
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_optimizer_skips_whole_update_when_the_norm_is_not_finite(bad):
+    ours, _, guarded, _, generator = pair(clipping=1.0)
+    ours.grad = torch.randn(1000, generator=generator)
+    guarded.step()
+    before = [ours.detach().clone(), *(value.clone() for value in guarded.state[ours].values())]
+    guarded.global_norm = lambda: torch.tensor(bad)
+    ours.grad = torch.randn(1000, generator=generator)  # finite on this rank: another rank's is not
+    guarded.step()
+    for old, new in zip(before, [ours, *guarded.state[ours].values()]):
+        assert torch.equal(old, new)
+
+
+def test_moving_average_follows_its_formula():
+    ours, _, guarded, _, generator = pair(clipping=0.0, average=0.9)
+    expected = ours.detach().clone()
+    for _ in range(3):
+        ours.grad = torch.randn(1000, generator=generator)
+        guarded.step()
+        expected = 0.9 * expected + 0.1 * ours.detach()
+    torch.testing.assert_close(guarded.state[ours]["average"], expected, rtol=0, atol=1e-6)
+
+
+def test_guard_counts_skips_and_stops_after_some_in_a_row():
+    progress = Progress()
+    guard = SkipGuard(progress, limit=2)
+    for step, norm in enumerate([1.0, float("inf"), 1.0, float("nan"), -1.0]):
+        guard.note(step, norm, [f"image{step}"])
+    assert "image1" in guard.read(keep=2)[0]
+    assert (progress.skipped, progress.skipped_in_a_row) == (1, 0)
+    with pytest.raises(Diverged, match="learning_rate") as caught:
+        guard.read(keep=0)
+    assert ["image3" in caught.value.messages[0], "image4" in caught.value.messages[1]] == [True, True]
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def ids(stream: TokenStream, chunks: Chunks, steps: int, position: int = 0) -> list[int]:
+    batches = stream.batches(chunks, position)
+    return [int(i) for _ in range(steps * chunks.per_step) for i in next(batches).samples]
+
+
+def read_epochs(shards: Path, out: Path) -> None:
+    stream = TokenStream(str(shards), seed=3, owner=str(out))
+    found = {
+        "straight": ids(stream, Chunks(8, 2), 15),
+        "ranks": [ids(stream, Chunks(8, 2, rank, 2), 15) for rank in range(2)],
+        "resumed": ids(stream, Chunks(8, 4), 8, position=56),
+        "other seed": ids(TokenStream(str(shards), seed=4, owner=f"{out}2"), Chunks(8, 2), 15),
+        "validation": [
+            [batch.samples[batch.real].tolist() for batch in stream_.epoch(6, rank, 2)]
+            for stream_ in [TokenStream(str(shards), owner=f"{out}3", shuffle=False)]
+            for rank in range(2)
+        ],
+        "dtype": str(next(stream.batches(Chunks(8, 2))).discriminative.dtype),
+    }
+    out.write_text(json.dumps(found))
+
+
+def test_every_epoch_sees_every_image_once_and_views_rotate(token_shards, tmp_path):
+    launch(read_epochs, (token_shards, tmp_path / "ids.json"), 1, tmp_path)
+    found = json.loads((tmp_path / "ids.json").read_text())
+    images, views = 40, 2
+    epochs = [found["straight"][start : start + images] for start in (0, 40, 80)]
+    for epoch in epochs:
+        assert sorted(sample // views for sample in epoch) == list(range(images))
+    assert epochs[0] != epochs[1]
+    assert found["straight"] != found["other seed"]
+    first, second = (dict(divmod(sample, views) for sample in epoch) for epoch in epochs[:2])
+    assert all(first[image] != second[image] for image in range(images))  # two views: each epoch shows the other one
+    assert set(first.values()) == {0, 1}
+    # Resumed in the middle of an epoch: the same samples; two ranks: the same global batches.
+    assert found["resumed"] == found["straight"][56:120]
+    ours, theirs = found["ranks"]
+    joined = [
+        sample for pair in zip(zip(*[iter(ours)] * 2), zip(*[iter(theirs)] * 2)) for half in pair for sample in half
+    ]
+    assert joined == found["straight"]
+    assert sorted(sample for batches in found["validation"] for batch in batches for sample in batch) == [
+        image * views for image in range(images)
+    ]
+    assert found["dtype"] == "torch.int64"
+
+
+def read_damaged(shards: Path, out: Path) -> None:
+    stream = TokenStream(str(shards), owner=str(out))
+    try:
+        ids(stream, Chunks(8, 2), 5)
+    except UserError as error:
+        out.write_text(str(error))
+
+
+def test_flipped_byte_is_refused(tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    victim = next((shards / "block-00001").glob("*.zstd"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    launch(read_damaged, (shards, tmp_path / "error"), 1, tmp_path)
+    assert "shard cannot be read" in (tmp_path / "error").read_text()
+
+
+# --- the DeepSpeed file ------------------------------------------------------------------------------------------
+
+
+def write_config(tmp_path: Path, **values) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_deepspeed_file_is_passed_on_with_the_recipes_own(tmp_path):
+    zero = {"stage": 2, "reduce_bucket_size": 12345}
+    values = recipe(
+        tmp_path, tmp_path, deepspeed=write_config(tmp_path, zero_optimization=zero, wall_clock_breakdown=True),
+        training__precision="bf16",
+    )  # fmt: skip
+    config = read_deepspeed_config(values, data_size=2)
+    assert config["zero_optimization"] == zero and config["wall_clock_breakdown"]
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (8, 2)
+    assert config["bf16"]["enabled"]
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"} and config["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "words"),
+    [
+        ({"train_batch_size": 9}, {}, "train_batch_size is 9, but the recipe makes it 8"),
+        ({"bf16": {"enabled": False}, "zero_optimization": {"stage": 1}}, {"training__precision": "bf16"}, "bf16.enabled"),
+        ({"scheduler": {}}, {}, "holds 'scheduler'"),
+        ({"gradient_clipping": 0.7}, {}, "gradient_clipping"),
+        ({"zero_optimization": {"stage": 4}}, {}, "stage is 4"),
+        ({"zero_optimization": {"stage": 0}}, {"training__precision": "bf16"}, "use stage 1"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, {"training__compile": True}, "overlap_comm"),
+        ({"zero_optimization": {"stage": 3}}, {"training__compile": True}, "stage 3"),
+        ({"zero_optimization": {"stage": 1}}, {"training__compile": True, "parallel__tensor": 2}, "parallel.tensor"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"stage": 2}}, {}, "grad_accum_dtype"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, {}, "stage 2 or 3"),
+    ],
+)  # fmt: skip
+def test_contradicting_deepspeed_file_is_refused(file, overrides, words, tmp_path):
+    values = recipe(tmp_path, tmp_path, deepspeed=write_config(tmp_path, **file), **overrides)
+    with pytest.raises(UserError, match=r"ds\.json|parallel\.tensor") as caught:
+        read_deepspeed_config(values, data_size=1)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_deepspeed_file_and_uneven_batches_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nosuch\.json"):
+        read_deepspeed_config(recipe(tmp_path, tmp_path, deepspeed="nosuch.json"), 1)
+    with pytest.raises(UserError, match="not a multiple"):
+        read_deepspeed_config(recipe(tmp_path, tmp_path), data_size=3)
+
+
+# --- the run directory -------------------------------------------------------------------------------------------
+
+
+def test_another_recipes_results_are_refused(tmp_path):
+    run = tmp_path / "run"
+    runs.write_recipe(run, recipe(run, tmp_path))
+    runs.check_run_directory(run, recipe(run, tmp_path, training__steps=30, parallel__tensor=2, deepspeed="zero3.json"))
+    with pytest.raises(UserError, match=r"training\.seed is 1 there and 2 here"):
+        runs.check_run_directory(run, recipe(run, tmp_path, training__seed=2))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        runs.check_run_directory(tmp_path / "other", recipe(run, tmp_path))
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path):
+    for step, size in ((1, 3), (2, 3), (3, 2)):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / "part").write_bytes(b"x" * size)
+        (folder / "manifest.json").write_text(json.dumps({"files": {"part": {"bytes": 3}}}))
+    (tmp_path / ".step_00000004.partial").mkdir()
+    (tmp_path / "latest").write_text("step_00000003\n")
+    assert not is_complete(tmp_path / "step_00000003")
+    assert newest_checkpoint(tmp_path).name == "step_00000002"
+    (tmp_path / "latest").write_text("step_00000001\n")
+    assert newest_checkpoint(tmp_path).name == "step_00000001"
+
+
+# --- figures -----------------------------------------------------------------------------------------------------
+
+
+def test_estimate_counts(token_shards, tmp_path, capsys):
+    values = recipe(tmp_path, token_shards, monitor__peak_tflops=100.0)
+    estimate(values, gpus=4)
+    printed = capsys.readouterr().out
+    spec = runs.model_spec(values, TokenStreamManifest.of(token_shards))
+    assert f"{weights.parameter_count(spec):,} parameters" in printed and "hours" in printed
+    shapes = [value.shape for value in weights.shard(weights.initial_state(spec, 0), spec, 2, 0).values()]
+    assert device_parameters(spec, 2) == sum(math.prod(shape) for shape in shapes)
+    whole, parted = (memory_by_part(values, spec, 4, stage, False) for stage in (1, 3))
+    assert parted["weights"] == whole["weights"] / 4
+    with pytest.raises(UserError, match="--gpus"):
+        estimate(recipe(tmp_path, token_shards, parallel__tensor=2), gpus=3)
+
+
+class TokenStreamManifest:
+    @staticmethod
+    def of(path: Path):
+        from digit_ds.data.shards import read_manifest
+
+        return read_manifest(path)
+
+
+def test_flops_of_the_base_prior():
+    from digit_ds.model.spec import TransformerSpec
+
+    spec = TransformerSpec("prior", 16, 1024, 16, 4096, "post", 1024, 8192, 0, 0)
+    matrices = 16 * (4 * 1024**2 + 2 * 1024 * 4096) + 8197 * 1024
+    assert flops_per_image(spec) == 257 * (6 * matrices + 12 * 16 * 1024 * 257)
