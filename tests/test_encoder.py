@@ -161,3 +161,34 @@ def test_provenance_tells_encoders_apart():
     assert other["layer"] != provenance["layer"]
     assert other["architecture"] != provenance["architecture"]
     assert other["encoder_sha256"] == provenance["encoder_sha256"]
+
+
+def test_the_forward_pass_compiles_into_one_graph():
+    encoder = golden_encoder(dtype=torch.bfloat16)
+    images = golden_images(256)
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images), encoder(images))
+
+
+def test_timm_reads_the_same_network_from_the_same_file(tmp_path):
+    """timm's own DINOv2 converter as a second witness of the names and their meaning, where no table is scaled."""
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    state = random_vit(width=32, depth=3, patch=4, table=8)
+    peer = VisionTransformer(
+        img_size=32,
+        patch_size=4,
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        num_classes=0,
+        init_values=1.0,
+        reg_tokens=4,
+        no_embed_class=True,
+    )
+    peer.load_state_dict(checkpoint_filter_fn(dict(state), peer))
+    encoder = digit_ds.load_encoder(save(tmp_path / "vit.pth", state), layer=1, num_heads=2)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = peer.eval().forward_features(encoder.preprocess(images))[:, 5:]
+    torch.testing.assert_close(encoder(images), expected, atol=2e-5, rtol=0)

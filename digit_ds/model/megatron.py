@@ -35,7 +35,7 @@ except ImportError:
 
 
 class _Column(ColumnParallelLinear):
-    """Output features cut over ranks. Alone there is nothing to communicate: one plain matrix product, which compiles."""
+    """Output features cut over ranks. Alone there is nothing to communicate: a plain matrix product, which compiles."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp_group.size() == 1:

@@ -99,7 +99,8 @@ def _check_combinations(recipe: Recipe, path: Path, config: dict[str, Any], zero
     training = recipe.training
     if stage == 0 and training.precision == "bf16":
         raise UserError(
-            f"{path}: ZeRO stage 0 cannot accumulate bf16 gradients in fp32, as training.precision bf16 asks; use stage 1"
+            f"{path}: ZeRO stage 0 cannot accumulate bf16 gradients in fp32, which training.precision bf16 means; "
+            "use stage 1"
         )
     overlap = zero.get("overlap_comm")
     if training.compile and overlap:

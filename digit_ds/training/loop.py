@@ -235,10 +235,11 @@ class _Run:
     def _headline(self) -> str:
         """What runs, in one line."""
         place, manifest = self.place, self.stream.manifest
+        layout = f"tensor {place.tensor_size} x data {place.data_size}, ZeRO {self.engine.stage}"
         return (
-            f"{self.folder.name}: {self.spec.kind}, {parameter_count(self.spec):,} parameters, {manifest.images:,} images "
-            f"x {manifest.views} views; tensor {place.tensor_size} x data {place.data_size}, ZeRO {self.engine.stage}, "
-            f"{self.recipe.training.precision}; {self.engine.kernels}; from step {self.progress.step}"
+            f"{self.folder.name}: {self.spec.kind}, {parameter_count(self.spec):,} parameters, "
+            f"{manifest.images:,} images x {manifest.views} views; {layout}, {self.recipe.training.precision}; "
+            f"{self.engine.kernels}; from step {self.progress.step}"
         )
 
     def _profiled(self, step: int):

@@ -28,7 +28,7 @@ _MAY_CHANGE = (
     "checkpoint",
     "monitor",
 )
-"""What may differ when a run is continued: where and how fast it runs, how long, what it writes. The rest is the run."""
+"""What may differ when a run is continued: where, how fast and how long it runs, what it writes."""
 
 
 def recipe_text(recipe: Recipe) -> str:

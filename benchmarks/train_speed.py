@@ -1,0 +1,231 @@
+"""Training speed beside a plain PyTorch GPT of the same size, on one GPU.
+
+Ours is the real thing: ``digit-ds train`` with a recipe, over MDS shards (of random codes), in a process of its own.
+The plain model is what one would write without this project: ``torch.compile``, bf16 autocast, fused AdamW, clipping,
+random tokens already on the device. Same sizes, same dropout, same images a step, post-LayerNorm.
+
+    python benchmarks/train_speed.py                              # base at 256 images a step, large at 128
+    python benchmarks/train_speed.py --sizes base --variants zero2 compile=false
+    python benchmarks/train_speed.py --sizes base --no-plain --profile
+
+A variant is a DeepSpeed configuration (``zero1``, ``zero2``, ...) or an override of ``training.`` for ZeRO 1.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"base": (16, 1024, 16, 8192, 256), "large": (24, 1536, 16, 16384, 128), "tiny": (2, 64, 4, 64, 16)}
+"""Layers, width, heads, codes, images a step."""
+DROPOUT = 0.1
+GRID = 16
+
+
+class PlainLayer(nn.Module):
+    """Post-norm transformer layer."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        batch, length, width = x.shape
+        query, key, value = self.qkv(x).view(batch, length, 3, self.heads, -1).transpose(1, 3).unbind(2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+        x = self.norm1(x + F.dropout(self.out(mixed.reshape(batch, length, width)), DROPOUT, self.training))
+        return self.norm2(x + F.dropout(self.down(F.gelu(self.up(x))), DROPOUT, self.training))
+
+
+class PlainGpt(nn.Module):
+    """What one would write by hand."""
+
+    def __init__(self, layers: int, width: int, heads: int, codes: int):
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(codes + 5, width), nn.Embedding(1026, width)
+        self.layers = nn.ModuleList(PlainLayer(width, heads) for _ in range(layers))
+        self.output = nn.Linear(width, codes + 5, bias=False)
+
+    def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+        """Label-smoothed loss."""
+        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
+        x = F.dropout(x + self.positions.weight[2 : 2 + tokens.shape[1]], DROPOUT, self.training)
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(self.output(x).flatten(0, 1).float(), target.flatten(), label_smoothing=0.1)
+
+
+def plain_speed(size: str, steps: int, batch: int) -> tuple[float, float]:
+    """Images a second and peak GiB of the plain model."""
+    layers, width, heads, codes, _ = SIZES[size]
+    torch.manual_seed(0)
+    model = PlainGpt(layers, width, heads, codes).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, (0.9, 0.98), weight_decay=0.01, fused=True)
+    compiled = torch.compile(model)
+    tokens = torch.randint(5, codes + 5, (batch, GRID * GRID + 2), device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = compiled(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+    return batch * steps / (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 2**30
+
+
+def write_shards(folder: Path, codes: int, images: int = 2048) -> None:
+    """Random token shards."""
+    from digit_ds.data import shards
+
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, codes, (images, GRID * GRID), dtype=np.uint16)
+    samples = (
+        {"discriminative": tokens[i], "label": -1, "image_id": f"{i}.png", "index": i, "view": 0} for i in range(images)
+    )
+    columns = [name for name in shards.COLUMNS if name != "vq"]
+    shards.write_block(folder / "block-00000", samples, columns)
+    index = shards.merge_blocks(folder, ["block-00000"])
+    names = ("encoder_sha256", "layer", "transform", "image_size", "codebook_sha256", "vqgan_sha256")
+    shards.ShardManifest(
+        images=images,
+        views=1,
+        classes=[],
+        grid=[GRID, GRID],
+        image_size=256,
+        discriminative_codes=codes,
+        vq_codes=0,
+        crops="center",
+        provenance=dict.fromkeys(names),
+        skipped=0,
+        index_sha256=index,
+    ).write(folder)
+
+
+def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, profile: bool) -> list[dict]:
+    """Run ``digit-ds train`` and read its metrics."""
+    layers, width, heads, codes, _ = SIZES[size]
+    shards = folder / f"shards-{codes}"
+    if not shards.exists():
+        write_shards(shards, codes)
+    recipe = {
+        "run": str(folder / f"{size}-{re.sub('[^a-z0-9_]', '_', variant)}"),
+        "deepspeed": "zero1.json",
+        "model": {"layers": layers, "width": width, "heads": heads, "dropout": DROPOUT},
+        "data": {"shards": str(shards), "workers": 2},
+        "training": {"steps": steps + 10, "global_batch": batch, "micro_batch": batch, "compile": True},
+        "checkpoint": {"every": 10**6},
+        "monitor": {"log_every": 10, "profile_step": steps + 5 if profile else 0},
+    }
+    if (ROOT / "ds_configs" / f"{variant}.json").is_file():
+        recipe["deepspeed"] = f"{variant}.json"
+    else:
+        key, _, value = variant.partition("=")
+        recipe["training"][key] = yaml.safe_load(value)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    path_entries = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path_entries)}
+    command = [sys.executable, "-m", "digit_ds", "train", str(path)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        sys.exit(f"{' '.join(command)} ended with {finished.returncode}:\n{finished.stderr[-6000:]}")
+    run = Path(recipe["run"])
+    if profile:
+        for trace in sorted((run / "profile").glob("*.json")):
+            print_parts(trace)
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+PARTS = (
+    ("attention", r"flash|fmha|sdpa|attention"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|_mm_|ampere_|sm90_"),
+    ("optimizer", r"adam|multi_tensor|lerp"),
+    ("fused by the compiler", r"triton"),
+    ("copies", r"memcpy|memset|copy"),
+)
+
+
+def print_parts(trace: Path) -> None:
+    """Share of one step's device time by kind of kernel, and the largest kernels."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not kernels:
+        return
+    parts, names, counts = Counter(), Counter(), Counter()
+    for event in kernels:
+        name = event["name"]
+        part = next((part for part, pattern in PARTS if re.search(pattern, name, re.I)), "other")
+        parts[part] += event["dur"]
+        names[name] += event["dur"]
+        counts[name] += 1
+    span = max(e["ts"] + e["dur"] for e in kernels) - min(e["ts"] for e in kernels)
+    busy = sum(parts.values())
+    print(f"  one step: {span / 1e3:.1f} ms between first and last kernel, {busy / 1e3:.1f} ms of kernels")
+    for part, microseconds in parts.most_common():
+        print(f"    {part:24} {microseconds / 1e3:8.2f} ms {microseconds / busy:6.1%}")
+    for name, microseconds in names.most_common(22):
+        print(f"      {microseconds / 1e3:8.2f} ms {counts[name]:5} x {name[:110]}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Training speed beside a plain PyTorch GPT of the same size.")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base", "large"])
+    parser.add_argument("--variants", nargs="+", default=["zero1"], help="zero1, zero2, compile=false, ...")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps")
+    parser.add_argument("--batch", type=int, help="images a step (default: 256 base, 128 large)")
+    parser.add_argument("--no-plain", action="store_true", help="ours only")
+    parser.add_argument("--profile", action="store_true", help="share of parts of one step")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        for size in options.sizes:
+            batch = options.batch or SIZES[size][-1]
+            plain = None
+            if not options.no_plain:
+                plain, memory = plain_speed(size, options.steps, batch)
+                torch.cuda.empty_cache()
+                print(f"{size:6} {'plain':14} {plain:8.1f} images/s {memory:6.1f} GiB", flush=True)
+            for variant in options.variants:
+                lines = our_metrics(Path(folder), size, variant, options.steps, batch, options.profile)
+                timed = [line for line in lines if line["step"] > 10 and "loss" in line][: options.steps // 10]
+                speed = float(np.mean([line["images_per_second"] for line in timed]))
+                wait = float(np.mean([line["data_wait_seconds"] / line["step_seconds"] for line in timed]))
+                mfu = float(np.mean([line["mfu"] or 0 for line in timed]))
+                share = f", {speed / plain:.3f} of plain" if plain else ""
+                print(
+                    f"{size:6} {variant:14} {speed:8.1f} images/s {timed[-1]['memory_gib']:6.1f} GiB, MFU {mfu:.1%}, "
+                    f"data wait {wait:.2%}{share}, loss {timed[-1]['loss']:.3f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

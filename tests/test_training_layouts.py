@@ -1,0 +1,115 @@
+"""The parallel layout changes the speed and never the mathematics."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_parts import launch, metrics, recipe, train, write_shards
+
+from digit_ds.config import Recipe
+from digit_ds.data.stream import Chunks, TokenStream
+from digit_ds.model import weights
+from digit_ds.model.decoder import Decoder
+from digit_ds.model.loss import label_smoothed_cross_entropy
+from digit_ds.model.sequences import training_sequence
+from digit_ds.training.schedule import learning_rate
+
+LAYOUTS = [(tensor, data, stage) for tensor, data in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1)) for stage in (0, 1, 2, 3)]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def token_shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def train_plainly(values: Recipe, out: Path) -> None:
+    """The lean single-process model under torch.optim.AdamW and torch's clipping: no Megatron, no DeepSpeed."""
+    from digit_ds.model.megatron import seed_dropout
+    from digit_ds.training.runs import model_spec
+
+    stream = TokenStream(values.data.shards, seed=values.data.shuffle_seed, owner=str(out))
+    spec = model_spec(values, stream.manifest)
+    model = Decoder(spec)
+    model.load_state_dict(weights.initial_state(spec, values.training.seed))
+    model.train()
+    settings, training = values.optimizer, values.training
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay
+    )
+    batches = stream.batches(Chunks(training.global_batch, training.micro_batch))
+    chunks = training.global_batch // training.micro_batch
+    lines = []
+    for step in range(training.steps):
+        total = torch.zeros(2)
+        for chunk in range(chunks):
+            batch = next(batches)
+            seed_dropout(training.seed, step, chunk)
+            sequence = training_sequence(spec, batch.discriminative, batch.vq, batch.labels)
+            logits = model(sequence.input)[:, -sequence.target.shape[1] :]
+            loss, nll = label_smoothed_cross_entropy(
+                logits, sequence.target, training.label_smoothing, sequence.loss_mask
+            )
+            (loss / chunks).backward()
+            total += torch.stack([loss, nll]).detach() / chunks
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(values, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        lines.append([*total.tolist(), float(norm)])
+    torch.save({"lines": lines, "weights": model.state_dict()}, out)
+
+
+@pytest.fixture(scope="module")
+def plain(token_shards, tmp_path_factory):
+    """Losses, norms and final weights of the plain training of a kind of model, computed once."""
+    known = {}
+
+    def of(kind: str, **overrides) -> dict:
+        if kind not in known:
+            folder = tmp_path_factory.mktemp(f"plain-{kind}")
+            values = recipe(folder / "run", token_shards, model__kind=kind, **overrides)
+            launch(train_plainly, (values, folder / "plain.pt"), 1, folder / "log")
+            known[kind] = torch.load(folder / "plain.pt", weights_only=True)
+        return known[kind]
+
+    return of
+
+
+def compare(run: Path, expected: dict) -> None:
+    """Losses and gradient norms of every step within 1e-5 relative, final weights within 1e-5."""
+    from digit_ds.training.checkpoint import StoredState, newest_checkpoint
+
+    lines = metrics(run)
+    assert len(lines) == len(expected["lines"])
+    for line, (loss, nll, norm) in zip(lines, expected["lines"]):
+        assert line["loss"] == pytest.approx(loss, rel=TOLERANCE), line["step"]
+        assert line["nll"] == pytest.approx(nll, rel=TOLERANCE), line["step"]
+        assert line["grad_norm"] == pytest.approx(norm, rel=TOLERANCE), line["step"]
+    state = StoredState(newest_checkpoint(run / "checkpoints")).full("weight")
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "data", "stage"), LAYOUTS)
+def test_layout_equals_plain_training(tensor, data, stage, token_shards, plain, tmp_path):
+    expected = plain("prior")
+    norms = [line[2] for line in expected["lines"]]
+    assert max(norms) > 0.7 > min(norms)  # clipping acts on some steps and not on others
+    values = recipe(tmp_path / "run", token_shards, deepspeed=f"zero{stage}.json", parallel__tensor=tensor)
+    launch(train, (values,), tensor * data, tmp_path / "log")
+    compare(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_pixel_decoders_equal_plain_training(kind, token_shards, plain, tmp_path):
+    options = {"model__norm_position": "pre", "model__class_conditional": False, "training__steps": 6}
+    expected = plain(kind, **options)
+    values = recipe(
+        tmp_path / "run", token_shards, model__kind=kind, deepspeed="zero2.json", parallel__tensor=2, **options
+    )
+    launch(train, (values,), 4, tmp_path / "log")
+    compare(tmp_path / "run", expected)

@@ -1,0 +1,169 @@
+"""Real parts for the tests of training: token shards, a small recipe, and process groups that start in an instant.
+
+A forkserver imports PyTorch, DeepSpeed and Megatron once; every rank of every scenario is a fork of it.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digit_ds.config import Recipe
+from digit_ds.data import shards
+
+CODES, VQ_CODES, GRID, CLASSES = 27, 11, (4, 4), 3
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["digit_ds.training.loop", "digit_ds.model.decoder"])
+
+
+def write_shards(directory: Path, images: int = 40, views: int = 2) -> Path:
+    """Token shards that a model can learn something from, in two blocks."""
+    generator = np.random.default_rng(0)
+    tokens = GRID[0] * GRID[1]
+
+    def samples(first: int, last: int):
+        for image in range(first, last):
+            for view in range(views):
+                discriminative = np.arange(tokens) * (image % CLASSES + 1) + generator.integers(0, 3, tokens)
+                yield {
+                    "discriminative": (discriminative % CODES).astype(np.uint16),
+                    "vq": ((np.arange(tokens) + image) % VQ_CODES).astype(np.uint16),
+                    "label": image % CLASSES,
+                    "image_id": f"class{image % CLASSES}/{image:04d}.png",
+                    "index": image,
+                    "view": view,
+                }
+
+    names = ["block-00000", "block-00001"]
+    for name, first, last in zip(names, (0, images // 2), (images // 2, images)):
+        shards.write_block(directory / name, samples(first, last), shards.COLUMNS)
+    shards.ShardManifest(
+        images=images,
+        views=views,
+        classes=[f"class{number}" for number in range(CLASSES)],
+        grid=list(GRID),
+        image_size=32,
+        discriminative_codes=CODES,
+        vq_codes=VQ_CODES,
+        crops="random",
+        provenance={"encoder_sha256": "e", "layer": 3, "transform": "t", "image_size": 32, "codebook_sha256": "k"},
+        skipped=0,
+        index_sha256=shards.merge_blocks(directory, names),
+    ).write(directory)
+    return directory
+
+
+def recipe(run: Path, token_shards: Path, **overrides: Any) -> Recipe:
+    """A small recipe; ``overrides`` are ``section__key=value`` or top-level keys."""
+    values: dict[str, Any] = {
+        "run": str(run),
+        "deepspeed": "zero1.json",
+        "model": {"layers": 2, "width": 16, "heads": 4, "max_positions": 40, "dropout": 0.0, "class_conditional": True},
+        "data": {"shards": str(token_shards), "workers": 0},
+        "optimizer": {"learning_rate": 0.02, "gradient_clipping": 0.7},
+        "schedule": {"warmup_steps": 4},
+        "training": {"steps": 20, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "timeout_seconds": 60.0},
+        "parallel": {"tensor": 1},
+        "checkpoint": {"every": 1000},
+        "monitor": {"log_every": 1},
+    }
+    for name, value in overrides.items():
+        section, _, key = name.partition("__")
+        if key:
+            values[section][key] = value
+        else:
+            values[section] = value
+    return Recipe.model_validate(values)
+
+
+class Group:
+    """Processes of one job that has been started."""
+
+    def __init__(self, processes: list, folder: Path):
+        self.processes, self.folder = processes, folder
+
+    def wait(self, timeout: float = 120.0) -> list[int]:
+        """Exit statuses; negative: the signal that ended the process."""
+        for process in self.processes:
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+                raise AssertionError(f"a process still runs after {timeout} s:\n{self.output()}")
+        return [process.exitcode for process in self.processes]
+
+    def output(self) -> str:
+        """What all ranks wrote."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("rank*.log")))
+
+
+def start(function: Callable, arguments: tuple, world: int, folder: Path) -> Group:
+    """Call ``function(*arguments)`` on ``world`` ranks, as a launcher would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(function, arguments, rank, world, port, str(folder)))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return Group(processes, folder)
+
+
+def launch(function: Callable, arguments: tuple, world: int, folder: Path, timeout: float = 120.0) -> str:
+    """Like :func:`start`, to the end, which must be a good one."""
+    group = start(function, arguments, world, folder)
+    statuses = group.wait(timeout)
+    assert statuses == [0] * world, f"exit statuses {statuses}:\n{group.output()[-6000:]}"
+    return group.output()
+
+
+def _rank(function: Callable, arguments: tuple, rank: int, world: int, port: int, folder: str) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    with Path(folder, f"rank{rank}.log").open("a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        from digit_ds.errors import run_command
+
+        status = 1
+        try:
+            run_command(lambda _: function(*arguments), ["--debug"])
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        with contextlib.suppress(ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # Without this the interpreter would wait for threads of a job whose other ranks were killed on purpose.
+        os._exit(status)
+
+
+def train(values: Recipe) -> None:
+    """``digit-ds train`` on this rank."""
+    from digit_ds.training import loop
+
+    loop.train(values)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, validations left out."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
