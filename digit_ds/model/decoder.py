@@ -166,12 +166,18 @@ class Decoder(nn.Module):
 
         Args:
             tokens: int64 [B, t], the next t ids of each sequence; several at once for a prompt.
-            cache: from :meth:`new_cache`; changed in place. The caller sees to it that it does not overflow.
+            cache: from :meth:`new_cache`; changed in place.
 
         Returns:
             [B, t, V] logits of the new positions.
+
+        Raises:
+            UserError: an id is outside the input table (checked on the CPU only).
+            ValueError: the cache is too short (checked on the CPU only; elsewhere the caller counts).
         """
         self._check_ids(tokens)
+        if tokens.device.type == "cpu" and int(cache.position) + tokens.shape[1] > cache.length:
+            raise ValueError(f"{tokens.shape[1]} tokens after {int(cache.position)} exceed the cache of {cache.length}")
         positions = cache.position + torch.arange(tokens.shape[1], device=tokens.device)  # [t]
         visible = torch.arange(cache.length, device=tokens.device) <= positions.unsqueeze(1)  # [t, length]
         hidden = self._embed(tokens, positions)
@@ -202,7 +208,8 @@ class Decoder(nn.Module):
                 raise UserError(f"token id {found} is outside 0..{rows - 1} of this {self.spec.kind} model")
 
     def _check_length(self, length: int) -> None:
-        longest = self.spec.prefix_length + self.spec.max_positions
+        prefix, own = self.spec.prefix_length, self.spec.max_positions  # two tables, each of max_positions
+        longest = prefix + own if prefix <= own else own
         if length > longest:
             raise UserError(
                 f"a sequence of {length} tokens was given, this {self.spec.kind} model takes at most {longest}"
