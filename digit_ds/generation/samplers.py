@@ -22,6 +22,7 @@ from digit_ds.generation.filtering import candidates, code_log_probabilities, dr
 from digit_ds.generation.settings import Decoding
 from digit_ds.model.decoder import Decoder
 from digit_ds.model.sequences import prompt_tokens
+from digit_ds.vocabulary import EOS
 
 
 class Sampler(ABC):
@@ -88,21 +89,49 @@ def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
 
 
 class AutoregressiveSampler(Sampler):
-    """One token after the other in row-major order, with a key/value cache."""
+    """One token after the other in row-major order, with a key/value cache.
+
+    Everything a step reads and writes stays where it is, positions included, so that on a GPU the step, draw included,
+    is captured once in a CUDA graph and replayed for every token of every batch without the host looking at anything.
+    """
+
+    def __init__(self, model: Decoder, decoding: Decoding, seed: int, purpose: int, rows: int):
+        super().__init__(model, decoding, seed, purpose, rows)
+        tokens, sequences = self.spec.tokens, rows * (2 if decoding.guidance.active else 1)
+        # The last token is never read back, so it needs no place in the cache.
+        self._cache = model.new_cache(sequences, self.spec.sequence_length - 1)
+        self._token = torch.full((sequences, 1), EOS, device=self.device)
+        self._codes = torch.zeros(rows, tokens, dtype=torch.int64, device=self.device)
+        self._known = torch.zeros_like(self._codes)
+        self._numbers = torch.zeros(rows, tokens, dtype=torch.float64, device=self.device)
+        self._scales = torch.tensor(decoding.guidance.scales(tokens), device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def _sample(self, images: Tensor, labels: Tensor | None, prefix: Tensor | None, known: Tensor) -> Tensor:
-        numbers = uniforms(self.seed, images.to(self.device), self.purpose, self.spec.tokens)
-        scales = self.decoding.guidance.scales(self.spec.tokens)
-        known = known.to(self.device)
-        tokens = self._prompts(labels, prefix)
-        # The last token is never read back, so it needs no place in the cache.
-        cache = self.model.new_cache(len(tokens), self.spec.sequence_length - 1)
-        codes = torch.empty_like(known)
-        for position, scale in enumerate(scales):
-            logits = self.model.step(tokens, cache)[:, -1]
-            codes[:, position] = self._next(logits, numbers[:, position], known[:, position], scale)
-            tokens = self.spec.vocabulary.token(codes[:, position, None]).repeat(len(tokens) // self.rows, 1)
-        return codes
+        if self.device.type == "cuda" and self._graph is None:
+            self._graph = self._capture()
+        prompts = self._prompts(labels, prefix)
+        self._numbers.copy_(uniforms(self.seed, images.to(self.device), self.purpose, self.spec.tokens))
+        self._known.copy_(known)
+        self._token.copy_(prompts[:, -1:])
+        self._cache.reset()
+        if self.spec.prefix_length:
+            self.model.step(prompts[:, :-1], self._cache)
+        for _ in range(self.spec.tokens):
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
+        return self._codes.clone()
+
+    def _step(self) -> None:
+        """Read the last token, write the next one."""
+        position = self._cache.position - self.spec.prefix_length  # [1], of the code to write
+        logits = self.model.step(self._token, self._cache)[:, -1]
+        known, numbers = (part.index_select(1, position)[:, 0] for part in (self._known, self._numbers))
+        codes = self._next(logits, numbers, known, self._scales[position])[:, None]
+        self._codes.index_copy_(1, position, codes)
+        self._token.copy_(self.spec.vocabulary.token(codes).repeat(len(self._token) // self.rows, 1))
 
     def _next(self, logits: Tensor, numbers: Tensor, known: Tensor, scale: Tensor | float) -> Tensor:
         """Logits [R or 2R, V] -> codes [R]."""
@@ -111,3 +140,20 @@ class AutoregressiveSampler(Sampler):
         log_probabilities = code_log_probabilities(logits, self.decoding.temperature)
         drawn = draw(*candidates(log_probabilities, self.decoding.top_k, self.decoding.top_p), numbers)
         return torch.where(known < 0, drawn, known)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record one step; the steps that warm it up write nonsense that the caller resets."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._cache.reset()
+            self._cache.position.add_(self.spec.prefix_length)
+            for _ in range(3):
+                self._step()
+            self._cache.reset()
+            self._cache.position.add_(self.spec.prefix_length)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
