@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from digit_ds.data.shards import iterate, read_manifest
 from digit_ds.demo.digits import read_images, read_labels
-from digit_ds.demo.judge import as_originals, train_judge
+from digit_ds.demo.judge import HIDDEN, as_originals, train_judge
 from digit_ds.demo.page import write_page
 from digit_ds.demo.pictures import labelled_grid
 from digit_ds.errors import run_command
@@ -95,12 +95,24 @@ def read_job(folder: Path) -> tuple[torch.Tensor, np.ndarray]:
 
 def _fidelity(path: Path) -> dict[str, Any]:
     """FID and Inception Score as ``digit-ds evaluate`` wrote them, and whose features they are."""
-    raise NotImplementedError
+    found = read_json(path)
+    return {
+        "fid": found["fid"],
+        "inception_score": found["inception_score"],
+        "feature_extractor": f"torch-fidelity with the demo's digit classifier ({', '.join(map(str, HIDDEN))} units)",
+        "fid_samples": found["samples"],
+        "fid_reference_samples": found["reference_samples"],
+    }
 
 
 def _probe(folder: Path) -> dict[str, Any]:
     """Accuracy of each layer's linear probe as ``digit-ds probe`` wrote it."""
-    raise NotImplementedError
+    found = read_json(folder / "probe.json")
+    return {
+        "probe_accuracy": [layer["accuracy"] for layer in found["layers"]],
+        "best_probe_accuracy": found["best_accuracy"],
+        "best_probe_layer": found["best_layer"],
+    }
 
 
 def main(arguments: list[str]) -> None:

@@ -28,7 +28,6 @@ class Scale:
 
     encoder_steps: int
     vqgan_steps: int
-    judge_steps: int
     codes: int
     kmeans_iterations: int
     views: int
@@ -43,7 +42,6 @@ class Scale:
 FULL = Scale(
     encoder_steps=500,
     vqgan_steps=300,
-    judge_steps=300,
     codes=64,
     kmeans_iterations=20,
     views=1,
@@ -55,7 +53,6 @@ FULL = Scale(
 SMALL = Scale(
     encoder_steps=30,
     vqgan_steps=60,
-    judge_steps=100,
     codes=32,
     kmeans_iterations=5,
     views=1,
@@ -177,7 +174,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
 
     commands = {
         "digits": demo("digits", out / "images"),
-        "judge": demo("judge", train_images, judge, "--steps", scale.judge_steps),
+        "judge": demo("judge", train_images, judge),
         "encoder": demo("stand_in_encoder", train_images, encoder, "--steps", scale.encoder_steps),
         "vqgan": demo("stand_in_vqgan", train_images, vqgan, vqgan_config, "--steps", scale.vqgan_steps),
         "features": tool("extract_features.py", "--images", train_images, "--encoder", encoder, "--out", features),
