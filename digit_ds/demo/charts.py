@@ -21,7 +21,9 @@ def line_chart(series: dict[str, Sequence[tuple[float, float]]], x_name: str, ru
     parts = [_axes(low, high, right, x_name)]
     if rule:
         _, y = place(0, rule[1])
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#999" stroke-dasharray="4"/>')
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#999" stroke-dasharray="4"/>'
+        )
         parts.append(f'<text x="{WIDTH - 10}" y="{y + 13:.1f}" text-anchor="end">{escape(rule[0])}</text>')
     for index, (name, line) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]

@@ -69,7 +69,7 @@ def draw(images: Tensor, count: int) -> Tensor:
 
 
 def distort(images: Tensor, turn: float, stretch: float, move: float) -> Tensor:
-    """Turn each image by up to ``turn`` radians, stretch and slant it by up to that share, move it by ``move`` pixels."""
+    """Turn images by at most ``turn`` radians, stretch and slant them by that share, move them by ``move`` pixels."""
 
     def uniform(limit: float) -> Tensor:
         return (torch.rand(len(images)) * 2 - 1) * limit

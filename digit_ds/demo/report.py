@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from digit_ds.data.shards import iterate
+from digit_ds.data.shards import iterate, read_manifest
 from digit_ds.demo.digits import read_images, read_labels
-from digit_ds.demo.judge import as_originals, train_judge
+from digit_ds.demo.judge import HIDDEN, as_originals, train_judge
 from digit_ds.demo.page import write_page
 from digit_ds.demo.pictures import labelled_grid
 from digit_ds.errors import run_command
@@ -46,7 +46,7 @@ def measure(out: Path) -> dict[str, Any]:
     named = judge.predict(as_originals(pictures))
     rebuilt, rebuilt_labels = read_job(out / "reconstructions")
     tokens = np.stack([sample["discriminative"] for sample in iterate(out / "shards" / "train")])  # [B, G]
-    codes = int(tokens.max()) + 1
+    codes = read_manifest(out / "shards" / "train").discriminative_codes
     share = np.bincount(tokens.flatten(), minlength=codes) / tokens.size
     entropy = -sum(float(p) * math.log(p) for p in share if p > 0)
     notes = {path.stem: read_json(path) for path in sorted((out / "steps").glob("*.json"))}
@@ -57,6 +57,7 @@ def measure(out: Path) -> dict[str, Any]:
         "real_accuracy": judge.score(as_originals(read_images(held_out)), read_labels(held_out)),
         "reconstruction_accuracy": judge.score(as_originals(rebuilt), rebuilt_labels),
         "reconstructions": len(rebuilt_labels),
+        "codes": codes,
         "codebook_perplexity": math.exp(entropy),
         "codebook_usage": sorted(share.tolist(), reverse=True),
         "unigram_entropy": entropy,
@@ -94,12 +95,24 @@ def read_job(folder: Path) -> tuple[torch.Tensor, np.ndarray]:
 
 def _fidelity(path: Path) -> dict[str, Any]:
     """FID and Inception Score as ``digit-ds evaluate`` wrote them, and whose features they are."""
-    raise NotImplementedError
+    found = read_json(path)
+    return {
+        "fid": found["fid"],
+        "inception_score": found["inception_score"],
+        "feature_extractor": f"torch-fidelity with the demo's digit classifier ({', '.join(map(str, HIDDEN))} units)",
+        "fid_samples": found["samples"],
+        "fid_reference_samples": found["reference_samples"],
+    }
 
 
 def _probe(folder: Path) -> dict[str, Any]:
     """Accuracy of each layer's linear probe as ``digit-ds probe`` wrote it."""
-    raise NotImplementedError
+    found = read_json(folder / "probe.json")
+    return {
+        "probe_accuracy": [layer["accuracy"] for layer in found["layers"]],
+        "best_probe_accuracy": found["best_accuracy"],
+        "best_probe_layer": found["best_layer"],
+    }
 
 
 def main(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ command does.
 
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,6 @@ class Scale:
 
     encoder_steps: int
     vqgan_steps: int
-    judge_steps: int
     codes: int
     kmeans_iterations: int
     views: int
@@ -42,7 +42,6 @@ class Scale:
 FULL = Scale(
     encoder_steps=500,
     vqgan_steps=300,
-    judge_steps=300,
     codes=64,
     kmeans_iterations=20,
     views=1,
@@ -54,7 +53,6 @@ FULL = Scale(
 SMALL = Scale(
     encoder_steps=30,
     vqgan_steps=60,
-    judge_steps=100,
     codes=32,
     kmeans_iterations=5,
     views=1,
@@ -82,9 +80,15 @@ def run(out: Path | str, small: bool = False) -> None:
     todo = [step for step in steps(out, SMALL if small else FULL) if not step.is_done()]
     if not todo:
         print(f"{out}: complete already, nothing to do; delete the folder to start again")
-    for number, step in enumerate(todo, start=1):
-        print(f"\n[{number}/{len(todo)}] {step.name}\n$ {shlex.join(step.command)}", flush=True)
-        step.run()
+    # As Ctrl-C does: the running command is told, and training saves what it has.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for number, step in enumerate(todo, start=1):
+            print(f"\n[{number}/{len(todo)}] {step.name}\n$ {shlex.join(step.command)}", flush=True)
+            step.run()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted in step {step.name}; the same demo command continues there", file=sys.stderr, flush=True)
+        sys.exit(130)
     print(
         f"\npictures   {out / 'samples.png'}\nreport     {out / 'report.html'}\nfigures    {out / 'report.json'}\n"
         f"curves     tensorboard --logdir {shlex.quote(str(out))}"
@@ -114,7 +118,7 @@ class Step:
 
     @property
     def note(self) -> Path:
-        """JSON with ``seconds`` (over all attempts that got to the end) and ``peak_gib``."""
+        """JSON with ``seconds`` (of the attempt that finished) and ``peak_gib`` (of the largest process so far)."""
         return self.out / "steps" / f"{self.name}.json"
 
     def is_done(self) -> bool:
@@ -132,10 +136,16 @@ class Step:
             UserError: the command failed; it has said why.
         """
         start = time.perf_counter()
-        status = subprocess.run(self.command, check=False).returncode
+        process = subprocess.Popen(self.command)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
         if status:
             raise UserError(f"{self.name}: ended with status {status}; the same demo command continues from here")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest step so far
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         seconds = round(time.perf_counter() - start, 1)
         write_json(self.note, {"command": self.command, "seconds": seconds, "peak_gib": round(peak, 2)})
 
@@ -149,7 +159,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
     features, judge = out / "features", out / "stand_ins" / "judge.safetensors"
     prior, pixel_decoder = out / "models" / "prior", out / "models" / "pixel_ar"
     painter = ["--vqgan", vqgan, "--vqgan-config", vqgan_config]
-    tokenise = ["--encoder", encoder, "--codebook", codebook, *painter, "--no-flip"]
+    tokenise = ["--encoder", encoder, "--codebook", codebook, *painter]
     shards = [f"data.shards={train_shards}", f"data.validation={held_out_shards}"]
     pixel_sampling = ["--decoder", pixel_decoder, *painter, "--decoder-top-p", 0.8]
 
@@ -164,12 +174,10 @@ def steps(out: Path, scale: Scale) -> list[Step]:
 
     commands = {
         "digits": demo("digits", out / "images"),
-        "judge": demo("judge", train_images, judge, "--steps", scale.judge_steps),
+        "judge": demo("judge", train_images, judge),
         "encoder": demo("stand_in_encoder", train_images, encoder, "--steps", scale.encoder_steps),
         "vqgan": demo("stand_in_vqgan", train_images, vqgan, vqgan_config, "--steps", scale.vqgan_steps),
-        "features": tool(
-            "extract_features.py", "--images", train_images, "--encoder", encoder, "--out", features, "--no-flip"
-        ),
+        "features": tool("extract_features.py", "--images", train_images, "--encoder", encoder, "--out", features),
         "kmeans": tool(
             "train_kmeans.py",
             *("--features", features, "--clusters", scale.codes, "--iterations", scale.kmeans_iterations),

@@ -30,7 +30,7 @@ CONFIG = {
     "attn_resolutions": [],
     "dropout": 0.0,
 }
-BATCH = 32
+BATCH = 16
 COMMITMENT = 0.25
 RESTART_EVERY = 10
 RARE = 0.03
