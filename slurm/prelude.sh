@@ -63,9 +63,19 @@ attend() {
     if [ "$time_is_up" -eq 1 ] || [ "$status" -eq "$SAVED" ]; then
         requeue
     fi
+    if ! nodes_answer; then
+        say "a node of this job does not answer"
+        requeue
+    fi
     record failed "$status"
-    say "failed with status $status: the steps that need this one will not start"
+    say "failed: the steps that need this one will not start"
     exit "$status"
+}
+
+# A lost node fails its ranks' neighbours minutes before Slurm notices: that is no failure of the step.
+nodes_answer() {
+    [ "$SLURM_NNODES" -eq 1 ] ||
+        timeout 60 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=1 true 2>/dev/null
 }
 
 requeue() {
@@ -91,7 +101,7 @@ ranks() {
         address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     export MASTER_ADDR=$address
     export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # differs between jobs that share a node
-    attend srun --kill-on-bad-exit=1 --unbuffered "${python[@]}" "$@"
+    attend srun --kill-on-bad-exit=1 "${python[@]}" "$@"
     unset MASTER_ADDR MASTER_PORT
 }
 

@@ -187,7 +187,15 @@ def _status(chain_steps: list[Step], folder: Path) -> int:
         if bad:
             failed.append(step.name)
         print(f"{step.name:20} {line}")
+    for node in _nodes_out_of_order():
+        print(f"takes no jobs:       {node}")
     return 1 if failed else 0
+
+
+def _nodes_out_of_order() -> list[str]:
+    """Nodes of the cluster that are down or drained, with Slurm's reason."""
+    command = ["sinfo", "--noheader", "--Node", "--states=down,drain,fail,no_respond", "--format=%N (%T: %E)"]
+    return sorted(set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()))
 
 
 def _standing(step: Step, folder: Path, queue: dict, failed: list[str]) -> tuple[str, bool]:
@@ -209,8 +217,8 @@ def _standing(step: Step, folder: Path, queue: dict, failed: list[str]) -> tuple
         return f"running (job {job}) on {nodes}, attempt {state['restarts'] + 1 if said else 1}: {log}", False
     if blocked := [name for name in step.needs if name in failed]:
         return f"cancelled (job {job}): {' and '.join(blocked)} did not complete", True
-    how = f"with status {state['exit']}" if said == "failed" else f"as {slurm or 'a job that Slurm has forgotten'}"
-    return f"failed (job {job}) {how}: {_why(log)}; see {log}", True
+    how = "" if said == "failed" else f" as {slurm or 'a job that Slurm has forgotten'}"
+    return f"failed (job {job}){how}: {_why(log)}; see {log}", True
 
 
 def _waiting(reason: str) -> str:

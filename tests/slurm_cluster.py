@@ -162,10 +162,6 @@ class Cluster:
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout
 
-    def release(self, number: int) -> None:
-        """Let a requeued job start now instead of after Slurm's pause."""
-        self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
-
     def submit(self, *options: str, cwd: Path) -> int:
         """Job id of ``sbatch options``, run in ``cwd``."""
         return int(self.run("sbatch", "--parsable", *options, cwd=cwd).strip())
