@@ -11,6 +11,7 @@ setup(
     license="MIT",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["digit_ds", "digit_ds.*"]),
+    package_data={"digit_ds.demo": ["*.yaml"]},
     install_requires=[
         "deepspeed>=0.19.8",
         "faiss-cpu>=1.15",

@@ -35,6 +35,40 @@ def _export(options: argparse.Namespace) -> None:
     export(options.run, options.out, ema=options.ema)
 
 
+def _sample(options: argparse.Namespace) -> None:
+    from digit_ds.generation.sample import sample
+    from digit_ds.generation.settings import Decoding, Guidance
+
+    guidance = Guidance(options.guidance, options.guidance_schedule, tuple(options.guidance_interval))
+    sample(
+        options.out,
+        prior=options.prior,
+        pixel_decoder=options.decoder,
+        vqgan=options.vqgan,
+        vqgan_config=options.vqgan_config,
+        count=options.count,
+        per_class=options.per_class,
+        classes=options.classes,
+        prior_decoding=Decoding(options.temperature, options.top_k, options.top_p, guidance),
+        pixel_decoding=Decoding(
+            options.decoder_temperature,
+            options.decoder_top_k,
+            options.decoder_top_p,
+            steps=options.steps,
+            choice_temperature=options.choice_temperature,
+        ),
+        seed=options.seed,
+        batch=options.batch,
+        precision=options.precision,
+        adm_array=options.npz,
+        from_images=options.from_images,
+        encoder=options.encoder,
+        codebook=options.codebook,
+        from_tokens=options.from_tokens,
+        keep=options.keep,
+    )
+
+
 def _demo(options: argparse.Namespace) -> None:
     from digit_ds.demo.run import run
 
@@ -44,6 +78,44 @@ def _demo(options: argparse.Namespace) -> None:
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields of the recipe to change")
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="folder to write: images/, tokens.npz, grid.png, manifest.json")
+    parser.add_argument("--prior", help="model directory of a prior, or of a VQ baseline (which needs no --decoder)")
+    parser.add_argument("--decoder", help="model directory of an AR or NAR pixel decoder")
+    parser.add_argument("--vqgan", required=True, help="VQGAN checkpoint")
+    parser.add_argument("--vqgan-config", help="taming-style YAML (default: MAGE's)")
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--count", type=int, help="number of pictures, classes in turn")
+    number.add_argument("--per-class", type=int, help="pictures of each class")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="LABEL", help="labels to draw (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="each picture derives its own from this (default: 0)")
+    parser.add_argument("--batch", type=int, help="pictures a process computes together; changes no picture")
+    parser.add_argument("--precision", choices=["float64", "float32", "bfloat16"], help="of the transformers")
+    parser.add_argument("--npz", action="store_true", help="also write samples.npz in the layout of ADM's evaluator")
+
+    prior = parser.add_argument_group("drawing from the prior (published: top-k 200 for base, 400 for large)")
+    prior.add_argument("--temperature", type=float, default=1.0)
+    prior.add_argument("--top-k", type=int)
+    prior.add_argument("--top-p", type=float)
+    prior.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1: none")
+    prior.add_argument("--guidance-schedule", choices=["constant", "linear", "cosine"], default="constant")
+    prior.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"))
+
+    decoder = parser.add_argument_group("drawing from the pixel decoder (published: top-p 0.8 for AR; 8 steps for NAR)")
+    decoder.add_argument("--decoder-temperature", type=float, default=1.0)
+    decoder.add_argument("--decoder-top-k", type=int)
+    decoder.add_argument("--decoder-top-p", type=float)
+    decoder.add_argument("--steps", type=int, default=8, help="iterations of a NAR decoder")
+    decoder.add_argument("--choice-temperature", type=float, default=4.5, help="noise on a NAR decoder's confidence")
+
+    given = parser.add_argument_group("starting from given pictures or tokens")
+    given.add_argument("--from-images", metavar="DIR", help="reconstruct (or with --keep complete) these pictures")
+    given.add_argument("--encoder", help="encoder weights for --from-images")
+    given.add_argument("--codebook", help="codebook for --from-images")
+    given.add_argument("--from-tokens", metavar="NPZ", help="first-stage tokens, such as a job's tokens.npz")
+    given.add_argument("--keep", type=int, help="leading tokens to keep; the prior writes the rest")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="run directory, or one checkpoint inside it")
     export.add_argument("out", help="model directory to write (config.json, model.safetensors)")
     export.add_argument("--ema", action="store_true", help="the moving average instead of the weights themselves")
+
+    _sample_arguments(
+        verb("sample", _sample, "pictures: prior -> pixel decoder -> VQGAN; continues an interrupted job")
+    )
 
     demo = verb("demo", _demo, "the whole pipeline on handwritten digits: pictures, figures and a report")
     demo.add_argument("--out", default="demo_out", help="folder for everything it makes (default: demo_out)")

@@ -11,8 +11,18 @@ from digit_ds.errors import UserError
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
-    """Call ``write(temporary)`` and move its result to ``path``: readers see the old file or the whole new one."""
+    """Call ``write(temporary)`` and move its result to ``path``: readers see the old file or the whole new one.
+
+    A folder that cannot be made or written to, or a full disk, is the user's error.
+    """
     path = Path(path)
+    try:
+        _replace(path, write)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept because writers such as numpy.save append their own when it is missing.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")

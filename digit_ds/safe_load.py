@@ -1,6 +1,7 @@
 """Reading PyTorch checkpoint files that somebody else wrote, without running what may be hidden in them."""
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def load_torch(path: Path | str, allow: Sequence[type | Callable | tuple[Any, st
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), expected a PyTorch checkpoint") from error
     try:
-        with torch.serialization.safe_globals(list(allow)):
+        with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that are none of its own before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True, mmap=head == _ZIP_MAGIC)
     except Exception as error:  # a damaged pickle raises anything, from EOFError to AttributeError
         raise UserError(f"{path}: {_reason(error)}") from error

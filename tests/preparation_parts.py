@@ -1,15 +1,18 @@
-"""Small real parts for the tests of the offline jobs: a picture folder, a DINOv2-format encoder, a codebook, a VQGAN."""
+"""Small real parts for the tests of the offline jobs: pictures, a DINOv2-format encoder, a codebook, a VQGAN."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
 
+from digit_ds.errors import run_command
 from digit_ds.files import sha256
 from digit_ds.tokenizer.codebook import save_codebook
 from digit_ds.tokenizer.vqgan_network import VqganNetwork
@@ -93,16 +96,26 @@ def make_vqgan(path: Path, levels: int = 3) -> tuple[Path, Path]:
     return path, path.with_suffix(".yaml")
 
 
-def command(tool: str, *arguments: object, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+def options(**values: object) -> list[str]:
+    """Keyword arguments as command-line options."""
+    return [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def call(tool: str, *arguments: object) -> int:
+    """Run a tool's command line in this process and return its exit status: no seconds of imports."""
+    module = runpy.run_path(str(REPOSITORY / "tools" / f"{tool}.py"))
+    with pytest.raises(SystemExit) as ended:
+        run_command(module["main"], list(map(str, arguments)))
+    return ended.value.code or 0
+
+
+def command(tool: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
     """Run a tool as a user does: alone, or under torchrun with several processes."""
     script = [str(REPOSITORY / "tools" / f"{tool}.py"), *map(str, arguments)]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    else:
-        launcher = []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.run(
         [sys.executable, *launcher, *script],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

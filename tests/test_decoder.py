@@ -1,5 +1,6 @@
 """The lean transformer against the published code's numbers, and against a plain reference at other sizes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,8 @@ def test_the_cache_equals_a_full_pass_in_any_chunks(kind, chunks):
     for _ in range(2):  # the second time in the same memory
         steps = torch.cat([model.step(part, cache) for part in tokens.split(chunks, dim=1)], dim=1)
         assert largest_difference(steps, model(tokens)) <= 1e-5
+        with pytest.raises(ValueError, match="3 tokens after 10 exceed the cache of 12"):
+            model.step(tokens[:, :3], cache)
         cache.reset()
 
 
@@ -188,6 +191,11 @@ def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
         model(torch.tensor([[2, 20]]))
     with pytest.raises(UserError, match="31 tokens was given, this prior model takes at most 30"):
         model(torch.zeros(1, 31, dtype=torch.int64))
+    far = Decoder(TransformerSpec("ar", 1, 8, 2, 16, "pre", 11, 9, 7, 0, grid=(3, 4)))
+    with pytest.raises(UserError, match="12 tokens was given, this ar model takes at most 11"):
+        far(torch.zeros(1, 12, dtype=torch.int64))
+    with pytest.raises(ValueError, match="no cache"):
+        Decoder(TransformerSpec("nar", 1, 8, 2, 16, "pre", 20, 9, 7, 0, grid=(3, 4))).new_cache(1, 5)
     with pytest.raises(UserError, match="already holds a model"):
         save_model(tmp_path / "model", SPEC, initial_state(SPEC, 0), {})
     with pytest.raises(UserError, match="does not exist, expected a model directory"):
@@ -210,8 +218,6 @@ def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
 def test_weights_of_another_config_are_refused(tmp_path, change, sentence):
     save_model(tmp_path / "model", SPEC, initial_state(SPEC, 0), {})
     config = tmp_path / "model" / "config.json"
-    import json
-
     values = json.loads(config.read_text())
     values["spec"].update(change)
     config.write_text(json.dumps(values))

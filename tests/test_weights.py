@@ -110,6 +110,25 @@ def test_a_slice_of_fused_qkv_holds_whole_heads():
     assert torch.equal(part, torch.cat(rows))
 
 
+def test_column_then_row_parallel_layers_add_up():
+    """Each rank's own rows, then its own columns, summed over ranks: the whole layer, as Megatron computes it."""
+    spec = SMALL[0]
+    state = initial_state(spec, 1)
+    parts = [shard(state, spec, 2, rank) for rank in range(2)]
+    x = torch.randn(5, spec.width, generator=torch.Generator().manual_seed(0))
+
+    def ffn(weights):
+        hidden = x @ weights["layers.0.ffn.up.weight"].T + weights["layers.0.ffn.up.bias"]
+        return hidden.relu() @ weights["layers.0.ffn.down.weight"].T
+
+    def attention_values(weights):  # v alone stands for what attention returns: whole heads, side by side
+        rows = weights["layers.0.attention.qkv.weight"].unflatten(0, (-1, 3, spec.width // spec.heads))[:, 2]
+        return (x @ rows.flatten(0, 1).T) @ weights["layers.0.attention.out.weight"].T
+
+    for layer in (ffn, attention_values):
+        assert torch.allclose(sum(layer(part) for part in parts), layer(state), atol=1e-5)
+
+
 def test_unequal_replicas_are_refused():
     spec = SMALL[0]
     parts = [shard(initial_state(spec, 1), spec, 2, rank) for rank in range(2)]

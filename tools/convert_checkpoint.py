@@ -66,7 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("from-official", help="published checkpoint -> released model directory")
+    command = commands.add_parser(
+        "from-official",
+        help="published checkpoint -> released model directory",
+        description="Nothing in the checkpoint is run: tensors and plain values are read, and the argparse.Namespace "
+        "or omegaconf objects that older files keep their configuration in are read as plain values; anything else "
+        "is refused.",
+    )
     command.add_argument("checkpoint", metavar="CKPT", help="checkpoint_*.pt of a prior, pixel decoder or VQ baseline")
     command.add_argument("out", metavar="OUT_DIR", help="new model directory")
     command.add_argument("--encoder-out", metavar="PTH", help="also write the encoder it carries, as Meta's .pth files")

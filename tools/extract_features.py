@@ -4,9 +4,11 @@ tools/extract_features.py --images DIR --encoder WEIGHTS --layer 3 --out FEATURE
 """
 
 import argparse
+from typing import get_args
 
 from digit_ds.errors import run_command
 from digit_ds.preparation.features import BLOCK_IMAGES, extract_features
+from digit_ds.preparation.loading import Decoder
 
 
 def main(arguments: list[str]) -> None:
@@ -25,6 +27,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=256, help="images at a time")
     parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="stored type")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="encoder's arithmetic")
+    parser.add_argument("--compile", action="store_true", help="fuse encoder with torch.compile")
+    parser.add_argument("--decoder", choices=get_args(Decoder), default="cpu", help="where JPEG files are decoded")
     parser.add_argument("--workers", type=int, help="decoding processes per rank; default: all cores")
     parser.add_argument("--block-images", type=int, default=BLOCK_IMAGES, help="images per chunk")
     parser.add_argument("--max-skipped", type=float, default=0.25, help="largest share of unreadable images")

@@ -8,6 +8,7 @@ from typing import get_args
 
 from digit_ds.data.images import CropKind
 from digit_ds.errors import run_command
+from digit_ds.preparation.loading import Decoder
 from digit_ds.preparation.tokens import BLOCK_IMAGES, tokenize_images
 
 
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of crops and flips")
     parser.add_argument("--batch", type=int, default=256, help="views at a time")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="arithmetic")
+    parser.add_argument("--compile", action="store_true", help="fuse encoder and VQGAN with torch.compile")
+    parser.add_argument("--decoder", choices=get_args(Decoder), default="cpu", help="where JPEG files are decoded")
     parser.add_argument("--workers", type=int, help="decoding processes per rank; default: all cores")
     parser.add_argument("--block-images", type=int, default=BLOCK_IMAGES, help="images per block of shards")
     parser.add_argument("--max-skipped", type=float, default=0.25, help="largest share of unreadable images")

@@ -1,1 +1,1 @@
-"""K-Means over torch.distributed."""
+"""Codebooks by K-Means: Lloyd's algorithm over any number of processes, on features larger than memory."""

@@ -211,6 +211,20 @@ class Crops:
             left, top, mirrored = int(u[0] * (room_x + 1)), int(u[1] * (room_y + 1)), bool(u[2] < 0.5)
         return Cut((left, top, left + self.size, top + self.size), mirrored)
 
+    def windows(self, image_size: tuple[int, int], identity: str) -> np.ndarray:
+        """All views as windows on the image itself: float32 [views, 5] of left, width, top, height, mirrored.
+
+        Width and height are those of the part of the image that one pixel of the view covers.
+        """
+        # PIL samples each axis with the ratio of the rounded sides.
+        resized = image_size if self.kind == "random-resized-crop" else self._resized(image_size)
+        x, y = image_size[0] / resized[0], image_size[1] / resized[1]
+        windows = np.empty((self.views, 5), np.float32)
+        for view in range(self.views):
+            (left, top, right, bottom), mirrored = self.plan(image_size, identity, view)
+            windows[view] = left * x, (right - left) * x / self.size, top * y, (bottom - top) * y / self.size, mirrored
+        return windows
+
     def _resized(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Width and height once the short side is ``resize``; the long side is rounded down, as torchvision does."""
         short = min(image_size)

@@ -7,6 +7,7 @@ Shapes: ``B`` images, ``T`` tokens, ``t`` new tokens, ``D`` width, ``H`` heads, 
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class KeyValueCache:
 
     def __init__(self, spec: TransformerSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
         shape = (batch, spec.heads, length, spec.width // spec.heads)
-        self.length = length
+        self.length, self.heads = length, spec.heads
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -40,6 +41,28 @@ class KeyValueCache:
     def reset(self) -> None:
         """Forget all tokens; the memory is used again."""
         self.position.zero_()
+
+    def attend(self, layer: int, qkv: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Let new tokens join a layer's cache at ``positions`` [t] and see ``visible`` [t, length] of it.
+
+        ``qkv`` [B, t, 3D], rows grouped by head -> what the heads saw, [B, t, D].
+        """
+        query, key, value = split_heads(qkv, self.heads)
+        self.keys[layer].index_copy_(2, positions, key)
+        self.values[layer].index_copy_(2, positions, value)
+        seen = functional.scaled_dot_product_attention(query, self.keys[layer], self.values[layer], attn_mask=visible)
+        return join_heads(seen)
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, 3D], grouped by head -> query, key and value, each [B, H, T, D / H]."""
+    query, key, value = qkv.unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
+    return query, key, value
+
+
+def join_heads(attended: Tensor) -> Tensor:
+    """[B, H, T, D / H] -> [B, T, D]."""
+    return attended.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -54,26 +77,12 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D] over all positions."""
-        query, key, value = self._project(hidden)
-        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return self._join(attended)
+        query, key, value = split_heads(self.qkv(hidden), self.heads)
+        return self.out(join_heads(functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)))
 
-    def step(self, hidden: Tensor, keys: Tensor, values: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """[B, t, D] -> [B, t, D]: new tokens join the cache at ``positions`` [t], see ``visible`` [t, length]."""
-        query, key, value = self._project(hidden)
-        keys.index_copy_(2, positions, key)
-        values.index_copy_(2, positions, value)
-        return self._join(functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible))
-
-    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, D] -> query, key and value, each [B, H, T, D / H]."""
-        grouped = self.qkv(hidden).unflatten(-1, (self.heads, 3, -1))  # [B, T, H, 3, D / H]
-        query, key, value = grouped.permute(3, 0, 2, 1, 4).unbind(0)
-        return query, key, value
-
-    def _join(self, attended: Tensor) -> Tensor:
-        """[B, H, T, D / H] -> [B, T, D]."""
-        return self.out(attended.transpose(1, 2).flatten(2))
+    def step(self, hidden: Tensor, layer: int, cache: KeyValueCache, positions: Tensor, visible: Tensor) -> Tensor:
+        """[B, t, D] -> [B, t, D]: new tokens of this layer; the rest as in :meth:`KeyValueCache.attend`."""
+        return self.out(cache.attend(layer, self.qkv(hidden), positions, visible))
 
 
 class FeedForward(nn.Module):
@@ -100,7 +109,7 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(spec.width, NORM_EPSILON)
         self.ffn = FeedForward(spec)
 
-    def forward(self, hidden: Tensor, *cached: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *cached: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]; ``cached`` are :meth:`Attention.step`'s other arguments, none for a full pass."""
         attention = self.attention.step if cached else self.attention
         if self.pre_norm:
@@ -159,24 +168,35 @@ class Decoder(nn.Module):
             raise ValueError("a NAR decoder sees every position at once and has no cache")
         self._check_length(length)
         weight = self.output.weight
-        return KeyValueCache(self.spec, batch, length, weight.device, weight.dtype)
+        kind = KeyValueCache
+        if weight.device.type == "cuda" and weight.dtype != torch.float64:
+            from digit_ds.model.fused_cache import FusedCache  # needs Triton, which comes with CUDA builds of torch
+
+            kind = FusedCache
+        return kind(self.spec, batch, length, weight.device, weight.dtype)
 
     def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Append tokens to the cached sequences.
 
         Args:
             tokens: int64 [B, t], the next t ids of each sequence; several at once for a prompt.
-            cache: from :meth:`new_cache`; changed in place. The caller sees to it that it does not overflow.
+            cache: from :meth:`new_cache`; changed in place.
 
         Returns:
             [B, t, V] logits of the new positions.
+
+        Raises:
+            UserError: an id is outside the input table (checked on the CPU only).
+            ValueError: the cache is too short (checked on the CPU only; elsewhere the caller counts).
         """
         self._check_ids(tokens)
+        if tokens.device.type == "cpu" and int(cache.position) + tokens.shape[1] > cache.length:
+            raise ValueError(f"{tokens.shape[1]} tokens after {int(cache.position)} exceed the cache of {cache.length}")
         positions = cache.position + torch.arange(tokens.shape[1], device=tokens.device)  # [t]
         visible = torch.arange(cache.length, device=tokens.device) <= positions.unsqueeze(1)  # [t, length]
         hidden = self._embed(tokens, positions)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values):
-            hidden = layer(hidden, keys, values, positions, visible)
+        for number, layer in enumerate(self.layers):
+            hidden = layer(hidden, number, cache, positions, visible)
         cache.position += tokens.shape[1]
         return self._logits(hidden)
 
@@ -202,7 +222,8 @@ class Decoder(nn.Module):
                 raise UserError(f"token id {found} is outside 0..{rows - 1} of this {self.spec.kind} model")
 
     def _check_length(self, length: int) -> None:
-        longest = self.spec.prefix_length + self.spec.max_positions
+        prefix, own = self.spec.prefix_length, self.spec.max_positions  # two tables, each of max_positions
+        longest = prefix + own if prefix <= own else own
         if length > longest:
             raise UserError(
                 f"a sequence of {length} tokens was given, this {self.spec.kind} model takes at most {longest}"

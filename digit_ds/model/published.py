@@ -69,7 +69,7 @@ def published_cfg(
         "quant_noise_scalar": 0.0,
         "min_params_to_wrap": 100000000,
         "base_sublayers": 1,
-        "base_shuffle": 1,
+        "base_shuffle": 1 if spec.kind == "prior" else False,
         "decoder_xformers_att_config": None,
         "add_bos_token": False,
         "tokens_per_sample": spec.max_positions,

@@ -87,7 +87,10 @@ def refuse_existing(directory: Path) -> None:
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
+    try:
+        write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
+    except SafetensorError as error:  # its word for a full disk
+        raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error
 
 
 def read_tensors(path: Path) -> State:

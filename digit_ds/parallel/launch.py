@@ -1,6 +1,16 @@
-"""Who this process is: rank, world and device, from the environment that torchrun, deepspeed, srun or nobody made."""
+"""Who this process is: rank, world and device, from the environment that torchrun, deepspeed, srun or nobody made.
+
+Every launcher says it in its own words (``deepspeed`` sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE, ``srun``
+sets neither), and a launcher inside another leaves both vocabularies behind. ``place()`` reads them all, in one
+place, and refuses what contradicts itself: ranks that disagree about the world do not fail, they hang.
+"""
 
 import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -9,53 +19,203 @@ import torch.distributed as dist
 from digit_ds.errors import UserError
 
 
-def _number(*names: str, default: int) -> int:
-    """The first of the environment variables ``names`` that is set, as an integer."""
-    for name in names:
-        if value := os.environ.get(name):
-            try:
-                return int(value)
-            except ValueError as error:
-                raise UserError(f"environment variable {name} is {value!r}, expected a whole number") from error
-    return default
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the processes of its job."""
+
+    rank: int
+    """0-based number among all processes."""
+    world_size: int
+    """Number of all processes."""
+    local_rank: int
+    """0-based number among the processes of this node."""
+    local_world_size: int
+    """Number of processes on this node; the same on every node."""
+
+
+def place(environment: Mapping[str, str] | None = None) -> Place:
+    """This process's place, from ``environment`` (default: the process's own).
+
+    Raises:
+        UserError: the variables contradict each other.
+    """
+    environment = os.environ if environment is None else environment
+    found = _from_launcher(environment) or _from_srun(environment) or Place(0, 1, 0, 1)
+    _check(found)
+    return found
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    """Environment variable ``name`` as an integer; None where it is unset or empty."""
+    text = environment.get(name)
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"environment variable {name} is {text!r}, expected a whole number") from error
+
+
+def _from_launcher(environment: Mapping[str, str]) -> Place | None:
+    """What torchrun or the deepspeed launcher set, checked against the srun task that it may run in."""
+    rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS") or 1
+    if world is None and rank is None:
+        if (processes := _number(environment, "OMPI_COMM_WORLD_SIZE") or 1) > 1:
+            raise UserError(f"mpirun started {processes} processes, expected srun, torchrun or deepspeed to start them")
+        return None
+    if world is None:
+        raise UserError(f"RANK is {rank} but WORLD_SIZE is not set, expected both or neither")
+    if world < 1:
+        raise UserError(f"WORLD_SIZE is {world}, expected 1 or more")
+    agents = _number(environment, "GROUP_WORLD_SIZE")  # set by torchrun: how many torchruns joined
+    if tasks > 1 and agents is None:
+        return _named_inside_srun(environment, rank, world)
+    if agents not in (None, tasks) and tasks > 1:
+        raise UserError(
+            f"srun started {tasks} torchruns but {agents} joined this one's world of {world}, "
+            "expected torchrun --nnodes with the same --rdzv-endpoint on every task"
+        )
+    if rank is None:
+        if world > 1:
+            raise UserError(f"WORLD_SIZE is {world} but RANK is not set, expected both or neither")
+        rank = 0
+    local_world = _local_world(environment, world)
+    local_rank = _number(environment, "LOCAL_RANK")
+    return Place(rank, world, rank % local_world if local_rank is None else local_rank, local_world)
+
+
+def _named_inside_srun(environment: Mapping[str, str], rank: int | None, world: int) -> Place:
+    """A task of srun whose RANK or WORLD_SIZE somebody set too (``initialize`` does): both must say the same."""
+    task = _from_srun(environment)
+    if world != task.world_size or rank not in (None, task.rank):
+        raise UserError(
+            f"RANK={rank} WORLD_SIZE={world} contradict srun, which made this task {task.rank} of {task.world_size}: "
+            "unset them, or start one task a node and the ranks by torchrun"
+        )
+    return task
+
+
+def _local_world(environment: Mapping[str, str], world: int) -> int:
+    """Processes on this node as the launcher says it; where it says nothing, everything runs on one node."""
+    torchrun, deepspeed = _number(environment, "LOCAL_WORLD_SIZE"), _number(environment, "LOCAL_SIZE")
+    if torchrun and deepspeed and torchrun != deepspeed:
+        raise UserError(f"LOCAL_WORLD_SIZE is {torchrun} but LOCAL_SIZE is {deepspeed}, expected the same number")
+    return torchrun or deepspeed or world
+
+
+def _srun_local_world(environment: Mapping[str, str]) -> int:
+    """Tasks on each node of an srun step: 4 from ``4(x2)``; ``4,3`` is refused."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    if match := re.fullmatch(r"(\d+)(\(x\d+\))?", text):
+        return int(match[1])
+    raise UserError(f"srun placed {text or 'an unknown number of'} tasks on the nodes, expected as many on each node")
+
+
+def _from_srun(environment: Mapping[str, str]) -> Place | None:
+    """What srun set. (sbatch sets SLURM_PROCID and SLURM_NTASKS in its shell too; the step's number only srun sets.)"""
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS")
+    if tasks is None:
+        return None
+    on_node = 1 if tasks == 1 else _srun_local_world(environment)
+    given = _number(environment, "LOCAL_WORLD_SIZE")
+    if given not in (None, on_node):
+        raise UserError(f"LOCAL_WORLD_SIZE is {given} but srun placed {on_node} tasks on each node")
+    return Place(_number(environment, "SLURM_PROCID") or 0, tasks, _number(environment, "SLURM_LOCALID") or 0, on_node)
+
+
+def _check(found: Place) -> None:
+    """Refuse numbers that no launcher can mean."""
+    if not 0 <= found.rank < found.world_size:
+        raise UserError(f"RANK is {found.rank}, expected 0 to WORLD_SIZE - 1 = {found.world_size - 1}")
+    if found.local_world_size < 1 or found.world_size % found.local_world_size:
+        raise UserError(f"LOCAL_WORLD_SIZE {found.local_world_size} does not divide WORLD_SIZE {found.world_size}")
+    if not 0 <= found.local_rank < found.local_world_size:
+        raise UserError(
+            f"LOCAL_RANK is {found.local_rank}, expected 0 to LOCAL_WORLD_SIZE - 1 = {found.local_world_size - 1}"
+        )
 
 
 def rank() -> int:
     """Global rank of this process; 0 when started alone."""
-    return _number("RANK", "SLURM_PROCID", default=0) if world_size() > 1 else 0
+    return place().rank
 
 
 def world_size() -> int:
-    """Number of processes of this job; 1 when started alone.
-
-    Inside an sbatch script SLURM_NTASKS is set for the batch shell too; only ``srun`` sets SLURM_STEP_NUM_TASKS.
-    """
-    return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
+    """Number of processes of this job; 1 when started alone."""
+    return place().world_size
 
 
 def local_rank() -> int:
     """Rank among the processes of this node."""
-    return _number("LOCAL_RANK", "SLURM_LOCALID", default=0) if world_size() > 1 else 0
+    return place().local_rank
+
+
+def local_world_size() -> int:
+    """Number of processes of this job on this node."""
+    return place().local_world_size
 
 
 def device() -> torch.device:
     """This process's GPU, or the CPU where there is none."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, visible = local_rank(), torch.cuda.device_count()
+    if number < visible:
+        return torch.device("cuda", number)
+    if visible == 1 and "SLURM_STEP_ID" in os.environ:  # srun --gpus-per-task shows each task its own GPU alone
+        return torch.device("cuda", 0)
+    raise UserError(
+        f"this process is number {number} of its node, but {visible} GPUs are visible, expected one for each"
+    )
 
 
 def initialize(timeout: timedelta | None = None) -> None:
     """Join the process group of this job (NCCL on GPUs, gloo on CPUs); a process alone needs none and gets none.
 
-    ``timeout`` is how long a collective may take before the process is ended (PyTorch's own default when unset).
+    Afterwards the environment holds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+    whatever launcher made it, because DeepSpeed and Streaming read them there.
+
+    Args:
+        timeout: how long a collective may wait for the other ranks; None: PyTorch's default.
+
+    Raises:
+        UserError: the variables contradict each other, or no address for rank 0 can be found.
     """
-    if world_size() == 1 or dist.is_initialized():
+    here = place()
+    if here.world_size == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    os.environ.update(RANK=str(rank()), WORLD_SIZE=str(world_size()), LOCAL_RANK=str(local_rank()))
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        address, port = ("127.0.0.1", 29500) if here.world_size == here.local_world_size else _srun_address()
+        os.environ.setdefault("MASTER_ADDR", address)
+        os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.update(
+        RANK=str(here.rank),
+        WORLD_SIZE=str(here.world_size),
+        LOCAL_RANK=str(here.local_rank),
+        LOCAL_WORLD_SIZE=str(here.local_world_size),
+    )
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+
+
+def _srun_address() -> tuple[str, int]:
+    """Host of the step's first task, and a port from the job's number, as slurm/prelude.sh chooses them."""
+    nodes, job = os.environ.get("SLURM_STEP_NODELIST"), os.environ.get("SLURM_JOB_ID")
+    if not nodes or not job:
+        raise UserError("MASTER_ADDR and MASTER_PORT are not set, expected the address of rank 0 and a free port")
+    try:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        host = hosts.stdout.split()[0]
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:  # node names that are not host names: Slurm knows the address
+            node = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=True)
+            host = re.search(r"NodeAddr=(\S+)", node.stdout)[1]
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"MASTER_ADDR is not set and scontrol cannot name the hosts of {nodes} ({error})") from error
+    return host, 10000 + int(job) % 20000
 
 
 def is_main() -> bool:

@@ -1,82 +1,124 @@
 """Decoding in worker processes, ahead of the device: batches of views, block by block."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from digit_ds.data.images import Crops, UnreadableImageError, decode
+from digit_ds.data.images import STRETCHED, Crops, UnreadableImageError, decode
+from digit_ds.errors import UserError
 from digit_ds.preparation.jobs import Job
 
+Decoder = Literal["cpu", "gpu"]
+"""``cpu``: Pillow in the workers, the same pixels on every machine; ``gpu``: JPEG files are decoded and cut on the GPU,
+whose pixel values differ by a level or two here and there."""
+
 PIECE = 16
-"""Images that a worker decodes at a time: small, so that the workers share the load evenly."""
+"""Images that a worker handles at a time: small, so that the workers share the load evenly."""
+LONGEST_FOR_GPU = 2048
+"""Images with a longer side are decoded by the workers."""
 
 
-class Batch(NamedTuple):
-    """Views of consecutive images of one block, image by image; images that could not be read are left out."""
+@dataclass
+class Piece:
+    """Consecutive images of one block, and what became of them so far."""
 
-    block: int
-    last: bool
-    """Whether this is the block's last batch."""
-    names: list[str]
-    """Names of the images that are in the batch."""
-    numbers: list[int]
+    names: list[str] = field(default_factory=list)
+    """Names of the readable images."""
+    numbers: list[int] = field(default_factory=list)
     """Their 0-based numbers in the sorted list."""
-    pixels: Tensor
-    """uint8 [images x views, size, size, 3]."""
-    extra: list[np.ndarray]
-    """What ``annotate`` gave for each image."""
-    skipped: list[dict[str, str]]
-    """``{"image", "reason"}`` of those left out."""
+    data: list[Tensor] = field(default_factory=list)
+    """Of each image: its views, uint8 [views, size, size, 3], or the file that the GPU is to decode, uint8 [bytes]."""
+    windows: list[np.ndarray | None] = field(default_factory=list)
+    """Of each image that the GPU is to decode: ``Crops.windows``; else None."""
+    extra: list[np.ndarray] = field(default_factory=list)
+    """Of each image: what ``annotate`` gave."""
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """``{"image", "reason"}`` of the unreadable ones."""
 
 
-class _Piece(NamedTuple):
-    names: list[str]
-    numbers: list[int]
-    pixels: Tensor
-    extra: list[np.ndarray]
-    skipped: list[dict[str, str]]
+@dataclass
+class Batch(Piece):
+    """Consecutive images of one block that the device takes at a time."""
+
+    block: int = 0
+    last: bool = False
+    """Whether this is the block's last batch."""
 
 
 class _Pieces(Dataset):
-    """Item i = the decoded images of piece i: (block, first image inside it, images)."""
+    """Item i = piece i: (block, first image inside it, images)."""
 
-    def __init__(
-        self, job: Job, crops: Crops, pieces: Sequence[tuple[int, int, int]], annotate: Callable | None
-    ) -> None:
-        self._job, self._crops, self._pieces, self._annotate = job, crops, pieces, annotate
+    def __init__(self, job: Job, loading: "Loading", pieces: list[tuple[int, int, int]], annotate: Callable | None):
+        self._job, self._loading, self._pieces, self._annotate = job, loading, pieces, annotate
         self._block = None
 
     def __len__(self) -> int:
         return len(self._pieces)
 
-    def __getitem__(self, item: int) -> _Piece:
+    def __getitem__(self, item: int) -> tuple[Piece, Tensor, list[torch.Size]]:
+        """The piece without its data, all its data in one tensor (one shared-memory file), and their shapes."""
+        piece = self._load(item)
+        shapes = [data.shape for data in piece.data]
+        packed = torch.cat([data.flatten() for data in piece.data]) if shapes else torch.empty(0, dtype=torch.uint8)
+        piece.data = []
+        return piece, packed, shapes
+
+    def _load(self, item: int) -> Piece:
         number, first, count = self._pieces[item]
         if self._block is None or self._block.number != number:
             self._block = self._job.read_block(number)
-        names, numbers, views, extra, skipped = [], [], [], [], []
+        piece = Piece()
         for position in range(first, first + count):
             name = self._block.names[position]
             try:
-                name.encode("utf-8")
-                views.append(self._crops.cut(decode(self._job.root / name), name))
+                self._add_image(piece, name)
             except UnreadableImageError as error:
-                skipped.append({"image": name, "reason": str(error)})
+                piece.skipped.append({"image": name, "reason": str(error)})
                 continue
-            except UnicodeEncodeError:
-                skipped.append({"image": name, "reason": "name is not valid UTF-8"})
-                continue
-            names.append(name)
-            numbers.append(self._block.first + position)
+            piece.names.append(name)
+            piece.numbers.append(self._block.first + position)
             if self._annotate:
-                extra.append(self._annotate(name))
-        size = self._crops.size
-        pixels = np.concatenate(views) if views else np.empty((0, size, size, 3), np.uint8)
-        return _Piece(names, numbers, torch.from_numpy(pixels), extra, skipped)
+                piece.extra.append(self._annotate(name))
+        return piece
+
+    def _add_image(self, piece: Piece, name: str) -> None:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UnreadableImageError("name is not valid UTF-8") from error
+        path, crops = self._job.root / name, self._loading.crops
+        jpeg = _for_gpu(path) if self._loading.decoder == "gpu" else None
+        if jpeg:
+            data, image_size = jpeg
+            piece.data.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            piece.windows.append(crops.windows(image_size, name))
+        else:
+            piece.data.append(torch.from_numpy(crops.cut(decode(path), name)))
+            piece.windows.append(None)
+
+
+def _for_gpu(path: Path) -> tuple[bytes, tuple[int, int]] | None:
+    """Bytes and size of a plain, upright, whole RGB JPEG file; None for all that the GPU might take otherwise."""
+    try:
+        data = path.read_bytes()
+        image = Image.open(BytesIO(data), formats=["JPEG"])
+        plain = image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
+        upright = "exif" not in image.info or image.getexif().get(0x0112, 1) == 1
+    except Exception:  # whatever is wrong with it, the ordinary decoder finds the words
+        return None
+    short, long = sorted(image.size)
+    whole = b"\xff\xd9" in data[-64:]  # the end marker
+    if plain and upright and whole and long <= LONGEST_FOR_GPU and long < STRETCHED * short:
+        return data, image.size
+    return None
 
 
 @dataclass(frozen=True)
@@ -88,37 +130,63 @@ class Loading:
     """Views in a batch (rounded down to whole images, at least one)."""
     workers: int
     """Decoding processes; 0: decode in this one."""
+    decoder: Decoder = "cpu"
 
-    def batches(self, job: Job, blocks: Sequence[int], annotate: Callable[[str], np.ndarray] | None) -> Iterator[Batch]:
-        """Batches of the given blocks in order. A block's batches depend on nothing but the block."""
-        step = max(1, self.batch // self.crops.views)
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UserError(f"batch is {self.batch}, expected at least 1")
+        if self.decoder not in get_args(Decoder):
+            raise UserError(f"decoder is {self.decoder!r}, expected one of {', '.join(get_args(Decoder))}")
+        if self.decoder == "gpu" and not torch.cuda.is_available():
+            raise UserError("decoder is 'gpu', but this machine has no CUDA device")
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images in a full batch."""
+        return max(1, self.batch // self.crops.views)
+
+    def batches(
+        self, job: Job, blocks: Sequence[int], annotate: Callable[[str], np.ndarray] | None = None
+    ) -> Iterator[Batch]:
+        """Start the workers; batches of the given blocks in order. A block's batches depend on the block alone."""
         plan, pieces = [], []
         for block in blocks:
             images = min(job.block_images, job.images - block * job.block_images)
-            for first in range(0, images, step):
-                end = min(first + step, images)
+            for first in range(0, images, self.images_per_batch):
+                end = min(first + self.images_per_batch, images)
                 starts = range(first, end, PIECE)
                 plan.append((block, end == images, len(starts)))
                 pieces.extend((block, start, min(PIECE, end - start)) for start in starts)
-        loader = iter(
-            DataLoader(
-                _Pieces(job, self.crops, pieces, annotate),
-                batch_size=None,
-                num_workers=min(self.workers, len(pieces)),
-                worker_init_fn=_one_thread,
-            )
+        workers = min(self.workers, len(pieces))
+        loader = DataLoader(
+            _Pieces(job, self, pieces, annotate),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_one_thread,
+            # Enough for a batch and a half to lie ready.
+            prefetch_factor=max(2, -(-2 * self.images_per_batch // (PIECE * workers))) if workers else None,
         )
-        for block, last, count in plan:
-            parts = [next(loader) for _ in range(count)]
-            yield Batch(
-                block,
-                last,
-                [name for part in parts for name in part.names],
-                [number for part in parts for number in part.numbers],
-                torch.cat([part.pixels for part in parts]),
-                [extra for part in parts for extra in part.extra],
-                [entry for part in parts for entry in part.skipped],
-            )
+        return _gather(iter(loader), plan)
+
+
+def _gather(
+    pieces: Iterator[tuple[Piece, Tensor, list[torch.Size]]], plan: list[tuple[int, bool, int]]
+) -> Iterator[Batch]:
+    """Put pieces together to batches; ``plan`` holds (block, last, pieces) of each."""
+    for block, last, count in plan:
+        batch = Batch(block=block, last=last)
+        for _ in range(count):
+            piece, packed, shapes = next(pieces)
+            parts = packed.split([shape.numel() for shape in shapes])
+            piece.data = [part.view(shape) for part, shape in zip(parts, shapes)]
+            for name, values in vars(piece).items():
+                getattr(batch, name).extend(values)
+        yield batch
+
+
+def _as_it_is(item: object) -> object:
+    return item
 
 
 def _one_thread(_worker: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from digit_ds.parallel.progress import progress
 from digit_ds.preparation.jobs import Job
 from digit_ds.preparation.loading import Batch, Loading
+from digit_ds.preparation.staging import Staged, stage
 
 IN_FLIGHT = 3
 """Batches that the device may be behind, and blocks that the writer may be behind."""
@@ -25,12 +26,19 @@ class Encoded(NamedTuple):
     """In host memory; on a GPU to be read after ``ready`` only."""
     ready: torch.cuda.Event | None
 
+    def arrays(self) -> list[np.ndarray]:
+        """The outputs, once they have arrived."""
+        if self.ready:
+            self.ready.synchronize()
+        return [output.numpy() for output in self.outputs]
+
 
 class Conveyor:
     """Moves a rank's blocks through decoding, encoding and writing.
 
     ``encode(images, extra)`` takes float [B, 3, H, W] in [0, 1] on the device, and what ``annotate(name)`` gave for
-    each image in a worker; it returns tensors on the device. ``write(block, encoded)`` gets the batches of one block.
+    each image in a worker; it returns tensors on the device. On a GPU B is always that of a full batch, the images past
+    the last one black, so that shapes never change. ``write(block, encoded)`` gets the batches of one block.
     """
 
     def __init__(
@@ -50,13 +58,15 @@ class Conveyor:
         encoded: list[Encoded] = []
         in_flight: list[torch.cuda.Event] = []
         writing: list[Future] = []
+        staged_batches = stage(self.loading.batches(job, blocks, self.annotate), job, self.loading, self.device)
         with ThreadPoolExecutor(1) as writer, progress(total=images, description=description, unit="images") as bar:
-            for batch in self.loading.batches(job, blocks, self.annotate):
-                encoded.append(self._encode(batch))
+            for staged in staged_batches:
+                encoded.append(self._encode(staged))
                 if encoded[-1].ready:
                     in_flight.append(encoded[-1].ready)
                     if len(in_flight) > IN_FLIGHT:
                         in_flight.pop(0).synchronize()
+                batch = staged.batch
                 bar.update(len(batch.names) + len(batch.skipped))
                 if batch.last:
                     if len(writing) >= IN_FLIGHT:
@@ -66,20 +76,22 @@ class Conveyor:
             for future in writing:
                 future.result()
 
-    def _encode(self, batch: Batch) -> Encoded:
+    def _encode(self, staged: Staged) -> Encoded:
         """Send a batch through the device without waiting for it."""
-        bare = batch._replace(pixels=torch.empty(0))
+        batch, views = staged.batch, staged.views
+        batch.data, batch.windows = [], []
         if not batch.names:
-            return Encoded(bare, (), None)
+            return Encoded(batch, (), None)
         if self.device.type != "cuda":
-            images = batch.pixels.permute(0, 3, 1, 2).float() / 255
-            return Encoded(bare, self.encode(images, batch.extra), None)
-        pixels = batch.pixels.pin_memory().to(self.device, non_blocking=True)
-        outputs = self.encode(pixels.permute(0, 3, 1, 2).float() / 255, batch.extra)
+            return Encoded(batch, self.encode(views.float() / 255, batch.extra), None)
+        missing = self.loading.images_per_batch * self.loading.crops.views - len(views)
+        if missing:
+            views = torch.cat([views, views.new_zeros(missing, *views.shape[1:])])
+        outputs = self.encode(views.float() / 255, batch.extra)
         host = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True).copy_(o, non_blocking=True) for o in outputs)
         ready = torch.cuda.Event()
         ready.record()
-        return Encoded(bare, host, ready)
+        return Encoded(batch, host, ready)
 
 
 def precision_dtype(precision: str) -> torch.dtype:

@@ -95,8 +95,13 @@ def save_codebook(path: Path | str, centroids: np.ndarray | Tensor, provenance: 
 
     Each file is written atomically; the ``.json`` also names the ``.npy`` file's hash, so that the two cannot be
     mixed up.
+
+    Raises:
+        UserError: the path does not end in ``.npy``.
     """
     path = Path(path)
+    if path.suffix != ".npy":
+        raise UserError(f"{path}: is no name for a codebook, expected one that ends in .npy")
     array = np.ascontiguousarray(torch.as_tensor(centroids).detach().cpu().numpy(), dtype=np.float32)
     write_atomically(path, lambda temporary: np.save(temporary, array, allow_pickle=False))
     write_json(path.with_suffix(".json"), {**provenance, "codebook_sha256": sha256(path)})

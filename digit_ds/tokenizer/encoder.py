@@ -60,6 +60,7 @@ class Encoder(nn.Module):
             # timm truncates width * mlp_ratio: the half keeps a rounded product from losing a unit.
             mlp_ratio=(checkpoint.hidden + 0.5) / self.width,
             mlp_layer=SwiGLUPacked if checkpoint.gated else Mlp,
+            act_layer=nn.SiLU if checkpoint.gated else nn.GELU,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             class_token=False,
             pos_embed="none",
@@ -100,6 +101,8 @@ class Encoder(nn.Module):
         """Normalise, and shrink the sizes that are published as shrunk; float32, before the cast to the network's."""
         height, width = images.shape[-2:]
         self._check_size(height, width)
+        if not images.is_floating_point():
+            raise UserError(f"images are {images.dtype}, expected floating point in [0, 1]")
         images = (images.float() - self.mean) / self.std
         if self._network_sizes[height] != height:
             images = F.interpolate(images, scale_factor=_SHRINK, mode="bicubic")
@@ -109,7 +112,7 @@ class Encoder(nn.Module):
         """Features [B, G, E] of float images [B, 3, H, W] in [0, 1].
 
         Raises:
-            UserError: the images are not square or not of one of ``image_sizes``.
+            UserError: the images are not floating point, not square or not of one of ``image_sizes``.
         """
         images = self.preprocess(images)
         positions = getattr(self, f"positions_{images.shape[-1] // self.patch_size}")

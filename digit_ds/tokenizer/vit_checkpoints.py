@@ -45,9 +45,9 @@ class VitCheckpoint:
 
     layout: str  # a key of the table above
     state: dict[str, torch.Tensor]  # patch_embed.*, blocks.*, norm.*
-    class_token: torch.Tensor  # [1, 1, D]
-    registers: torch.Tensor  # [1, R, D]
-    positions: torch.Tensor  # [1, 1 + table * table, D], the class token's first
+    class_token: torch.Tensor  # [1, 1, E]
+    registers: torch.Tensor  # [1, R, E]
+    positions: torch.Tensor  # [1, 1 + table * table, E], the class token's first
     width: int
     depth: int
     patch_size: int

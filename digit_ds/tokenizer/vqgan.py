@@ -51,8 +51,10 @@ class Vqgan(nn.Module):
         """VQ tokens int64 [B, G], row by row, 0..N-1, of images [B, 3, H, W] in [0, 1].
 
         Raises:
-            UserError: height or width is no multiple of ``downsampling``.
+            UserError: the images are not floating point, or height or width is no multiple of ``downsampling``.
         """
+        if not images.is_floating_point():
+            raise UserError(f"images are {images.dtype}, expected floating point in [0, 1]")
         height, width = images.shape[-2:]
         if height % self.downsampling or width % self.downsampling:
             raise UserError(f"images are {height}x{width}, this VQGAN takes multiples of {self.downsampling}")

@@ -1,0 +1,127 @@
+"""The points to cluster: a features directory or one array, memory-mapped and read block by block."""
+
+import hashlib
+import json
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, sha256
+
+# Blocks are fixed by the rows' numbers and not by the number of processes, so that all runs compute the same.
+BLOCK_ROWS = 8192
+
+
+class Points:
+    """``count`` rows of ``width`` numbers in one or more ``.npy`` files, read as float32.
+
+    Attributes: ``provenance`` (what the features' manifest says about the encoder; {} for an array), ``identity``
+    (a hash that names the content), ``files`` [(path, sha256 or None)].
+    """
+
+    def __init__(self, files: list[tuple[Path, int | None, str | None]], provenance: dict[str, Any]) -> None:
+        self.files = [(path, digest) for path, _, digest in files]
+        self.provenance = provenance
+        self._sources = []  # (path, dtype, byte offset of the first row)
+        self._starts = [0]
+        width = None
+        for path, rows, _ in files:
+            array = _open(path)
+            if rows is not None and rows != array.shape[0]:
+                raise UserError(f"{path}: holds {array.shape[0]} rows, its manifest.json says {rows}")
+            if width is not None and array.shape[1] != width:
+                raise UserError(f"{path}: rows are {array.shape[1]} wide, expected {width} as in {files[0][0]}")
+            width = array.shape[1]
+            self._sources.append((path, array.dtype, array.offset))
+            self._starts.append(self._starts[-1] + array.shape[0])
+        self.count = self._starts[-1]
+        self.width = int(width or 0)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of ``BLOCK_ROWS`` rows, the last one possibly shorter."""
+        return -(-self.count // BLOCK_ROWS)
+
+    def block(self, number: int) -> np.ndarray:
+        """Block ``number`` as float32 [rows, width]."""
+        start = number * BLOCK_ROWS
+        return self.read(start, min(start + BLOCK_ROWS, self.count))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` as a float32 copy; the mapping is dropped, so that only the copy fills memory."""
+        rows = np.empty((stop - start, self.width), np.float32)
+        position = start
+        while position < stop:
+            file = bisect_right(self._starts, position) - 1
+            end = min(stop, self._starts[file + 1])
+            path, dtype, offset = self._sources[file]
+            skipped = (position - self._starts[file]) * self.width * dtype.itemsize
+            try:
+                rows[position - start : end - start] = np.memmap(
+                    path, dtype, "r", offset + skipped, (end - position, self.width)
+                )
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: cannot be read any more ({error})") from error
+            position = end
+        return rows
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows with these numbers, in this order, as float32."""
+        taken = np.empty((len(numbers), self.width), np.float32)
+        for place, number in enumerate(numbers):
+            taken[place] = self.read(int(number), int(number) + 1)[0]
+        return taken
+
+    def describe(self, block: int, row: int) -> str:
+        """Where row ``row`` of block ``block`` is, for an error message."""
+        number = block * BLOCK_ROWS + row
+        file = bisect_right(self._starts, number) - 1
+        return f"{self._sources[file][0]}: row {number - self._starts[file]}"
+
+    def identity(self) -> str:
+        """A hash of the content: of the manifest's file hashes, or of the array file itself."""
+        described = [(digest or sha256(path), count) for (path, digest), count in zip(self.files, self._starts[1:])]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def open_points(path: Path | str) -> Points:
+    """Open a FEATURES_DIR (manifest.json and chunk files) or an ARRAY.npy of shape [points, width]."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: does not exist, expected a features directory or a .npy array")
+    if path.is_file():
+        return Points([(path, None, None)], {})
+    if not (path / "manifest.json").is_file():
+        raise UserError(f"{path}: has no manifest.json, expected the output of extract_features.py")
+    manifest = read_json(path / "manifest.json")
+    try:
+        if manifest["format"] != 1:
+            raise UserError(f"{path / 'manifest.json'}: format is {manifest['format']!r}, expected 1")
+        files = [(path / Path(chunk["file"]).name, int(chunk["rows"]), chunk["sha256"]) for chunk in manifest["chunks"]]
+        points = Points([file for file in files if file[1]], dict(manifest["provenance"]))
+        expected = (int(manifest["count"]), int(manifest["width"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path / 'manifest.json'}: is not a features manifest ({error!r})") from error
+    if points.count and (points.count, points.width) != expected:
+        raise UserError(
+            f"{path}: holds {points.count} points of width {points.width}, its manifest.json says "
+            f"{expected[0]} of width {expected[1]}"
+        )
+    return points
+
+
+def _open(path: Path) -> np.memmap:
+    """Map a two-dimensional floating-point ``.npy`` file."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as a .npy array ({error})") from error
+    if not isinstance(array, np.memmap) or array.ndim != 2 or array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise UserError(f"{path}: holds {found}, expected floating-point numbers [points, width]")
+    if not array.flags.c_contiguous:
+        raise UserError(f"{path}: is stored column by column (Fortran order), expected row by row")
+    return array

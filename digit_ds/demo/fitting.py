@@ -1,0 +1,84 @@
+"""The small training loop of the two stand-ins: AdamW, warm-up and cosine, continues after an interruption."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digit_ds.files import write_atomically
+from digit_ds.parallel.progress import progress
+
+WARMUP_STEPS = 20
+SAVE_EVERY = 50
+
+
+def fit(
+    module: nn.Module,
+    loss: Callable[[float], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    unfinished: Path,
+    description: str,
+) -> None:
+    """Minimise ``loss(share of the steps done)`` over the parameters of ``module``.
+
+    The state lies in the file ``unfinished`` meanwhile; the caller removes it once the result is saved. Randomness
+    comes from torch's global generator, which is saved too: an interrupted run ends with the weights of a whole one.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+    start = 0
+    if unfinished.exists():
+        saved = torch.load(unfinished, weights_only=True)
+        if saved["steps"] == steps:
+            start = saved["step"]
+            module.load_state_dict(saved["module"])
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["random"])
+
+    with progress(total=steps, initial=start, description=description, unit="step") as bar:
+        for step in range(start, steps):
+            share = step / steps
+            factor = min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * share))
+            optimizer.param_groups[0]["lr"] = learning_rate * factor
+            value = loss(share)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            bar.update(1)
+            if (step + 1) % SAVE_EVERY == 0:
+                bar.set_postfix(loss=f"{value.item():.3f}")
+                state = {
+                    "steps": steps,
+                    "step": step + 1,
+                    "module": module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "random": torch.get_rng_state(),
+                }
+                write_atomically(unfinished, lambda path, state=state: torch.save(state, path))
+
+
+def draw(images: Tensor, count: int) -> Tensor:
+    """``count`` random images of ``images``."""
+    return images[torch.randint(len(images), (count,))]
+
+
+def distort(images: Tensor, turn: float, stretch: float, move: float) -> Tensor:
+    """Turn images by at most ``turn`` radians, stretch and slant them by that share, move them by ``move`` pixels."""
+
+    def uniform(limit: float) -> Tensor:
+        return (torch.rand(len(images)) * 2 - 1) * limit
+
+    angle, slant = uniform(turn), uniform(stretch)
+    shift = 2 * move / images.shape[-1]  # affine_grid's coordinates run from -1 to 1
+    rows = [
+        torch.stack([angle.cos() * (1 + uniform(stretch)), slant - angle.sin(), uniform(shift)], 1),
+        torch.stack([angle.sin(), angle.cos() * (1 + uniform(stretch)), uniform(shift)], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)

@@ -1,0 +1,151 @@
+"""report.html: one page with every figure, curve and picture inside it."""
+
+import base64
+import io
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from digit_ds.demo.charts import bar_chart, line_chart
+from digit_ds.demo.digits import read_images, read_labels
+from digit_ds.demo.pictures import labelled_grid, named_rows
+from digit_ds.files import write_atomically
+
+COLUMNS = 10
+RECONSTRUCTED = 12
+
+_STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td, th { padding: .2em .9em .2em 0; text-align: left; vertical-align: top }
+.beside { display: flex; flex-wrap: wrap; gap: 1.5em } figure { margin: 0 } figcaption { color: #555 }
+"""
+
+
+def write_page(out: Path, figures: dict[str, Any]) -> None:
+    """Write ``out/report.html`` from the measured ``figures`` and the files in ``out``."""
+    sections = [
+        "<h1>DiGIT on handwritten digits</h1>",
+        "<p>Every stage of the pipeline ran on scikit-learn's 1,797 digits: a codebook of discriminative tokens, a "
+        "class-conditional prior over them, an autoregressive pixel decoder, a VQGAN. Encoder and VQGAN are small "
+        "networks that stand in for DINOv2 and for MAGE's VQGAN; they saw no labels.</p>",
+        _figure_table(figures),
+        "<h2>Generated and real</h2>",
+        _generated_and_real(out),
+        "<h2>Reconstructions from discriminative tokens</h2>",
+        _reconstructions(out),
+        "<h2>Training</h2>",
+        _curves(out, figures),
+        "<h2>Codebook and probe</h2>",
+        _codebook_and_probe(figures),
+        "<h2>Time</h2>",
+        _times(figures),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>DiGIT demo</title>'
+        f"<style>{_STYLE}</style>{''.join(sections)}</html>\n"
+    )
+    write_atomically(out / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def _figure_table(figures: dict[str, Any]) -> str:
+    rows = [
+        (
+            "Generated digits recognised as the asked class",
+            f"{figures['class_accuracy']:.1%} of {figures['samples']}",
+            f"the same classifier on real held-out digits: {figures['real_accuracy']:.1%}; by chance 10%",
+        ),
+        (
+            "Reconstructions recognised",
+            f"{figures['reconstruction_accuracy']:.1%} of {figures['reconstructions']}",
+            "held-out image → discriminative tokens → pixel decoder → VQGAN",
+        ),
+        (
+            "Best linear probe",
+            f"{figures['best_probe_accuracy']:.1%}",
+            f"layer {figures['best_probe_layer']} of the prior, held-out digits",
+        ),
+        (
+            "Prior, nats per held-out token",
+            f"{figures['prior_nll']:.3f}",
+            f"entropy of single tokens: {figures['unigram_entropy']:.3f}",
+        ),
+        (
+            "Codebook perplexity",
+            f"{figures['codebook_perplexity']:.1f}",
+            f"of {figures['codes']} codes",
+        ),
+        ("FID", f"{figures['fid']:.2f}", f"{figures['feature_extractor']}; not comparable with Inception's"),
+        (
+            "Inception Score",
+            f"{figures['inception_score']:.2f}",
+            f"{figures['feature_extractor']}; at most 10",
+        ),
+    ]
+    cells = "".join(f"<tr><td>{escape(a)}</td><th>{escape(b)}</th><td>{escape(c)}</td></tr>" for a, b, c in rows)
+    return f"<table>{cells}</table>"
+
+
+def _generated_and_real(out: Path) -> str:
+    samples = Image.open(out / "samples.png")
+    held_out = out / "images" / "val"
+    real = labelled_grid(read_images(held_out), read_labels(held_out), COLUMNS)
+    return f'<div class="beside">{_image(samples, "generated")}{_image(real, "real, held out")}</div>'
+
+
+def _reconstructions(out: Path) -> str:
+    real = read_images(out / "images" / "val")
+    rebuilt = read_images(out / "reconstructions" / "images")
+    # Evenly spaced: the images lie sorted by class.
+    chosen = torch.linspace(0, len(rebuilt) - 1, RECONSTRUCTED).long()
+    rows = [("real", real[chosen]), ("rebuilt", rebuilt[chosen])]
+    return _image(named_rows(rows, margin=64), "held-out digits and what their discriminative tokens become")
+
+
+def _curves(out: Path, figures: dict[str, Any]) -> str:
+    charts = []
+    for run, caption, rule in (
+        ("prior", "prior: nats per token", ("entropy of single tokens", figures["unigram_entropy"])),
+        ("pixel_ar", "pixel decoder: nats per VQ token", None),
+    ):
+        lines = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        series = {
+            name: [(line["step"], line[key]) for line in lines if key in line]
+            for name, key in (("training", "nll"), ("held out", "validation_nll"))
+        }
+        drawn = {name: points for name, points in series.items() if points}
+        charts.append(_figure(line_chart(drawn, "steps", rule), caption))
+    return f'<div class="beside">{"".join(charts)}</div>'
+
+
+def _codebook_and_probe(figures: dict[str, Any]) -> str:
+    usage = bar_chart(figures["codebook_usage"], "codes")
+    probe = bar_chart(figures["probe_accuracy"], "layers")
+    return (
+        f'<div class="beside">{_figure(usage, "share of the training tokens, by rank")}'
+        f"{_figure(probe, 'linear probe accuracy by layer (0 is the embedding)')}</div>"
+    )
+
+
+def _times(figures: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{value:.0f} s</td></tr>" for name, value in figures["seconds"].items()
+    )
+    total = (
+        f"{figures['total_seconds'] / 60:.1f} minutes in all, at most {figures['peak_memory_gib']:.1f} GiB in a process"
+    )
+    return f"<table>{rows}</table><p>{total}</p>"
+
+
+def _image(picture: Image.Image, caption: str) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return _figure(f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">', caption)
+
+
+def _figure(content: str, caption: str) -> str:
+    return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"

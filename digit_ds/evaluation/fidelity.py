@@ -1,0 +1,229 @@
+"""``digit-ds evaluate``: FID, Inception Score, precision and recall through torch-fidelity, and class accuracy."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch_fidelity import calculate_metrics
+from torch_fidelity.metric_fid import fid_featuresdict_to_statistics, fid_statistics_to_metric
+from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
+
+from digit_ds.data.feature_network import load_feature_network
+from digit_ds.errors import UserError
+from digit_ds.evaluation.extractors import Extractor, feature_network, inception
+from digit_ds.evaluation.pictures import Pictures, Preparation, Statistics, open_pictures
+from digit_ds.files import read_json, write_atomically, write_json
+
+ENOUGH = 50_000
+"""Samples below which FID is biased upwards too much to be compared with published figures."""
+SPLITS = 10
+"""Parts over which the Inception Score is averaged."""
+FEW = 5_000
+"""Below this many pictures, starting loader processes takes longer than decoding."""
+
+
+def evaluate(
+    generated: Path | str,
+    reference: Path | str,
+    out_json: Path | str,
+    *,
+    inception_weights: Path | str | None = None,
+    features: Path | str | None = None,
+    precision_recall: bool = False,
+    preparation: Preparation = "none",
+    size: int | None = None,
+    classifier: Path | str | None = None,
+    labels: Path | str | None = None,
+    cache: Path | str | None = None,
+    batch: int = 64,
+) -> dict[str, Any]:
+    """Score generated pictures against a reference, print the figures and write them to ``out_json``.
+
+    Args:
+        generated: folder of pictures or ``.npz`` with ``arr_0``.
+        reference: the same, or an ``.npz`` of statistics (``mu``, ``sigma``), which give FID but no precision and
+        recall. inception_weights: local file of torch-fidelity's Inception weights; or
+        features: a feature network (``digit_ds.data.feature_network``) to use in its place.
+        precision_recall: also compute precision and recall (memory grows with samples x reference).
+        preparation: how the reference folder's images are resized to ``size`` (``evaluation.pictures``).
+        classifier: a feature network that judges whether class-conditional samples show the class asked for; with
+        labels: the sampling job's ``manifest.json`` (or an ``.npz`` with ``arr_1``), image by image.
+        cache: folder for features and statistics, named by the content of pictures and extractor.
+        batch: pictures of one forward pass.
+
+    Returns:
+        What ``out_json`` holds: ``fid``, ``inception_score``, ``inception_score_std``, ``precision``, ``recall``,
+        ``class_accuracy`` (those asked for) and what they were computed from.
+
+    Raises:
+        UserError: an input is missing or does not fit.
+    """
+    samples = open_pictures(generated)
+    if isinstance(samples, Statistics):
+        raise UserError(f"{generated}: holds statistics, expected generated pictures")
+    against = open_pictures(reference, preparation, size)
+    extractor = inception(inception_weights) if features is None else feature_network(features)
+    asked = _asked_labels(labels, len(samples)) if classifier is not None else None
+    if classifier is not None and asked is None:
+        raise UserError(f"{classifier}: is to judge classes, but no labels were given to judge by")
+    try:
+        figures = _figures(samples, against, extractor, precision_recall, cache, batch)
+        if classifier is not None:
+            figures["class_accuracy"] = class_accuracy(samples, classifier, asked, batch)
+    except UserError as error:  # a loader process wraps it in its traceback
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("digit_ds.errors.UserError: ")) from error
+    result = {
+        **figures,
+        "samples": len(samples),
+        "generated": samples.name,
+        "reference": against.name,
+        "reference_samples": None if isinstance(against, Statistics) else len(against),
+        "features": extractor.description,
+        "classifier": None if classifier is None else str(classifier),
+        "warning": _warning(len(samples)),
+    }
+    write_json(out_json, result)
+    _print(result)
+    return result
+
+
+def save_statistics(
+    reference: Path | str,
+    out: Path | str,
+    *,
+    inception_weights: Path | str | None = None,
+    features: Path | str | None = None,
+    preparation: Preparation = "none",
+    size: int | None = None,
+    batch: int = 64,
+) -> None:
+    """Write mean and covariance of a reference's features to an ``.npz``, for ``evaluate(reference=...)``."""
+    pictures = open_pictures(reference, preparation, size)
+    if isinstance(pictures, Statistics):
+        raise UserError(f"{reference}: holds statistics already, expected pictures")
+    extractor = inception(inception_weights) if features is None else feature_network(features)
+    found = _statistics(_features(pictures, extractor, ["fid"], None, batch), extractor)
+    write_atomically(out, lambda temporary: np.savez(temporary, mu=found["mu"], sigma=found["sigma"]))
+
+
+def class_accuracy(pictures: Pictures, classifier: Path | str, labels: np.ndarray, batch: int = 64) -> float:
+    """Share of pictures that a feature network assigns to the class that was asked for."""
+    network = load_feature_network(classifier)
+    if int(labels.max()) >= network.classes:
+        raise UserError(f"{classifier}: knows {network.classes} classes, but label {int(labels.max())} was asked for")
+    with torch.inference_mode():
+        chosen = [network(part)[1].argmax(-1) for part in DataLoader(pictures, batch)]
+    return float((torch.cat(chosen).numpy() == labels).mean())
+
+
+def _figures(
+    samples: Pictures,
+    against: Pictures | Statistics,
+    extractor: Extractor,
+    precision_recall: bool,
+    cache: Path | str | None,
+    batch: int,
+) -> dict[str, float]:
+    """FID and Inception Score, and on request precision and recall, as torch-fidelity computes them."""
+    names = {"fid": "frechet_inception_distance", "inception_score": "inception_score_mean"}
+    names |= {"inception_score_std": "inception_score_std"}
+    if isinstance(against, Statistics):
+        if precision_recall:
+            raise UserError(f"{against.name}: holds statistics, but precision and recall need the reference's pictures")
+        ours = _statistics(_features(samples, extractor, ["fid"], cache, batch), extractor)
+        theirs = {"mu": against.mean.astype(np.float64), "sigma": against.covariance.astype(np.float64)}
+        if theirs["mu"].shape != ours["mu"].shape or theirs["sigma"].shape != ours["sigma"].shape:
+            raise UserError(
+                f"{against.name}: mu is {list(theirs['mu'].shape)}, but the features are {list(ours['mu'].shape)}"
+            )
+        metrics = fid_statistics_to_metric(ours, theirs, verbose=False)
+        metrics |= calculate_metrics(**_settings(samples, None, extractor, cache, batch), isc=True)
+    else:
+        settings = _settings(samples, against, extractor, cache, batch)
+        metrics = calculate_metrics(**settings, fid=True, isc=True, prc=precision_recall)
+        if precision_recall:
+            names |= {"precision": "precision", "recall": "recall"}
+    return {ours: float(metrics[theirs]) for ours, theirs in names.items()}
+
+
+def _settings(
+    samples: Pictures, against: Pictures | None, extractor: Extractor, cache: Path | str | None, batch: int
+) -> dict[str, Any]:
+    """Keyword arguments of torch-fidelity. Its own download of weights is never reached: the extractor names a file."""
+    settings = {
+        **extractor.arguments,
+        **{f"feature_layer_{metric}": layer for metric, layer in extractor.layers.items()},
+        "input1": samples,
+        "input2": against,
+        "isc_splits": min(SPLITS, len(samples)),
+        "cuda": torch.cuda.is_available(),
+        "batch_size": batch,
+        "save_cpu_ram": len(samples) < FEW,
+        "cache": cache is not None,
+        "verbose": sys.stderr.isatty(),
+    }
+    if cache is not None:
+        settings["cache_root"] = str(cache)
+        for slot, pictures in (("input1", samples), ("input2", against)):
+            if pictures is not None:
+                settings[f"{slot}_cache_name"] = f"{pictures.content_hash[:24]}-{extractor.name}"
+    return settings
+
+
+def _features(
+    pictures: Pictures, extractor: Extractor, metrics: list[str], cache: Path | str | None, batch: int
+) -> dict[str, torch.Tensor]:
+    """Features of all pictures, by layer."""
+    settings = _settings(pictures, None, extractor, cache, batch)
+    name = settings.pop("feature_extractor")
+    layers = sorted({extractor.layers[metric] for metric in metrics})
+    network = create_feature_extractor(name, layers, **settings)
+    return extract_featuresdict_from_input_id_cached(1, network, **settings)
+
+
+def _statistics(features: dict[str, torch.Tensor], extractor: Extractor) -> dict[str, np.ndarray]:
+    """Mean and covariance in float64."""
+    found = fid_featuresdict_to_statistics(features, extractor.layers["fid"])
+    return {name: value.astype(np.float64) for name, value in found.items()}
+
+
+def _asked_labels(labels: Path | str | None, count: int) -> np.ndarray | None:
+    """Labels of the generated pictures, int64 [N]."""
+    if labels is None:
+        return None
+    if Path(labels).suffix == ".npz":
+        with np.load(labels, allow_pickle=False) as arrays:
+            found = arrays.get("arr_1")
+    else:
+        found = read_json(labels).get("labels")
+    if found is None or len(found) != count or (found := np.asarray(found, np.int64)).min() < 0:
+        raise UserError(f"{labels}: has no class label for each of the {count} generated pictures")
+    return found
+
+
+def _warning(count: int) -> str | None:
+    if count >= ENOUGH:
+        return None
+    return f"{count} samples are fewer than {ENOUGH}: FID is too high and not comparable with published figures"
+
+
+def _print(result: dict[str, Any]) -> None:
+    """The figures, each with what it was computed from."""
+    samples = f"{result['samples']:,} samples"
+    count = "saved statistics" if result["reference_samples"] is None else f"{result['reference_samples']:,} pictures"
+    against = f"{samples} against {count} of {result['reference']}; {result['features']}"
+    print(f"FID {result['fid']:.4f} ({against})")
+    print(
+        f"Inception Score {result['inception_score']:.4f} +- {result['inception_score_std']:.4f} "
+        f"({samples}; {result['features']})"
+    )
+    for name in ("precision", "recall"):
+        if name in result:
+            print(f"{name} {result[name]:.4f} ({against})")
+    if "class_accuracy" in result:
+        print(f"class accuracy {result['class_accuracy']:.4f} ({samples}; {result['classifier']})")
+    if result["warning"]:
+        print(f"warning: {result['warning']}", file=sys.stderr)

@@ -1,0 +1,271 @@
+"""``digit-ds probe``: how much of an image's class a linear layer reads from each layer of a frozen prior.
+
+Shapes: ``N`` samples, ``B`` batch, ``G`` tokens of an image, ``L`` layers, ``R`` learning rates, ``D`` width, ``C``
+classes.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from digit_ds.data.shards import ShardManifest, iterate, read_manifest
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, sha256, write_atomically, write_json
+from digit_ds.model.decoder import Decoder, load_model
+from digit_ds.model.released import WEIGHTS, read_config
+from digit_ds.model.sequences import start_tokens
+from digit_ds.parallel import launch
+from digit_ds.parallel.progress import progress
+
+MOMENTUM = 0.9
+CACHE_BYTES = 4 << 30
+"""Features of all samples are kept when they fit in this; otherwise the prior runs again in every pass."""
+
+
+def probe(
+    model_dir: Path | str,
+    train_shards: Path | str,
+    val_shards: Path | str,
+    out_dir: Path | str,
+    *,
+    passes: int = 30,
+    batch: int = 256,
+    learning_rates: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.8),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train one linear classifier per layer and learning rate, all in one go, and write ``probe.json`` and
+    ``probe.png``.
+
+    The classifiers see the mean over all 1 + G positions of the hidden state that *enters* a layer (index 0: the
+    embeddings), as published. A class-conditional prior is started with BOS, never with the class token that would
+    give the answer away. SGD with momentum 0.9, cosine learning rate, no weight decay, no label smoothing.
+    Data-parallel under any launcher; the batches are the same for every number of processes.
+
+    Args:
+        model_dir: released model of kind ``prior`` or ``vq``.
+        train_shards: labelled token shards; several views of an image are its augmentation.
+        val_shards: labelled token shards to report accuracy on. The learning rate shown for a layer is its best one
+        there. out_dir: for the two files; one that holds the probe of something else is refused.
+        passes: over all training samples, that is ``passes * views`` epochs of the images.
+        batch: samples of a step, over all processes.
+        learning_rates: peak rates, trained side by side (published: 0.4).
+        seed: of the order of samples.
+
+    Returns:
+        What ``probe.json`` holds: ``layers`` (``layer``, ``accuracy``, ``learning_rate``, ``by_learning_rate``),
+        ``best_layer``, ``best_accuracy`` and the settings.
+
+    Raises:
+        UserError: model and shards do not belong together, or an argument cannot be.
+    """
+    launch.initialize()
+    device = launch.device()
+    if passes < 1 or batch < 1 or not learning_rates:
+        raise UserError(f"passes is {passes}, batch {batch}, expected at least 1 and at least one learning rate")
+    spec, provenance, _ = read_config(Path(model_dir))
+    if spec.kind not in ("prior", "vq"):
+        raise UserError(f"{model_dir}: is a {spec.kind} model, expected a prior or vq model to probe")
+    manifests = [read_manifest(train_shards), read_manifest(val_shards)]
+    for path, manifest in zip((train_shards, val_shards), manifests):
+        _check_shards(path, manifest, model_dir, provenance, spec.kind)
+    if manifests[0].classes != manifests[1].classes:
+        raise UserError(f"{val_shards}: its classes are not those of {train_shards}")
+    settings = {
+        "model": sha256(Path(model_dir) / WEIGHTS),
+        "train": manifests[0].index_sha256,
+        "val": manifests[1].index_sha256,
+        "passes": passes,
+        "batch": batch,
+        "learning_rates": list(learning_rates),
+        "seed": seed,
+    }
+    target = Path(out_dir) / "probe.json"
+    if target.exists():
+        found = read_json(target)
+        if found.get("settings") != settings:
+            raise UserError(
+                f"{target}: is of another model, other shards or other settings; name another output folder"
+            )
+        if launch.is_main():
+            print(
+                f"{target}: complete already, best layer {found['best_layer']}, accuracy {found['best_accuracy']:.4f}"
+            )
+        return found
+    launch.barrier()
+
+    model = load_model(model_dir, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    train = _Features(model, *_read(train_shards, spec.kind), batch)
+    val = _Features(model, *_read(val_shards, spec.kind), batch)
+    classifiers = Classifiers(spec.layers, spec.width, len(manifests[0].classes), learning_rates, device)
+    _fit(classifiers, train, passes, batch, seed)
+    accuracy = _accuracy(classifiers, val, batch)  # [R, L]
+    result = {
+        "settings": settings,
+        "model": str(model_dir),
+        "train_samples": len(train.labels),
+        "val_samples": len(val.labels),
+        **_table(accuracy, learning_rates),
+    }
+    if launch.is_main():
+        write_atomically(Path(out_dir) / "probe.png", lambda temporary: _plot(result, temporary))
+        write_json(target, result)
+        print(f"{target}: best layer {result['best_layer']}, accuracy {result['best_accuracy']:.4f}")
+    launch.barrier()
+    return result
+
+
+class Classifiers:
+    """R x L linear classifiers, each with its own loss and learning rate; their gradients are written out."""
+
+    def __init__(
+        self, layers: int, width: int, classes: int, learning_rates: Sequence[float], device: torch.device | str
+    ):
+        rates = len(learning_rates)
+        self.rates = torch.tensor(learning_rates, device=device).view(rates, 1, 1, 1)
+        self.weight = torch.zeros(rates, layers, width, classes, device=device)
+        self.bias = torch.zeros(rates, layers, 1, classes, device=device)
+        self.velocity = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [L, B, D] -> logits [R, L, B, C]."""
+        return features @ self.weight + self.bias
+
+    def step(self, features: Tensor, labels: Tensor, factor: float, total: int) -> None:
+        """One SGD step on cross entropy.
+
+        ``features`` [L, B, D] and ``labels`` [B] are this process's part of ``total`` samples; ``factor`` scales the
+        rates.
+        """
+        error = self.logits(features).softmax(-1)  # [R, L, B, C]
+        error[:, :, torch.arange(len(labels), device=labels.device), labels] -= 1
+        error /= total
+        gradients = [features.transpose(1, 2) @ error, error.sum(2, keepdim=True)]
+        for parameter, velocity, gradient in zip((self.weight, self.bias), self.velocity, gradients):
+            if dist.is_initialized():
+                dist.all_reduce(gradient)
+            velocity.mul_(MOMENTUM).add_(gradient)
+            parameter.sub_(self.rates * factor * velocity)
+
+
+class _Features:
+    """Pooled hidden states of samples, computed on demand or, where they fit, once."""
+
+    def __init__(self, model: Decoder, codes: Tensor, labels: Tensor, batch: int):
+        self.model, self.codes, self.labels, self.batch = model, codes, labels, batch
+        self.device = next(model.parameters()).device
+        self._cache: Tensor | None = None
+        if 4 * len(codes) * model.spec.layers * model.spec.width <= CACHE_BYTES:
+            indices = torch.arange(len(codes)).split(batch)
+            with progress(total=len(codes), description="features", unit="samples") as bar:
+                parts = []
+                for part in indices:
+                    parts.append(pooled_states(self.model, self.codes[part].to(self.device)))
+                    bar.update(len(part))
+            self._cache = torch.cat(parts, dim=1)
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """int64 [B] -> float32 [L, B, D]."""
+        if self._cache is not None:
+            return self._cache[:, indices.to(self.device)]
+        return pooled_states(self.model, self.codes[indices].to(self.device))
+
+
+@torch.inference_mode()
+def pooled_states(model: Decoder, codes: Tensor) -> Tensor:
+    """Mean over all positions, that of BOS included, of what enters each layer: codes [B, G] -> float32 [L, B, D]."""
+    start = start_tokens(model.spec, None, len(codes), device=codes.device)[:, None]
+    tokens = torch.cat([start, model.spec.vocabulary.token(codes)], dim=1)
+    return torch.stack([state.float().mean(1) for state in model.hidden_states(tokens)[:-1]])
+
+
+def _fit(classifiers: Classifiers, train: _Features, passes: int, batch: int, seed: int) -> None:
+    """Cosine SGD; each process computes its share of every batch."""
+    count = len(train.labels)
+    batch = min(batch, count)
+    per_pass = count // batch
+    generator = torch.Generator().manual_seed(seed)
+    with progress(total=passes * per_pass, description="probes", unit="steps") as bar:
+        for number in range(passes):
+            order = torch.randperm(count, generator=generator)
+            for step in range(per_pass):
+                own = order[step * batch : (step + 1) * batch][launch.rank() :: launch.world_size()]
+                factor = (1 + math.cos(math.pi * (number * per_pass + step) / (passes * per_pass))) / 2
+                classifiers.step(train(own), train.labels[own].to(train.device), factor, batch)
+                bar.update(1)
+
+
+def _accuracy(classifiers: Classifiers, val: _Features, batch: int) -> Tensor:
+    """Top-1 accuracy [R, L]."""
+    right = torch.zeros(classifiers.weight.shape[:2], device=val.device, dtype=torch.float64)
+    for indices in torch.arange(len(val.labels))[launch.rank() :: launch.world_size()].split(batch):
+        chosen = classifiers.logits(val(indices)).argmax(-1)  # [R, L, B]
+        right += (chosen == val.labels[indices].to(val.device)).sum(-1)
+    if dist.is_initialized():
+        dist.all_reduce(right)
+    return (right / len(val.labels)).cpu()
+
+
+def _table(accuracy: Tensor, learning_rates: Sequence[float]) -> dict[str, Any]:
+    """Accuracies [R, L] as a table of layers, and the best of them."""
+    layers = []
+    for layer in range(accuracy.shape[1]):
+        best = int(accuracy[:, layer].argmax())
+        by_rate = {str(rate): float(value) for rate, value in zip(learning_rates, accuracy[:, layer])}
+        layers.append(
+            {
+                "layer": layer,
+                "accuracy": float(accuracy[best, layer]),
+                "learning_rate": learning_rates[best],
+                "by_learning_rate": by_rate,
+            }
+        )
+    best = max(layers, key=lambda row: row["accuracy"])
+    return {"layers": layers, "best_layer": best["layer"], "best_accuracy": best["accuracy"]}
+
+
+def _read(shards: Path | str, kind: str) -> tuple[Tensor, Tensor]:
+    """All codes int64 [N, G] (as uint16 in memory they would need a copy a batch) and labels int64 [N]."""
+    column = "vq" if kind == "vq" else "discriminative"
+    codes, labels = [], []
+    for sample in iterate(shards):
+        codes.append(sample[column])
+        labels.append(sample["label"])
+    if min(labels, default=-1) < 0:
+        raise UserError(f"{shards}: has samples without a label, expected labelled shards to probe with")
+    return torch.from_numpy(np.stack(codes).astype(np.int32)), torch.tensor(labels)
+
+
+def _check_shards(
+    path: Path | str, manifest: ShardManifest, model_dir: Path | str, provenance: dict[str, Any], kind: str
+) -> None:
+    """The shards hold the tokens that the model was trained on."""
+    key, what = ("vqgan_sha256", "VQGAN") if kind == "vq" else ("codebook_sha256", "codebook")
+    ours, theirs = provenance.get(key), manifest.provenance.get(key)
+    if ours is not None and ours != theirs:
+        raise UserError(
+            f"{path}: holds tokens of {what} {str(theirs)[:12]}, but {model_dir} was trained on those of {ours[:12]}"
+        )
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    """Accuracy over layers, the best learning rate of each in bold."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    layers = [row["layer"] for row in result["layers"]]
+    for rate in result["layers"][0]["by_learning_rate"]:
+        values = [row["by_learning_rate"][rate] for row in result["layers"]]
+        axes.plot(layers, values, linewidth=1, alpha=0.6, label=f"learning rate {rate}")
+    axes.plot(layers, [row["accuracy"] for row in result["layers"]], "ko-", label="best")
+    axes.set(xlabel="layer (0: embeddings)", ylabel="validation accuracy", title="Linear probe")
+    axes.set_xticks(layers)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

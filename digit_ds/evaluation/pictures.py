@@ -1,0 +1,152 @@
+"""Sets of pictures to score: a folder or an ``.npz``, prepared as a reference asks, and hashed by content."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from digit_ds.data.images import UnreadableImageError, decode, walk
+from digit_ds.errors import UserError
+
+Preparation = Literal["none", "published", "adm"]
+"""``none``: as they are. ``published``: short side to ``size`` by antialiased bicubic interpolation, centre crop.
+``adm``: halved by box filters while at least twice as large, then bicubic, centre crop (the preparation of ADM's
+reference batches)."""
+
+
+class Pictures(Protocol):
+    """What torch-fidelity is given, and what names it."""
+
+    name: str
+    content_hash: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor:
+        """uint8 [3, H, W]."""
+
+
+class Folder(Dataset):
+    """All pictures below a folder, sorted."""
+
+    def __init__(self, root: Path | str, preparation: Preparation = "none", size: int | None = None):
+        if preparation != "none" and size is None:
+            raise UserError(f"{root}: preparation {preparation!r} needs a size in pixels")
+        self.root, self.preparation, self.size = Path(root), preparation, size
+        self.files = list(walk(root))
+        if not self.files:
+            raise UserError(f"{root}: holds no images")
+        self.name = f"{root}" if preparation == "none" else f"{root} ({preparation} preparation, {size} pixels)"
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over names, file contents and preparation."""
+        digest = hashlib.sha256(f"{self.preparation} {self.size}".encode())
+        for file in self.files:
+            digest.update(file.encode("utf-8", "surrogateescape"))
+            digest.update(hashlib.sha256((self.root / file).read_bytes()).digest())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            image = decode(self.root / self.files[index])
+        except UnreadableImageError as error:
+            raise UserError(f"{self.root / self.files[index]}: is no readable image ({error})") from error
+        if self.preparation != "none":
+            image = prepare(image, self.preparation, self.size)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class Array(Dataset):
+    """``arr_0`` uint8 [N, H, W, 3] of an ``.npz`` in ADM's layout."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.pictures = _array(self.path, "arr_0")
+        if self.pictures.ndim != 4 or self.pictures.shape[-1] != 3 or self.pictures.dtype != np.uint8:
+            shape = list(self.pictures.shape)
+            raise UserError(f"{path}: arr_0 is {self.pictures.dtype} {shape}, expected uint8 [N, H, W, 3]")
+        self.name = str(path)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the pixels."""
+        return hashlib.sha256(self.pictures.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.pictures[index].copy()).permute(2, 0, 1)
+
+
+class Statistics:
+    """Saved mean and covariance of a reference's features: ``mu`` [F] and ``sigma`` [F, F] of an ``.npz``."""
+
+    def __init__(self, path: Path | str):
+        self.name = str(path)
+        self.mean, self.covariance = _array(Path(path), "mu"), _array(Path(path), "sigma")
+
+
+def open_pictures(
+    path: Path | str, preparation: Preparation = "none", size: int | None = None
+) -> Pictures | Statistics:
+    """Whatever ``path`` is: a folder, an ``.npz`` of pictures, or an ``.npz`` of statistics.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Folder(path, preparation, size)
+    if path.suffix != ".npz":
+        raise UserError(f"{path}: is neither a folder of images nor an .npz file")
+    if preparation != "none":
+        raise UserError(f"{path}: is an .npz, which cannot be prepared; preparation is for folders of images")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read ({error}), expected an .npz file") from error
+    if "arr_0.npy" in names:
+        return Array(path)
+    if {"mu.npy", "sigma.npy"} <= names:
+        return Statistics(path)
+    raise UserError(f"{path}: holds {', '.join(sorted(names))}, expected arr_0 (pictures) or mu and sigma (statistics)")
+
+
+def prepare(image: Image.Image, preparation: Preparation, size: int) -> Image.Image:
+    """Resize the short side to ``size`` and crop the centre (see ``Preparation``)."""
+    if preparation == "adm":
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = size / min(image.size)
+        sides = (round(image.width * scale), round(image.height * scale))
+    else:
+        short = min(image.size)
+        sides = (int(size * image.width / short), int(size * image.height / short))
+    image = image.resize(sides, Image.Resampling.BICUBIC)
+    if preparation == "adm":
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+    else:
+        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _array(path: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except KeyError:
+        raise UserError(f"{path}: holds no array {name!r}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}), expected an .npz with {name!r}") from error

@@ -1,0 +1,160 @@
+"""A sampling job on disk: shared between processes, continued after a kill, complete or plainly unfinished.
+
+```
+OUT/manifest.json      settings, the label of every picture, and whether the job is complete
+OUT/images/000000.png  one file per image number
+OUT/tokens.npz         label int64 [N], discriminative and vq uint16 [N, G]
+OUT/samples.npz        on request: ADM's layout, arr_0 uint8 [N, H, W, 3] (and arr_1 labels)
+OUT/grid.png           pictures to look at; rows are classes
+OUT/parts/             tokens of finished blocks; gone when the job is complete
+```
+"""
+
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, write_atomically, write_json
+from digit_ds.generation.pictures import draw_grid, read_png, write_adm_array, write_png
+from digit_ds.generation.pipeline import BLOCK
+
+FORMAT = 1
+GRID_ROWS, GRID_COLUMNS = 16, 10
+
+
+class Job:
+    """What is to be written to ``out`` and what is already there.
+
+    Args:
+        out: the job's directory.
+        settings: JSON-able; everything that decides what the pictures are. A directory with other settings is refused.
+        labels: label of every picture, -1 for none.
+        class_names: what the labels are called, by label; labels without a name go by their number.
+    """
+
+    def __init__(self, out: Path | str, settings: dict[str, Any], labels: list[int], class_names: list[str]):
+        self.out, self.settings, self.labels, self.class_names = Path(out), settings, labels, class_names
+        self.count = len(labels)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of images."""
+        return -(-self.count // BLOCK)
+
+    def images(self, block: int) -> range:
+        """Image numbers of a block."""
+        return range(block * BLOCK, min((block + 1) * BLOCK, self.count))
+
+    def picture(self, image: int) -> Path:
+        """File of an image."""
+        return self.out / "images" / f"{image:06d}.png"
+
+    def part(self, block: int) -> Path:
+        """File of a block's tokens; it exists once the block's pictures do."""
+        return self.out / "parts" / f"{block:06d}.npz"
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do.
+
+        Raises:
+            UserError: the directory holds something else: other files, another job, or a complete job that lost
+            pictures.
+        """
+        path = self.out / "manifest.json"
+        if not path.exists():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise UserError(
+                    f"{self.out}: exists but is no sampling job (no manifest.json), expected a new or empty folder"
+                )
+            return False
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"{path}: is not a sampling manifest of format {FORMAT}")
+        found = manifest.get("settings", {})
+        for key in sorted(self.settings.keys() | found.keys()):
+            if self.settings.get(key) != found.get(key):
+                raise UserError(
+                    f"{self.out}: holds a job whose {key} is {_brief(found.get(key))}, but this one's is "
+                    f"{_brief(self.settings.get(key))}; name another output folder"
+                )
+        if not manifest.get("complete"):
+            return False
+        missing = [image for image in range(self.count) if not self.picture(image).exists()]
+        if missing:
+            raise UserError(
+                f"{self.picture(missing[0])}: is missing, though {path} says that all {self.count} pictures are there; "
+                "remove the folder to sample again"
+            )
+        return True
+
+    def begin(self) -> None:
+        """Make the directory and its manifest; an unfinished job's stays as it is."""
+        (self.out / "images").mkdir(parents=True, exist_ok=True)
+        (self.out / "parts").mkdir(exist_ok=True)
+        if not (self.out / "manifest.json").exists():
+            self._write_manifest(complete=False)
+
+    def missing_blocks(self) -> list[int]:
+        """Blocks that are not finished."""
+        done = {path.name for path in (self.out / "parts").glob("[0-9]*.npz")}
+        return [block for block in range(self.blocks) if self.part(block).name not in done]
+
+    def write_block(self, block: int, pictures: np.ndarray, tokens: dict[str, np.ndarray]) -> None:
+        """Write a block's pictures, then its tokens: a killed process leaves no block that only looks finished."""
+        for image, picture in zip(self.images(block), pictures):
+            write_png(self.picture(image), picture)
+        write_atomically(self.part(block), lambda temporary: np.savez(temporary, **tokens))
+
+    def finish(self, adm_array: bool) -> None:
+        """Join the parts and mark the job complete."""
+        parts = defaultdict(list)
+        for block in range(self.blocks):
+            with np.load(self.part(block), allow_pickle=False) as part:
+                for name in part.files:
+                    parts[name].append(part[name])
+        tokens = {name: np.concatenate(values) for name, values in parts.items()}
+        labels = np.asarray(self.labels, np.int64)
+        write_atomically(self.out / "tokens.npz", lambda temporary: np.savez(temporary, label=labels, **tokens))
+        if adm_array:
+            height, width, _ = read_png(self.picture(0)).shape
+            pictures = (read_png(self.picture(image)) for image in range(self.count))
+            shape = (self.count, height, width, 3)
+            write_adm_array(self.out / "samples.npz", pictures, shape, labels if labels.max() >= 0 else None)
+        write_atomically(self.out / "grid.png", self._grid().save)
+        self._write_manifest(complete=True)
+        shutil.rmtree(self.out / "parts")
+
+    def _write_manifest(self, complete: bool) -> None:
+        manifest = {
+            "format": FORMAT,
+            "complete": complete,
+            "count": self.count,
+            "labels": self.labels,
+            "classes": self.class_names,
+            "settings": self.settings,
+        }
+        write_json(self.out / "manifest.json", manifest)
+
+    def _grid(self) -> Any:
+        """Rows of classes, in order; without classes as many rows as there are pictures for."""
+        rows: dict[int, list[int]] = defaultdict(list)
+        for image, label in enumerate(self.labels):
+            row = image // GRID_COLUMNS if label < 0 else label
+            if len(rows[row]) < GRID_COLUMNS:
+                rows[row].append(image)
+        named = []
+        for row in sorted(rows)[:GRID_ROWS]:
+            label = self.labels[rows[row][0]]
+            name = "" if label < 0 else self.class_names[label] if label < len(self.class_names) else str(label)
+            named.append((name, [read_png(self.picture(image)) for image in rows[row]]))
+        return draw_grid(named)
+
+
+def _brief(value: Any) -> str:
+    """A setting in a sentence; hashes are cut short."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,159 @@
+"""One interface for everything that writes tokens: the autoregressive sampler here, the parallel one beside it.
+
+Shapes: ``B`` images, ``R`` rows of one model call, ``G`` tokens of an image, ``K`` codes, ``V`` vocabulary.
+
+The numbers an image draws depend on the seed and on its own number alone (``draws.py``), so batch and world size
+cannot change what is asked of the generator. What they could change is the rounding of the logits, since a matrix
+product may add up in another order at another shape; a draw that falls within that error of a boundary would then
+come out differently. Two things keep pictures equal: every model call has the same number of rows, the last batch
+being padded, so that neither the end of a job nor the number of processes changes a shape; and in float64, the CPU's
+default, the error is so small (1e-14 a draw) that other batch sizes agree as well. In bfloat16 another *batch size*
+may change single draws.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from digit_ds.errors import UserError
+from digit_ds.generation.draws import uniforms
+from digit_ds.generation.filtering import candidates, code_log_probabilities, draw
+from digit_ds.generation.settings import Decoding
+from digit_ds.model.decoder import Decoder
+from digit_ds.model.sequences import prompt_tokens
+from digit_ds.vocabulary import EOS
+
+
+class Sampler(ABC):
+    """Writes the codes of images with one model.
+
+    Args:
+        model: the transformer, on its device and in its precision.
+        decoding: how tokens are drawn.
+        seed: the job's seed.
+        purpose: which random stream of an image this model uses (``draws.PRIOR``, ``draws.PIXELS``).
+        rows: images of one model call; smaller batches are padded to it.
+    """
+
+    def __init__(self, model: Decoder, decoding: Decoding, seed: int, purpose: int, rows: int):
+        self.model, self.decoding, self.seed, self.purpose, self.rows = model, decoding, seed, purpose, rows
+        self.spec = model.spec
+        self.device = next(model.parameters()).device
+        if decoding.guidance.active and not self.spec.classes:
+            raise UserError(
+                f"guidance scale is {decoding.guidance.scale}, but this {self.spec.kind} model is not class-conditional"
+            )
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, known: Tensor | None = None
+    ) -> Tensor:
+        """Write the codes of ``images``.
+
+        Args:
+            images: int64 [B], global image numbers; they choose the random numbers.
+            labels: int64 [B] for a class-conditional model; None: unconditional.
+            prefix: int64 [B, G] discriminative codes that a pixel decoder is given.
+            known: int64 [B, G] codes to keep as they are, -1 where one is to be written; None: all are.
+
+        Returns:
+            int64 [B, G] on the CPU, codes without the special-token offset.
+        """
+        if known is None:
+            known = torch.full((len(images), self.spec.tokens), -1)
+        written = []
+        for start in range(0, len(images), self.rows):
+            # The last row stands in for those that are missing; what it writes again is dropped.
+            index = torch.arange(start, start + self.rows).clamp(max=len(images) - 1)
+            codes = self._sample(*(None if part is None else part[index] for part in (images, labels, prefix, known)))
+            written.append(codes[: len(images) - start].cpu())
+        return torch.cat(written)
+
+    @abstractmethod
+    def _sample(self, images: Tensor, labels: Tensor | None, prefix: Tensor | None, known: Tensor) -> Tensor:
+        """:meth:`__call__` for exactly R images."""
+
+    def _prompts(self, labels: Tensor | None, prefix: Tensor | None) -> Tensor:
+        """What every sequence begins with, int64 [R, P + 1]; with guidance [2R, P + 1], the unconditional half last."""
+        prompts = prompt_tokens(self.spec, prefix, labels, self.rows)
+        if self.decoding.guidance.active:
+            prompts = torch.cat([prompts, prompt_tokens(self.spec, prefix, None, self.rows)])
+        return prompts.to(self.device)
+
+
+def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
+    """Classifier-free guidance: logits [2R, ..., V] of the conditional and the unconditional half -> [R, ..., V]."""
+    conditional, unconditional = (logits if logits.dtype == torch.float64 else logits.float()).chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+class AutoregressiveSampler(Sampler):
+    """One token after the other in row-major order, with a key/value cache.
+
+    Everything a step reads and writes stays where it is, positions included, so that on a GPU the step, draw included,
+    is captured once in a CUDA graph and replayed for every token of every batch without the host looking at anything.
+    """
+
+    def __init__(self, model: Decoder, decoding: Decoding, seed: int, purpose: int, rows: int):
+        super().__init__(model, decoding, seed, purpose, rows)
+        tokens, sequences = self.spec.tokens, rows * (2 if decoding.guidance.active else 1)
+        # The last token is never read back, so it needs no place in the cache.
+        self._cache = model.new_cache(sequences, self.spec.sequence_length - 1)
+        self._token = torch.full((sequences, 1), EOS, device=self.device)
+        self._codes = torch.zeros(rows, tokens, dtype=torch.int64, device=self.device)
+        self._known = torch.zeros_like(self._codes)
+        self._numbers = torch.zeros(rows, tokens, dtype=torch.float64, device=self.device)
+        self._scales = torch.tensor(decoding.guidance.scales(tokens), device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _sample(self, images: Tensor, labels: Tensor | None, prefix: Tensor | None, known: Tensor) -> Tensor:
+        if self.device.type == "cuda" and self._graph is None:
+            self._graph = self._capture()
+        prompts = self._prompts(labels, prefix)
+        self._numbers.copy_(uniforms(self.seed, images.to(self.device), self.purpose, self.spec.tokens))
+        self._known.copy_(known)
+        self._token.copy_(prompts[:, -1:])
+        self._cache.reset()
+        if self.spec.prefix_length:
+            self.model.step(prompts[:, :-1], self._cache)
+        for _ in range(self.spec.tokens):
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
+        return self._codes.clone()
+
+    def _step(self) -> None:
+        """Read the last token, write the next one."""
+        position = self._cache.position - self.spec.prefix_length  # [1], of the code to write
+        logits = self.model.step(self._token, self._cache)[:, -1]
+        known, numbers = (part.index_select(1, position)[:, 0] for part in (self._known, self._numbers))
+        codes = self._next(logits, numbers, known, self._scales[position])[:, None]
+        self._codes.index_copy_(1, position, codes)
+        self._token.copy_(self.spec.vocabulary.token(codes).repeat(len(self._token) // self.rows, 1))
+
+    def _next(self, logits: Tensor, numbers: Tensor, known: Tensor, scale: Tensor | float) -> Tensor:
+        """Logits [R or 2R, V] -> codes [R]."""
+        if self.decoding.guidance.active:
+            logits = guide(logits, scale)
+        log_probabilities = code_log_probabilities(logits, self.decoding.temperature)
+        drawn = draw(*candidates(log_probabilities, self.decoding.top_k, self.decoding.top_p), numbers)
+        return torch.where(known < 0, drawn, known)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record one step; the steps that warm it up write nonsense that the caller resets."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._cache.reset()
+            self._cache.position.add_(self.spec.prefix_length)
+            for _ in range(3):
+                self._step()
+            self._cache.reset()
+            self._cache.position.add_(self.spec.prefix_length)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph

@@ -1,0 +1,115 @@
+"""First-stage tokens that are given instead of drawn: from pictures, or from a file of tokens.
+
+Shapes: ``B`` images, ``G`` tokens of an image.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode, walk
+from digit_ds.errors import UserError
+from digit_ds.files import sha256
+from digit_ds.generation.pipeline import BLOCK
+from digit_ds.tokenizer.codebook import Codebook
+from digit_ds.tokenizer.encoder import Encoder
+from digit_ds.tokenizer.vqgan import Vqgan
+
+
+class Source(Protocol):
+    """Gives the first-stage codes of every image of a job."""
+
+    count: int
+    """Images there are."""
+    identity: dict[str, Any]
+    """What it is, for the job's settings."""
+
+    def codes(self, images: Tensor) -> Tensor:
+        """int64 [B] image numbers -> int64 [B, G]."""
+
+
+class TokenFile:
+    """Tokens of an ``.npz`` such as a sampling job leaves: the array ``name``, integers [N, G].
+
+    Raises:
+        UserError: the file or the array is missing or does not fit.
+    """
+
+    def __init__(self, path: Path | str, name: str, tokens: int, codes: int):
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                values = arrays[name]
+        except KeyError:
+            raise UserError(f"{path}: holds no array {name!r}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}), expected an .npz with an array {name!r}") from error
+        if values.ndim != 2 or values.shape[1] != tokens or not np.issubdtype(values.dtype, np.integer):
+            raise UserError(f"{path}: {name} is {values.dtype} {list(values.shape)}, expected integers [N, {tokens}]")
+        if values.size and not 0 <= int(values.min()) <= int(values.max()) < codes:
+            raise UserError(f"{path}: {name} has codes {values.min()}..{values.max()}, expected 0..{codes - 1}")
+        self._codes = torch.from_numpy(values.astype(np.int64))
+        self.count = len(values)
+        self.identity = {"tokens_sha256": sha256(path)}
+
+    def codes(self, images: Tensor) -> Tensor:
+        """int64 [B] -> int64 [B, G]."""
+        return self._codes[images]
+
+
+class ImageFolder:
+    """Pictures of a folder in sorted order, cut to ``size`` in their centre and tokenised on demand.
+
+    With ``encoder`` and ``codebook`` the codes are discriminative; without, they are the VQGAN's own.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        size: int,
+        vqgan: Vqgan,
+        encoder: Encoder | None,
+        codebook: Codebook | None,
+        device: torch.device,
+    ):
+        self.root, self.names = Path(root), list(walk(root))
+        if not self.names:
+            raise UserError(f"{root}: holds no images")
+        self._crops = Crops(kind="training", size=size, resize=size, views=1, seed=0)
+        self._vqgan, self._encoder, self._codebook, self._device = vqgan, encoder, codebook, device
+        self.count = len(self.names)
+        names_hash = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+        self.identity = {"image_names_sha256": names_hash}
+
+    def labels(self) -> tuple[list[int], list[str]]:
+        """Label of every picture (-1: it lies in no folder) and the names of the classes, as preparation numbers
+        them."""
+        folders = [class_name(name) for name in self.names]
+        classes = sorted({folder for folder in folders if folder is not None})
+        numbers = {folder: number for number, folder in enumerate(classes)}
+        return [numbers.get(folder, -1) for folder in folders], classes
+
+    @torch.no_grad()
+    def codes(self, images: Tensor) -> Tensor:
+        """int64 [B] -> int64 [B, G]; always a full block at a time, so that rounding does not depend on the batch."""
+        codes = []
+        for block in images.split(BLOCK):
+            pictures = np.stack([self._picture(int(image)) for image in block])
+            padded = torch.from_numpy(pictures)[torch.arange(BLOCK).clamp(max=len(block) - 1)]
+            floats = padded.to(self._device).permute(0, 3, 1, 2).float() / 255
+            if self._encoder is None:
+                found = self._vqgan.encode(floats)
+            else:
+                found = self._codebook.assign(self._encoder(floats))
+            codes.append(found[: len(block)].cpu())
+        return torch.cat(codes)
+
+    def _picture(self, image: int) -> np.ndarray:
+        path = self.root / self.names[image]
+        try:
+            return self._crops.cut(decode(path), self.names[image])[0]
+        except UnreadableImageError as error:
+            raise UserError(f"{path}: is no readable image ({error})") from error

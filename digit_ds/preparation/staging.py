@@ -1,0 +1,125 @@
+"""From loaded batches to images on the device, a step ahead of it: copies and GPU decoding in a thread of their own."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit_ds.data.images import UnreadableImageError, decode
+from digit_ds.preparation.gpu_views import decode_views
+from digit_ds.preparation.jobs import Job
+from digit_ds.preparation.loading import Batch, Loading
+
+AHEAD = 2
+"""Batches that lie ready on the device."""
+
+
+class Staged(NamedTuple):
+    """A batch whose views are on the device."""
+
+    batch: Batch
+    views: Tensor
+    """uint8 [images x views, 3, size, size]."""
+    ready: torch.cuda.Event | None
+
+
+class _End(NamedTuple):
+    failure: BaseException | None
+
+
+def stage(batches: Iterator[Batch], job: Job, loading: Loading, device: torch.device) -> Iterator[Staged]:
+    """Batches in order, staged by a thread that keeps ``AHEAD`` of them ready."""
+    ready: queue.Queue[Staged | _End] = queue.Queue(AHEAD)
+    stopped = threading.Event()
+
+    def put(item: Staged | _End) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            for batch in batches:
+                if stopped.is_set():
+                    return
+                put(_stage_on(stream, batch, job, loading, device))
+            put(_End(None))
+        except BaseException as error:  # handed to the consumer, whoever it is
+            put(_End(error))
+
+    thread = threading.Thread(target=work, name="staging", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), _End):
+            if item.ready:
+                item.ready.wait(torch.cuda.current_stream(device))
+                item.views.record_stream(torch.cuda.current_stream(device))
+            yield item
+        if item.failure:
+            raise item.failure
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _stage_on(
+    stream: torch.cuda.Stream | None, batch: Batch, job: Job, loading: Loading, device: torch.device
+) -> Staged:
+    """Stage one batch; on a GPU in ``stream``, without waiting for it."""
+    if stream is None:
+        return Staged(batch, _channels_first(torch.cat(batch.data)) if batch.data else torch.empty(0), None)
+    with torch.cuda.stream(stream):
+        views = _gpu_views(batch, job, loading, device)
+        event = torch.cuda.Event()
+        event.record(stream)
+    return Staged(batch, views, event)
+
+
+def _gpu_views(batch: Batch, job: Job, loading: Loading, device: torch.device) -> Tensor:
+    """Views of a batch on a GPU, from the workers' pixels and from JPEG files; unreadable images leave the batch."""
+    size, views = loading.crops.size, loading.crops.views
+    jpegs = [number for number, windows in enumerate(batch.windows) if windows is not None]
+    decoded = torch.empty(0, views, 3, size, size, dtype=torch.uint8, device=device)
+    if jpegs:
+        windows = torch.from_numpy(np.stack([batch.windows[number] for number in jpegs]))
+        try:
+            decoded = decode_views([batch.data[number] for number in jpegs], windows, size, device)
+        except RuntimeError:  # one of them is damaged: Pillow tells which
+            _decode_on_cpu(batch, jpegs, job, loading)
+    cut = [number for number, windows in enumerate(batch.windows) if windows is None]
+    pixels = torch.empty(len(cut), views, size, size, 3, dtype=torch.uint8, pin_memory=True)
+    for target, number in zip(pixels, cut):
+        target.copy_(batch.data[number])
+    pixels = pixels.to(device, non_blocking=True)
+    if not len(decoded):
+        return _channels_first(pixels.flatten(0, 1))
+    if not cut:
+        return decoded.flatten(0, 1)
+    order = torch.tensor(cut + jpegs).argsort().pin_memory().to(device, non_blocking=True)
+    return torch.cat([pixels.movedim(-1, 2), decoded]).index_select(0, order).flatten(0, 1)
+
+
+def _decode_on_cpu(batch: Batch, numbers: list[int], job: Job, loading: Loading) -> None:
+    """Decode the images of the given positions with Pillow; those that cannot be are moved to ``skipped``."""
+    for number in reversed(numbers):
+        name = batch.names[number]
+        try:
+            batch.data[number] = torch.from_numpy(loading.crops.cut(decode(job.root / name), name))
+            batch.windows[number] = None
+        except UnreadableImageError as error:
+            batch.skipped.append({"image": name, "reason": str(error)})
+            for values in (batch.names, batch.numbers, batch.data, batch.windows, batch.extra):
+                if values:
+                    del values[number]
+
+
+def _channels_first(pixels: Tensor) -> Tensor:
+    """[B, H, W, 3] -> [B, 3, H, W] without moving a byte: the channels-last layout that convolutions like."""
+    return pixels.permute(0, 3, 1, 2)

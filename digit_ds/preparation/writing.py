@@ -1,0 +1,57 @@
+"""Writing in a process of its own, where it costs Python time: the conveyor's threads keep the interpreter for them."""
+
+import multiprocessing
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+
+class WriterProcess:
+    """Calls ``write(*arguments)`` in a forked process, one call at a time, and hands its exceptions back.
+
+    A context manager. The process ends with the caller's, even when that is killed.
+    """
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._connection, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, self._connection, write), daemon=True)
+        self._process.start()
+        other_end.close()
+
+    def __call__(self, *arguments: Any) -> None:
+        """Write, and wait for it."""
+        self._connection.send(arguments)
+        failure = self._connection.recv()
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> "WriterProcess":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with suppress(BrokenPipeError):  # it was killed: the call that was under way has said so
+            self._connection.send(None)
+        self._process.join()
+        self._connection.close()
+
+
+def _serve(connection: Connection, callers_end: Connection, write: Callable[..., None]) -> None:
+    """Write what arrives until the caller says None or is gone."""
+    callers_end.close()
+    while True:
+        try:
+            arguments = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if arguments is None:
+            return
+        try:
+            write(*arguments)
+            connection.send(None)
+        except Exception as error:
+            connection.send(error)

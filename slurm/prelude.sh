@@ -1,0 +1,138 @@
+# shellcheck shell=bash
+# What every job of this folder does: set up the node, start the ranks, save and requeue before the time limit.
+#
+# A job script sources this, then calls `ranks PYTHON_ARGUMENTS` (a process per task, by srun) and `alone
+# PYTHON_ARGUMENTS` (one process, on the first node). slurm/submit.py sets, from the site file:
+#   DIGIT_HOME          this checkout; default: the folder that sbatch was called in
+#   DIGIT_PYTHON        words of the command that runs Python, one a line (container, then interpreter)
+#   DIGIT_MODULES       environment modules to load, one a line
+#   DIGIT_INTERFACE     network interface of NCCL and gloo
+#   DIGIT_STATE         file that says how the step ended
+#   DIGIT_MAX_RESTARTS  how often a job requeues itself before it is taken for stuck
+
+set -euo pipefail
+
+readonly SAVED=75 # exit status of ranks that were told to stop, saved and want to continue (EX_TEMPFAIL)
+
+say() { echo "== $(date '+%F %T') $SLURM_JOB_NAME $SLURM_JOB_ID: $*"; }
+
+# Record how the step stands, whole or not at all: `submit.py --status` reads it.
+record() { # record STATUS EXIT
+    [ -n "${DIGIT_STATE:-}" ] || return 0
+    printf '{"status": "%s", "job": %d, "exit": %d, "restarts": %d}\n' \
+        "$1" "$SLURM_JOB_ID" "$2" "${SLURM_RESTART_COUNT:-0}" >"$DIGIT_STATE.part"
+    mv "$DIGIT_STATE.part" "$DIGIT_STATE"
+}
+
+child=0         # process id of what runs now: srun, or Python alone
+interrupted=0   # a signal came since the last wait
+time_is_up=0    # USR1: the time limit is near, or preemption: save, requeue, continue
+told_to_stop=0  # TERM: scancel, or scontrol requeue, where Slurm itself requeues
+
+on_usr1() {
+    interrupted=1 time_is_up=1
+    say "the time limit is near: the ranks save and leave"
+    [ "$child" -eq 0 ] || kill -USR1 "$child" 2>/dev/null || true # srun passes it on to all ranks
+}
+on_term() {
+    interrupted=1 told_to_stop=1
+    say "told to stop: the ranks save and leave"
+    [ "$child" -eq 0 ] || kill -TERM "$child" 2>/dev/null || true
+}
+trap on_usr1 USR1
+trap on_term TERM
+
+# Run a command so that signals reach this shell at once; leave the job when the command does not end well.
+attend() {
+    local status
+    [ "$time_is_up" -eq 0 ] || requeue
+    "$@" &
+    child=$!
+    while true; do
+        interrupted=0
+        status=0
+        wait "$child" || status=$?
+        [ "$interrupted" -eq 1 ] || break
+    done
+    child=0
+    [ "$status" -ne 0 ] || return 0
+    if [ "$told_to_stop" -eq 1 ]; then
+        record stopped "$status"
+        exit "$status"
+    fi
+    if [ "$time_is_up" -eq 1 ] || [ "$status" -eq "$SAVED" ]; then
+        requeue
+    fi
+    if ! nodes_answer; then
+        say "a node of this job does not answer"
+        requeue
+    fi
+    record failed "$status"
+    say "failed: the steps that need this one will not start"
+    exit "$status"
+}
+
+# A lost node fails its ranks' neighbours minutes before Slurm notices: that is no failure of the step.
+nodes_answer() {
+    [ "$SLURM_NNODES" -eq 1 ] ||
+        timeout 60 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=1 true 2>/dev/null
+}
+
+requeue() {
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${DIGIT_MAX_RESTARTS:-100}" ]; then
+        record failed "$SAVED"
+        say "error: requeued $SLURM_RESTART_COUNT times, expected to be done: is the time limit too short for progress?"
+        exit "$SAVED"
+    fi
+    record requeued "$SAVED"
+    say "requeued, to continue where the ranks saved"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+
+mapfile -t python <<<"${DIGIT_PYTHON:-python}"
+
+# Python on every task of the job. The process itself reads its rank from srun's variables.
+ranks() {
+    local first address
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # Where node names are not host names, Slurm knows the address.
+    getent hosts "$first" >/dev/null && address=$first ||
+        address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    export MASTER_ADDR=$address
+    export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # differs between jobs that share a node
+    attend srun --kill-on-bad-exit=1 "${python[@]}" "$@"
+    unset MASTER_ADDR MASTER_PORT
+}
+
+# Python once, on the first node: what is too short for ranks.
+alone() { attend "${python[@]}" "$@"; }
+
+# A step is complete only when its script says so; anything else that ends it is a failure.
+complete() {
+    record complete 0
+    say "complete"
+}
+
+cd "${DIGIT_HOME:-$SLURM_SUBMIT_DIR}"
+mapfile -t modules <<<"${DIGIT_MODULES:-}"
+for name in "${modules[@]}"; do
+    [ -z "$name" ] || module load "$name"
+done
+
+export PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take it from sbatch by itself
+if [ -n "${DIGIT_INTERFACE:-}" ]; then
+    export NCCL_SOCKET_IFNAME=$DIGIT_INTERFACE GLOO_SOCKET_IFNAME=$DIGIT_INTERFACE
+fi
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a lost rank ends the others instead of leaving them to wait
+# Compilers' caches on the node's own disk (a shared one is slow and races between nodes), new for each attempt:
+# a killed build leaves a lock behind that the next one would wait for.
+cache=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/digit-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+trap 'rm -rf "$cache"' EXIT
+export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
+
+record running 0
+say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks"

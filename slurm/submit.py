@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Submit a whole chain, from images to scores, as Slurm jobs that wait for each other; or say how it stands.
+
+    python slurm/submit.py CHAIN.yaml --site slurm/site.yaml [--dry-run | --status]
+
+Submitting again is always safe: what is complete is skipped, what is queued or running is left alone and waited for,
+what failed is started again and continues from what it had done.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from chain import HOME, Chain, Site, Step, absolute, load, sbatch, steps
+
+from digit_ds.errors import UserError, run_command
+from digit_ds.files import read_json, write_json
+
+PATHS = ("images", "encoder", "vqgan", "vqgan_config", "reference")
+"""Options that name files or folders which must be there before anything starts."""
+QUEUED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
+
+
+def _main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("chain", type=Path, help="recipe of the chain, such as slurm/imagenet_base.yaml")
+    parser.add_argument("--site", type=Path, default=HOME / "slurm" / "site.yaml", help="your cluster")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--dry-run", action="store_true", help="print the sbatch commands and submit nothing")
+    action.add_argument("--status", action="store_true", help="say how each step stands, and why one failed")
+    options = parser.parse_args(arguments)
+    chain = load(options.chain, Chain)
+    folder = absolute(chain.out, HOME)
+    if options.status:
+        return _status(steps(chain), folder)
+    site = load(options.site, Site)
+    _check(chain, site, options.chain)
+    _submit(steps(chain), site, folder, options)
+    return 0
+
+
+def _check(chain: Chain, site: Site, path: Path) -> None:
+    """Refuse now what would fail hours later: missing inputs, misspelt options, recipes that cannot work."""
+    for name in ("features", "tokenize", "tokenize_validation", "sample", "evaluate", "probe"):
+        for option in PATHS:
+            value = getattr(chain, name).get(option)
+            if value is not None and not absolute(str(value), HOME).exists():
+                raise UserError(f"{path}: {name}.{option} is {value}, which does not exist")
+    from digit_ds.config import load_recipe  # here, because --status need not wait for it
+
+    for training in (chain.prior, chain.decoder):
+        overrides = [f"{key}={json.dumps(value)}" for key, value in training.overrides.items()]
+        load_recipe(absolute(training.recipe, HOME), ["run=x", "data.shards=x", *overrides])
+    python = [*site.container, str(HOME / site.python) if "/" in site.python else site.python]
+    commands = {step.command for step in steps(chain)}
+    with ThreadPoolExecutor(4) as pool:
+        texts = dict(zip(commands, pool.map(lambda command: _help([*python, *command]), commands)))
+    for step in steps(chain):
+        for option in step.options:
+            flag = "--" + option.replace("_", "-")
+            if not re.search(rf"(?<![\w-]){flag}(?![\w-])", texts[step.command]):
+                raise UserError(f"{path}: {step.name}.{option} is not an option of {' '.join(step.command)}")
+
+
+def _help(command: list[str]) -> str:
+    """What a command says about its options."""
+    try:
+        result = subprocess.run([*command, "--help"], cwd=HOME, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(
+            f"{command[0]} cannot be started ({error.strerror}), expected the site's container or python"
+        ) from error
+    if result.returncode:
+        last = (result.stderr.strip() or "no message").splitlines()[-1]
+        raise UserError(f"{shlex.join(command)} --help ended with status {result.returncode} ({last})")
+    return result.stdout
+
+
+def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse.Namespace) -> None:
+    """Submit what is not complete, each job after the ones that it needs."""
+    queue = {} if options.dry_run and not shutil.which("squeue") else _queue()
+    wanted = _wanted(chain_steps, folder)
+    if not options.dry_run:  # Slurm does not make the folder of a log: the job would fail without a word
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / "steps").mkdir(exist_ok=True)
+    jobs: dict[str, int] = {}  # of the steps that are not complete
+    submitted: list[int] = []
+    for step in chain_steps:
+        if step.name not in wanted:
+            print(f"{step.name:20} complete")
+            continue
+        record = _record(folder, step.name, "submitted")
+        if record and queue.get(record["job"], ("",))[0] in QUEUED:
+            if record["arguments"] != list(step.arguments):
+                raise UserError(
+                    f"{step.name} is in the queue as job {record['job']} with other arguments, "
+                    f"expected the same ones: scancel {record['job']} first"
+                )
+            jobs[step.name] = record["job"]
+            print(f"{step.name:20} job {record['job']}, in the queue already")
+            continue
+        after = [jobs[name] for name in step.needs if name in jobs]
+        command, variables = sbatch(step, site, folder, after)
+        if options.dry_run:
+            print(f"{step.name:20} {_shell(command, variables)}")
+            jobs[step.name] = 0
+            continue
+        result = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+        if result.returncode:
+            if submitted:
+                subprocess.run(["scancel", *map(str, submitted)], check=False)
+            said = result.stderr.strip().splitlines()[-1].removeprefix("sbatch: error: ")
+            raise UserError(f"sbatch refused step {step.name}, nothing was submitted: {said}")
+        job = int(result.stdout.split(";")[0])
+        submitted.append(job)
+        jobs[step.name] = job
+        write_json(folder / "steps" / f"{step.name}.submitted.json", {"job": job, "arguments": list(step.arguments)})
+        print(f"{step.name:20} job {job}" + (f", after {', '.join(map(str, after))}" if after else ""))
+    if submitted:
+        numbers = ",".join(map(str, submitted))
+        print(
+            f"\nwatch the queue:   squeue --jobs={numbers}\n"
+            f"read the logs:     tail -F {folder}/logs/*\n"
+            f"how it stands:     {Path(sys.argv[0])} {options.chain} --status\n"
+            f"curves:            tensorboard --logdir {folder}/runs\n"
+            f"stop everything:   scancel {numbers.replace(',', ' ')}"
+        )
+
+
+def _wanted(chain_steps: list[Step], folder: Path) -> set[str]:
+    """Names of the steps to run: those not complete, and those whose product they miss.
+
+    A product that was deleted after use (features take much room) is made again only if a later step needs it.
+    """
+    wanted: set[str] = set()
+    for step in reversed(chain_steps):
+        state, record = _record(folder, step.name), _record(folder, step.name, "submitted")
+        done = bool(state and record) and state["status"] == "complete" and state["job"] == record["job"]
+        if done and record["arguments"] != list(step.arguments):
+            raise UserError(
+                f"{step.name} is complete with other arguments than the chain's recipe has now: "
+                f"give the recipe another out, or remove {folder / 'steps' / step.name}.json to run it again"
+            )
+        readers = [other for other in chain_steps if step.name in other.needs]
+        if not done or (not step.product.exists() and (not readers or any(r.name in wanted for r in readers))):
+            wanted.add(step.name)
+    return wanted
+
+
+def _record(folder: Path, name: str, kind: str = "") -> dict | None:
+    """What submit.py (``submitted``) or the job itself wrote down about a step; None if nothing."""
+    path = folder / "steps" / (f"{name}.{kind}.json" if kind else f"{name}.json")
+    return read_json(path) if path.exists() else None
+
+
+def _queue() -> dict[int, tuple[str, str, str]]:
+    """State, reason and nodes of this user's jobs that Slurm still knows."""
+    command = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%r|%N"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError("squeue is not installed here, expected a login node of a Slurm cluster") from error
+    if result.returncode:
+        raise UserError(f"squeue cannot ask the cluster: {result.stderr.strip().splitlines()[-1]}")
+    rows = [line.split("|") for line in result.stdout.splitlines()]
+    return {int(job): (state, reason, nodes) for job, state, reason, nodes in rows if job.isdigit()}
+
+
+def _shell(command: list[str], variables: dict[str, str]) -> str:
+    """A command that can be pasted into a shell."""
+    return shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command])
+
+
+def _status(chain_steps: list[Step], folder: Path) -> int:
+    """Print a line for each step; 1 if one failed."""
+    queue = _queue()
+    failed: list[str] = []
+    for step in chain_steps:
+        line, bad = _standing(step, folder, queue, failed)
+        if bad:
+            failed.append(step.name)
+        print(f"{step.name:20} {line}")
+    for node in _nodes_out_of_order():
+        print(f"takes no jobs:       {node}")
+    return 1 if failed else 0
+
+
+def _nodes_out_of_order() -> list[str]:
+    """Nodes of the cluster that are down or drained, with Slurm's reason."""
+    command = ["sinfo", "--noheader", "--Node", "--states=down,drain,fail,no_respond", "--format=%N (%T: %E)"]
+    return sorted(set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()))
+
+
+def _standing(step: Step, folder: Path, queue: dict, failed: list[str]) -> tuple[str, bool]:
+    """How a step stands, in one sentence, and whether that is bad."""
+    record = _record(folder, step.name, "submitted")
+    if not record:
+        return "not submitted", False
+    job = record["job"]
+    state = _record(folder, step.name)
+    said = state["status"] if state and state["job"] == job else ""
+    slurm, reason, nodes = queue.get(job, ("", "", ""))
+    log = folder / "logs" / f"digit-{step.name}-{job}.out"
+    if said == "complete":
+        return f"complete (job {job})", False
+    if slurm == "PENDING":
+        again = f", continues after {state['restarts'] + 1} attempts" if said == "requeued" else ""
+        return f"waiting (job {job}): {_waiting(reason)}{again}", False
+    if slurm in QUEUED:
+        return f"running (job {job}) on {nodes}, attempt {state['restarts'] + 1 if said else 1}: {log}", False
+    if blocked := [name for name in step.needs if name in failed]:
+        return f"cancelled (job {job}): {' and '.join(blocked)} did not complete", True
+    how = "" if said == "failed" else f" as {slurm or 'a job that Slurm has forgotten'}"
+    return f"failed (job {job}){how}: {_why(log)}; see {log}", True
+
+
+def _waiting(reason: str) -> str:
+    """A squeue reason in words."""
+    known = {
+        "Dependency": "for the steps before it",
+        "Resources": "for free nodes",
+        "Priority": "for jobs before it in the queue",
+        "BeginTime": "Slurm starts requeued jobs after a pause",
+        "PartitionTimeLimit": "for ever, its time is over the partition's limit",
+    }
+    return known.get(reason, reason)
+
+
+def _why(log: Path) -> str:
+    """The line of the last attempt's log that says best why it ended."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "it left no log"
+    lines = re.split(r"^== .* attempt \d+ on .*$", text, flags=re.MULTILINE)[-1].splitlines()
+    for pattern in (
+        r"(?:== .*: )?error: (.*)",
+        r"((?:srun|slurmstepd\S*): error: (?!.*Exited with exit code).*)",
+        r"(\w+Error: .*)",
+    ):
+        if found := [match[1] for line in lines if (match := re.fullmatch(pattern, line.strip()))]:
+            return found[0]
+    return next((line for line in reversed(lines) if line.strip()), "its log is empty")
+
+
+if __name__ == "__main__":
+    run_command(_main)

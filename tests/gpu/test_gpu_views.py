@@ -1,0 +1,74 @@
+"""Decoding, resizing and cropping on a GPU against Pillow, and whole jobs on it."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from preparation_parts import make_codebook, make_encoder, make_images, make_vqgan
+
+from digit_ds.data.images import Crops
+from digit_ds.data.shards import iterate, read_manifest
+from digit_ds.preparation.gpu_views import decode_views
+from digit_ds.preparation.tokens import tokenize_images
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def smooth(width: int, height: int, seed: int) -> Image.Image:
+    blobs = np.random.default_rng(seed).integers(60, 200, (6, 6, 3)).astype(np.uint8)
+    return Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("kind, resize, views", [("training", 64, 3), ("random-resized-crop", 64, 2)])
+def test_views_are_pillows_within_few_levels(kind, resize, views):
+    crops = Crops(kind, 64, resize, views, 0)
+    files, expected = [], []
+    for number, size in enumerate([(300, 200), (120, 400), (65, 64), (700, 500), (90, 90)] * 8):
+        stream = io.BytesIO()
+        smooth(*size, number).save(stream, "JPEG", quality=95, subsampling=0)
+        files.append(torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8))
+        expected.append(crops.cut(Image.open(stream).convert("RGB"), str(number)))
+    sizes = [Image.open(io.BytesIO(bytes(file))).size for file in files]
+    windows = torch.from_numpy(np.stack([crops.windows(size, str(n)) for n, size in enumerate(sizes)]))
+    views = decode_views(files, windows, 64, torch.device("cuda")).permute(0, 1, 3, 4, 2).cpu().numpy()
+    difference = np.abs(views.astype(int) - np.stack(expected))
+    assert difference.mean() < 0.6 and difference.max() <= 6
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+def test_job_on_a_gpu(decoder, tmp_path):
+    images = make_images(tmp_path / "images", 40)
+    (images / "cat" / "broken.jpg").write_bytes((images / "cat" / "000.jpg").read_bytes()[:300] + b"\xff\xd9")
+    vqgan, config = make_vqgan(tmp_path / "vqgan.ckpt")
+    encoder = make_encoder(tmp_path / "encoder.pth")
+    outs = [tmp_path / name for name in ("first", "second")]
+    for out in outs:
+        tokenize_images(
+            images,
+            encoder,
+            make_codebook(tmp_path / "km.npy", encoder),
+            vqgan,
+            out,
+            vqgan_config=config,
+            num_heads=2,
+            views=2,
+            batch=8,
+            block_images=16,
+            workers=2,
+            decoder=decoder,
+        )
+    first, second = (list(iterate(out)) for out in outs)
+    assert len(first) == 80 and read_manifest(outs[0]).skipped == 1
+    for one, other in zip(first, second, strict=True):
+        assert one["image_id"] == other["image_id"] and one["view"] == other["view"]
+        assert np.array_equal(one["discriminative"], other["discriminative"])
+        assert np.array_equal(one["vq"], other["vq"])

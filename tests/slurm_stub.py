@@ -1,0 +1,75 @@
+"""What the stand-in for Python does on the cluster: it records how it was called and behaves as a test asks.
+
+The mechanics of jobs (order, signals, requeueing, failures) are tested with it in seconds; what the jobs compute is
+tested with the real programs in test_slurm_chain.py. ``STUB`` names a folder: ``behaviour.json`` says what a step
+does, ``calls.jsonl`` what was called.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+FLAGS = "--images --encoder --vqgan --views --clusters --count --reference --points --out"
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[-1] == "--help":
+        print(FLAGS)
+        return 0
+    folder, rank = Path(os.environ["STUB"]), int(os.environ.get("SLURM_PROCID", 0))
+    name = os.environ["SLURM_JOB_NAME"].removeprefix("digit-")
+    behaviour = json.loads((folder / "behaviour.json").read_text()).get(name, {})
+    call = {
+        "step": name,
+        "arguments": arguments,
+        "rank": rank,
+        "tasks": int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)),
+        "node": os.environ["SLURMD_NODENAME"],
+        "environment": {key: os.environ.get(key) for key in ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")},
+    }
+    with (folder / "calls.jsonl").open("a") as stream:
+        stream.write(json.dumps(call) + "\n")
+    if "error" in behaviour:
+        print(f"error: {behaviour['error']}", file=sys.stderr)
+        return 2
+    if behaviour.get("killed") == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour.get("sleep"):
+        time.sleep(behaviour["sleep"])
+    if "train" in arguments:
+        return _train(folder, name, rank, behaviour.get("steps", 1))
+    if rank == 0:
+        product = {"export": arguments[-1] + "/config.json", "tools/verify_shards.py": folder / "verified"}
+        key = arguments[2] if arguments[0] == "-m" else arguments[0]
+        path = Path(product.get(key) or arguments[arguments.index("--out") + 1])
+        if name in ("features", "tokenize", "tokenize_validation", "sample"):
+            path = path / "manifest.json" if key != "tools/verify_shards.py" else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    return 0
+
+
+def _train(folder: Path, name: str, rank: int, steps: int) -> int:
+    """Count to ``steps``, ten a second; told to stop: save the count and leave with the status that asks for more."""
+    told: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _: told.append(number))
+    saved = folder / f"{name}.{rank}"
+    step = int(saved.read_text()) if saved.exists() else 0
+    while step < steps:
+        time.sleep(0.1)
+        step += 1
+        with (folder / f"{name}.{rank}.steps").open("a") as stream:
+            stream.write(f"{step}\n")
+        if told:
+            saved.write_text(str(step))
+            print(f"rank {rank} saved step {step}", flush=True)
+            return 75
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

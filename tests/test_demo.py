@@ -1,0 +1,172 @@
+"""The demo: its pictures, its stand-ins, and the whole small run, interrupted, continued and repeated."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import digit_ds
+from digit_ds.demo import stand_in_encoder, stand_in_vqgan
+from digit_ds.demo.digits import read_images, read_labels, write_digits
+from digit_ds.demo.fitting import distort, fit
+from digit_ds.demo.judge import as_originals, train_judge
+from digit_ds.demo.run import run
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, sha256
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "images"
+    write_digits(folder)
+    return folder
+
+
+def test_digits_are_the_originals_split_evenly(digits):
+    numbers = {split: sorted(int(path.stem) for path in (digits / split).rglob("*.png")) for split in ("train", "val")}
+    assert sorted(numbers["train"] + numbers["val"]) == list(range(1797))
+    shares = np.bincount(read_labels(digits / "val"), minlength=10)
+    assert shares.sum() == 360
+    assert shares.min() >= 34
+    originals = load_digits()
+    for number in numbers["val"][:5]:
+        picture = Image.open(digits / "val" / str(originals.target[number]) / f"{number:04d}.png")
+        assert (picture.mode, picture.size) == ("RGB", (32, 32))
+        shrunk = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX)) / 255 * 16
+        assert np.corrcoef(shrunk.flatten(), originals.images[number].flatten())[0, 1] > 0.97
+
+
+def test_judge_knows_real_digits_that_it_has_not_seen(digits):
+    judge = train_judge(read_images(digits / "train"), read_labels(digits / "train"))
+    assert judge.score(as_originals(read_images(digits / "val")), read_labels(digits / "val")) >= 0.95
+
+
+def test_distort_leaves_the_picture_alone_without_room():
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(distort(images, 0, 0, 0), images, atol=1e-4, rtol=0)
+    assert (distort(images, 0.2, 0.1, 2) - images).abs().mean() > 0.05
+
+
+def test_interrupted_fit_ends_with_the_weights_of_a_whole_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("digit_ds.demo.fitting.SAVE_EVERY", 4)
+
+    def train(interrupt_at: int | None, unfinished: Path) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1)
+        calls = 0
+
+        def loss(_share: float) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == interrupt_at:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 3)
+            return (layer(x) - x.sum(1, keepdim=True)).square().mean()
+
+        options = {"steps": 10, "learning_rate": 0.1, "weight_decay": 0.0, "description": "test"}
+        fit(layer, loss, unfinished=unfinished, **options)
+        return layer.weight.detach()
+
+    whole = train(None, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(7, tmp_path / "cut")
+    assert torch.equal(train(None, tmp_path / "cut"), whole)
+
+
+def test_encoder_stand_in_loads_as_dinov2(digits, tmp_path):
+    torch.manual_seed(0)
+    training = stand_in_encoder._Training(read_images(digits / "val")[:4]).eval()
+    # Nothing at an initial value: each part of the checkpoint has to arrive.
+    with torch.no_grad():
+        for parameter in training.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.save(training.published_state(), tmp_path / "vit.pth")
+    encoder = digit_ds.load_encoder(tmp_path / "vit.pth", layer=stand_in_encoder.LAYER)
+    assert encoder.image_sizes == (32,)
+    with torch.no_grad():
+        expected = training._features(training.images, torch.zeros(4, 64, dtype=torch.bool))[0]
+        torch.testing.assert_close(encoder(training.images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_vqgan_stand_in_learns_and_loads_as_published(digits, tmp_path):
+    checkpoint, config = tmp_path / "vqgan.ckpt", tmp_path / "vqgan.yaml"
+    stand_in_vqgan.train_vqgan(digits / "train", checkpoint, config, steps=25)
+    vqgan = digit_ds.load_vqgan(checkpoint, config)
+    images = read_images(digits / "val")[:64]
+    codes = vqgan.encode(images)
+    assert len(codes.unique()) >= 8
+    error = (vqgan.decode(codes) - images).square().mean()
+    assert error < 0.5 * images.var()
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_refuses_a_folder_with_other_results(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"no demo\.json"):
+        run(tmp_path / "foreign", small=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "demo.json").write_text('{"small": false}')
+    with pytest.raises(UserError, match="holds a demo run"):
+        run(tmp_path / "other", small=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_small_run_is_interrupted_continued_and_then_a_no_op(tmp_path):
+    out = tmp_path / "demo_out"
+    command = [sys.executable, "-m", "digit_ds", "demo", "--out", str(out), "--small"]
+
+    # Interrupt in the middle of the prior's training, after its first checkpoint.
+    first = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 600
+    while not (out / "prior" / "checkpoints" / "latest").exists():
+        assert first.poll() is None, "the demo ended before the prior's first checkpoint"
+        assert time.monotonic() < deadline, "no checkpoint of the prior"
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGTERM)
+    assert first.wait(timeout=120) == 130
+    assert not (out / "steps" / "prior.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "steps").iterdir()}
+    assert "tokens_val.json" in before
+
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "tensorboard --logdir" in second.stdout
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "steps").iterdir()}
+    assert {name: after[name] for name in before} == before, "a finished step was repeated"
+
+    _check_figures(read_json(out / "report.json"))
+    _check_files(out)
+
+    digests = {path: sha256(path) for path in sorted(out.rglob("*")) if path.is_file()}
+    third = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "complete already, nothing to do" in third.stdout
+    assert {path: sha256(path) for path in sorted(out.rglob("*")) if path.is_file()} == digests
+
+
+def _check_figures(figures: dict) -> None:
+    assert figures["real_accuracy"] >= 0.95
+    assert figures["class_accuracy"] >= 0.2, "chance is 0.1"
+    assert figures["reconstruction_accuracy"] >= 0.4, "chance is 0.1"
+    assert figures["best_probe_accuracy"] == max(figures["probe_accuracy"]) >= 0.5, "chance is 0.1"
+    assert 4 <= figures["codebook_perplexity"] <= figures["codes"]
+    assert figures["prior_nll"] < 0.8 * figures["unigram_entropy"]
+    assert figures["fid"] > 0
+    assert 1 < figures["inception_score"] <= 10
+
+
+def _check_files(out: Path) -> None:
+    grid = Image.open(out / "samples.png")
+    assert np.asarray(grid).std() > 10
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 4
+    assert page.count("data:image/png;base64,") == 3

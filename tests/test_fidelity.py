@@ -1,0 +1,173 @@
+"""Scores: identities that must hold, and equality with torch-fidelity called directly."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.neural_network import MLPClassifier
+
+from digit_ds.data.feature_network import load_feature_network, save_feature_network
+from digit_ds.errors import UserError
+from digit_ds.evaluation.extractors import feature_network
+from digit_ds.evaluation.fidelity import evaluate, save_statistics
+from digit_ds.evaluation.pictures import prepare
+
+COUNT = 300
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Two folders of real digits, one of them as an array too, their labels, and a classifier trained on all."""
+    root = tmp_path_factory.mktemp("parts")
+    digits = load_digits()
+    grey = np.rint(digits.images * 255 / 16).astype(np.uint8)
+    pictures = np.repeat(np.repeat(grey, 4, 1), 4, 2)[..., None].repeat(3, -1)
+    for name, chosen in (("one", slice(0, COUNT)), ("two", slice(COUNT, 3 * COUNT))):
+        (root / name).mkdir()
+        for number, picture in enumerate(pictures[chosen]):
+            Image.fromarray(picture).save(root / name / f"{number:06d}.png")
+    np.savez(root / "one.npz", arr_0=pictures[:COUNT], arr_1=digits.target[:COUNT])
+    manifest = {"labels": digits.target[:COUNT].tolist()}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    mean, scale = 0.3, 0.4
+    classifier = MLPClassifier((32, 16), random_state=0, max_iter=300).fit(
+        (grey.reshape(-1, 64) / 255 - mean) / scale, digits.target
+    )
+    weights = [torch.from_numpy(weight.T.copy()) for weight in classifier.coefs_]
+    biases = [torch.from_numpy(bias) for bias in classifier.intercepts_]
+    save_feature_network(root / "judge.safetensors", weights, biases, side=8, mean=mean, scale=scale)
+    expected = classifier.predict_proba((grey[:COUNT].reshape(-1, 64) / 255 - mean) / scale)
+    return root, pictures, expected, digits.target[:COUNT]
+
+
+def test_an_mlp_classifier_is_stored_without_loss(parts):
+    root, pictures, expected, _ = parts
+    network = load_feature_network(root / "judge.safetensors")
+    features, logits = network(torch.from_numpy(pictures[:COUNT]).permute(0, 3, 1, 2))
+    assert features.shape == (COUNT, 16) and (features >= 0).all()
+    np.testing.assert_allclose(logits.softmax(-1).numpy(), expected, atol=1e-5)
+
+
+def test_figures_equal_those_of_torch_fidelity_called_directly(parts, tmp_path):
+    root, *_ = parts
+    result = evaluate(
+        root / "one", root / "two", tmp_path / "out.json", features=root / "judge.safetensors", precision_recall=True
+    )
+    direct = torch_fidelity.calculate_metrics(
+        input1=str(root / "one"),
+        input2=str(root / "two"),
+        feature_extractor=feature_network(root / "judge.safetensors").name,
+        **{
+            "fid": True,
+            "isc": True,
+            "prc": True,
+            "cuda": False,
+            "cache": False,
+            "verbose": False,
+            "save_cpu_ram": True,
+        },
+    )
+    assert result["fid"] == pytest.approx(direct["frechet_inception_distance"], abs=1e-6)
+    assert result["inception_score"] == pytest.approx(direct["inception_score_mean"], abs=1e-9)
+    assert result["precision"] == direct["precision"] and result["recall"] == direct["recall"]
+    assert json.loads((tmp_path / "out.json").read_text()) == result
+
+
+def test_fid_is_the_written_out_formula(parts, tmp_path):
+    root, pictures, *_ = parts
+    result = evaluate(root / "one", root / "two", tmp_path / "out.json", features=root / "judge.safetensors")
+    network = load_feature_network(root / "judge.safetensors")
+    features = network(torch.from_numpy(pictures[: 3 * COUNT]).permute(0, 3, 1, 2))[0].double().numpy()
+    one, two = features[:COUNT], features[COUNT:]
+    sigma_1, sigma_2 = np.cov(one, rowvar=False), np.cov(two, rowvar=False)
+    values, vectors = np.linalg.eigh(sigma_1)
+    root_1 = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root_1 @ sigma_2 @ root_1).clip(0)).sum()
+    expected = ((one.mean(0) - two.mean(0)) ** 2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * cross
+    assert result["fid"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 1e-3
+
+
+def test_a_folder_against_itself_and_as_an_array(parts, tmp_path, capsys):
+    root, *_ = parts
+    judge = root / "judge.safetensors"
+    same = evaluate(root / "one", root / "one", tmp_path / "same.json", features=judge)
+    assert abs(same["fid"]) < 1e-3
+    printed = capsys.readouterr()
+    assert f"{COUNT} samples against {COUNT} pictures of {root / 'one'}" in printed.out
+    assert "not Inception" in printed.out and "fewer than 50000" in printed.err
+    assert same["samples"] == same["reference_samples"] == COUNT and same["reference"] == str(root / "one")
+    folder = evaluate(root / "one", root / "two", tmp_path / "folder.json", features=judge)
+    array = evaluate(root / "one.npz", root / "two", tmp_path / "array.json", features=judge)
+    assert folder["fid"] == array["fid"] and folder["inception_score"] == array["inception_score"]
+
+
+def test_statistics_and_cache_change_no_figure(parts, tmp_path):
+    root, *_ = parts
+    judge = root / "judge.safetensors"
+    direct = evaluate(root / "one", root / "two", tmp_path / "a.json", features=judge)
+    save_statistics(root / "two", tmp_path / "two.npz", features=judge)
+    saved = evaluate(root / "one", tmp_path / "two.npz", tmp_path / "b.json", features=judge)
+    assert saved["fid"] == pytest.approx(direct["fid"], abs=1e-6)
+    assert saved["inception_score"] == direct["inception_score"]
+    for _ in range(2):
+        cached = evaluate(root / "one", root / "two", tmp_path / "c.json", features=judge, cache=tmp_path / "cache")
+        assert cached["fid"] == direct["fid"]
+    files = sorted((tmp_path / "cache").iterdir())
+    swapped = evaluate(root / "two", root / "one", tmp_path / "d.json", features=judge, cache=tmp_path / "cache")
+    assert swapped["fid"] == pytest.approx(direct["fid"], abs=1e-6)
+    assert sorted((tmp_path / "cache").iterdir()) == files  # content decides, not which input it is
+
+
+def test_class_accuracy(parts, tmp_path):
+    root, _, expected, labels = parts
+    judge = root / "judge.safetensors"
+    share = (expected.argmax(-1) == labels).mean()
+    for given, asked in ((root / "one", root / "manifest.json"), (root / "one.npz", root / "one.npz")):
+        result = evaluate(given, root / "two", tmp_path / "out.json", features=judge, classifier=judge, labels=asked)
+        assert result["class_accuracy"] == pytest.approx(share)
+    with pytest.raises(UserError, match=r"no class label for each of the 600"):
+        evaluate(
+            root / "two",
+            root / "one",
+            tmp_path / "x.json",
+            features=judge,
+            classifier=judge,
+            labels=root / "manifest.json",
+        )
+
+
+def test_reference_preparations():
+    noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    for preparation in ("published", "adm"):
+        assert prepare(image, preparation, 32).size == (32, 32)
+    halved = image.resize((75, 50), Image.Resampling.BOX).resize((48, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(prepare(image, "adm", 32)), np.asarray(halved.crop((8, 0, 40, 32))))
+    assert not np.array_equal(np.asarray(prepare(image, "adm", 32)), np.asarray(prepare(image, "published", 32)))
+
+
+def test_what_is_missing_is_one_sentence(parts, tmp_path):
+    root, *_ = parts
+    judge = root / "judge.safetensors"
+    out = tmp_path / "out.json"
+    with pytest.raises(UserError, match="Inception weights: no file was given"):
+        evaluate(root / "one", root / "two", out)
+    (tmp_path / "code.pth").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(UserError, match="is no file of tensors alone"):
+        evaluate(root / "one", root / "two", out, inception_weights=tmp_path / "code.pth")
+    with pytest.raises(UserError, match="is neither a folder of images"):
+        evaluate(tmp_path / "nothing", root / "two", out, features=judge)
+    (tmp_path / "judge.safetensors").write_bytes(judge.read_bytes()[:100])
+    with pytest.raises(UserError, match="expected a feature network"):
+        evaluate(root / "one", root / "two", out, features=tmp_path / "judge.safetensors")
+    (tmp_path / "odd").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "odd/a.png")
+    (tmp_path / "odd/b.png").write_bytes((tmp_path / "odd/a.png").read_bytes()[:40])
+    with pytest.raises(UserError, match=r"odd/b\.png: is no readable image"):
+        evaluate(tmp_path / "odd", root / "two", out, features=judge)
+    assert not out.exists()

@@ -1,0 +1,40 @@
+"""The GPU cache's kernel, in Triton's interpreter where there is no GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import torch
+from digit_ds.model.decoder import KeyValueCache
+from digit_ds.model.fused_cache import FusedCache
+from digit_ds.model.spec import TransformerSpec
+
+torch.manual_seed(0)
+for width, heads in ((96, 3), (64, 2), (48, 2)):  # head widths 32, 32 and 24: no power of two
+    spec = TransformerSpec("prior", 1, width, heads, 4 * width, "post", 256, 9, 0, 0)
+    batch, length = 2, 140
+    caches = [kind(spec, batch, length, torch.device("cpu"), torch.float32) for kind in (KeyValueCache, FusedCache)]
+    prompt = torch.randn(batch, 62, 3 * width)
+    parts = [prompt, *torch.randn(70, batch, 1, 3 * width)]  # crosses a block's end twice
+    place = 0
+    for part in parts:
+        positions = place + torch.arange(part.shape[1])
+        visible = torch.arange(length) <= positions[:, None]
+        plain, fused = (cache.attend(0, part, positions, visible) for cache in caches)
+        torch.testing.assert_close(fused, plain, atol=2e-6, rtol=1e-5)
+        place += part.shape[1]
+    assert torch.equal(caches[0].keys[0], caches[1].keys[0]) and torch.equal(caches[0].values[0], caches[1].values[0])
+print("equal")
+"""
+
+
+def test_kernel_equals_pytorchs_attention():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr

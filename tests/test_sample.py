@@ -1,0 +1,213 @@
+"""The sampling job: files, restart, refusals, and the same pictures however it is run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import CLASSES, CODES, VQ_CODES, write_models
+
+from digit_ds.errors import UserError
+from digit_ds.generation.sample import sample
+from digit_ds.generation.settings import Decoding, Guidance
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small for more than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def run(models, out, prior="prior", pixel_decoder="ar", **settings):
+    sample(
+        out,
+        vqgan=models["vqgan.ckpt"],
+        vqgan_config=models["vqgan.yaml"],
+        prior=prior and models[prior],
+        pixel_decoder=pixel_decoder and models[pixel_decoder],
+        **settings,
+    )
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def test_a_job_writes_everything_it_promises(models, tmp_path, capsys):
+    run(models, tmp_path / "out", per_class=7, seed=3, adm_array=True)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["complete"] and manifest["count"] == 21
+    assert manifest["labels"] == [0, 1, 2] * 7 and manifest["classes"] == ["ant", "bee", "cat"]
+    names = sorted(path.name for path in (tmp_path / "out/images").iterdir())
+    assert names == [f"{image:06d}.png" for image in range(21)]
+    with np.load(tmp_path / "out/tokens.npz") as tokens, np.load(tmp_path / "out/samples.npz") as adm:
+        assert tokens["discriminative"].shape == tokens["vq"].shape == (21, 16)
+        assert tokens["discriminative"].max() < CODES and tokens["vq"].max() < VQ_CODES
+        assert tokens["label"].tolist() == manifest["labels"] == adm["arr_1"].tolist()
+        assert adm["arr_0"].shape == (21, 8, 8, 3) and adm["arr_0"].dtype == np.uint8
+        for image in range(21):
+            assert np.array_equal(np.asarray(Image.open(tmp_path / f"out/images/{image:06d}.png")), adm["arr_0"][image])
+    assert Image.open(tmp_path / "out/grid.png").size[0] > 7 * 64
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("grid.png", "images", "manifest.json", "samples.npz", "tokens.npz")
+    ]
+    before = content(tmp_path / "out")
+    capsys.readouterr()
+    run(models, tmp_path / "out", per_class=7, seed=3, adm_array=True)
+    assert "complete already, 21 pictures" in capsys.readouterr().out
+    assert content(tmp_path / "out") == before
+
+
+def test_batch_size_changes_no_byte(models, tmp_path):
+    settings = {"count": 37, "classes": [2, 0], "prior_decoding": Decoding(top_k=9, guidance=Guidance(2.0, "cosine"))}
+    run(models, tmp_path / "a", batch=64, **settings)
+    run(models, tmp_path / "b", batch=5, **settings)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    labels = json.loads((tmp_path / "a/manifest.json").read_text())["labels"]
+    assert labels == ([2, 0] * 19)[:37]
+
+
+COMMAND = """
+import sys, torch
+from digit_ds.generation.sample import sample
+models, out, count = sys.argv[1:]
+torch.set_num_threads(1)
+sample(out, vqgan=f"{models}/vqgan.ckpt", vqgan_config=f"{models}/vqgan.yaml", prior=f"{models}/prior",
+       pixel_decoder=f"{models}/nar", count=int(count), batch=16)
+"""
+
+
+def start(models, out: Path, count: int, processes: int) -> subprocess.Popen:
+    script = out.parent / "job.py"
+    script.write_text(COMMAND)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, script, models["prior"].parent, out, str(count)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_number_of_processes_changes_no_byte(models, tmp_path):
+    run(models, tmp_path / "alone", pixel_decoder="nar", count=90, batch=64)
+    three = start(models, tmp_path / "three", 90, processes=3)
+    _, errors = three.communicate(timeout=300)
+    assert three.returncode == 0, errors
+    assert content(tmp_path / "three") == content(tmp_path / "alone")
+
+
+def test_a_killed_job_is_unfinished_and_refuses_other_settings(models, tmp_path):
+    out = tmp_path / "out"
+    job = start(models, out, 4000, processes=1)
+    while len(list(out.glob("parts/[0-9]*.npz"))) < 3:
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    job.stderr.close()
+    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    done = {path: path.stat().st_mtime_ns for path in out.glob("parts/[0-9]*.npz")}
+    assert len(done) < 250
+    with pytest.raises(UserError, match="holds a job whose count is 4000, but this one's is 96"):
+        run(models, out, pixel_decoder="nar", count=96)
+    with pytest.raises(UserError, match="holds a job whose seed is 0, but this one's is 1"):
+        run(models, out, pixel_decoder="nar", count=4000, seed=1)
+
+
+def test_resumed_job_equals_an_uninterrupted_one(models, tmp_path, monkeypatch):
+    from digit_ds.generation.job import Job
+
+    run(models, tmp_path / "whole", count=60, batch=16)
+    write_block = Job.write_block
+
+    def killed(job, block, *rest):
+        if block == 2:
+            raise KeyboardInterrupt
+        write_block(job, block, *rest)
+
+    monkeypatch.setattr(Job, "write_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(models, tmp_path / "resumed", count=60, batch=16)
+    monkeypatch.undo()
+    assert (tmp_path / "resumed/parts").is_dir()
+    first = (tmp_path / "resumed/images/000000.png").stat().st_mtime_ns
+    run(models, tmp_path / "resumed", count=60, batch=64)
+    assert (tmp_path / "resumed/images/000000.png").stat().st_mtime_ns == first
+    assert content(tmp_path / "resumed") == content(tmp_path / "whole")
+
+
+def test_given_tokens_are_reconstructed_or_completed(models, tmp_path):
+    run(models, tmp_path / "drawn", prior="unconditional", count=20)
+    with np.load(tmp_path / "drawn/tokens.npz") as arrays:
+        drawn = dict(arrays)
+    run(models, tmp_path / "again", prior=None, from_tokens=tmp_path / "drawn/tokens.npz")
+    with np.load(tmp_path / "again/tokens.npz") as again:
+        assert np.array_equal(again["discriminative"], drawn["discriminative"])
+        assert np.array_equal(again["vq"], drawn["vq"])
+    run(models, tmp_path / "half", prior="unconditional", seed=9, from_tokens=tmp_path / "drawn/tokens.npz", keep=8)
+    with np.load(tmp_path / "half/tokens.npz") as half:
+        assert np.array_equal(half["discriminative"][:, :8], drawn["discriminative"][:, :8])
+        assert (half["discriminative"][:, 8:] != drawn["discriminative"][:, 8:]).mean() > 0.5
+
+
+def test_vq_baseline_paints_its_own_tokens_and_completes_pictures(models, tmp_path):
+    run(models, tmp_path / "drawn", prior="vq", pixel_decoder=None, count=18)
+    with np.load(tmp_path / "drawn/tokens.npz") as tokens:
+        assert sorted(tokens.files) == ["label", "vq"]
+    run(models, tmp_path / "half", prior="vq", pixel_decoder=None, from_images=tmp_path / "drawn/images", keep=12)
+    with np.load(tmp_path / "half/tokens.npz") as half:
+        assert half["vq"].shape == (18, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": [CLASSES]}, r"class 3 is outside 0\.\.2"),
+        ({"prior": "unconditional", "per_class": 3, "count": None}, "is unconditional"),
+        ({"count": None}, "either a count of pictures or a count per class"),
+        ({"pixel_decoder": None}, "no pixel decoder is given"),
+        ({"pixel_decoder": "vq"}, "is a vq model, expected ar or nar"),
+        ({"prior": "vq"}, "writes VQ tokens itself"),
+        ({"prior": None}, "no prior is given"),
+        ({"keep": 3}, "keep is given"),
+        ({"batch": -1}, "batch is -1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(models, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        run(models, tmp_path / "out", **{"count": 4, **change})
+    assert not (tmp_path / "out").exists()
+
+
+def test_foreign_folder_and_foreign_parts_are_refused(models, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is no sampling job"):
+        run(models, tmp_path / "out", count=4)
+    config = json.loads((models["ar"] / "config.json").read_text())
+    for key, what in (("codebook_sha256", "codebook"), ("vqgan_sha256", "VQGAN")):
+        other = tmp_path / key
+        other.mkdir()
+        (other / "model.safetensors").symlink_to(models["ar"] / "model.safetensors")
+        changed = {**config, "provenance": {**config["provenance"], key: "f" * 64}}
+        (other / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"belongs to {what} .*, but .* to "):
+            run({**models, "other": other}, tmp_path / "new", pixel_decoder="other", count=4)

@@ -1,0 +1,247 @@
+"""The chain on a real two-node cluster: order, skipping, requeueing and failures, with a stand-in for Python."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from slurm_cluster import Cluster, cluster  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.slurm
+HOME = Path(__file__).resolve().parents[1]
+NAMES = ["features", "kmeans", "tokenize", "tokenize_validation", "prior", "decoder", "sample", "evaluate", "probe"]
+
+
+class Submission:
+    """A chain's recipe and a site in a folder, and submit.py called on them."""
+
+    def __init__(self, folder: Path, running: Cluster):
+        self.folder, self.cluster = folder, running
+        for name in ("images", "encoder.pth", "vqgan.ckpt"):
+            (folder / name).touch()
+        stub = folder / "python"
+        stub.write_text(f'#!/bin/sh\nexec {sys.executable} -S {HOME}/tests/slurm_stub.py "$@"\n')
+        stub.chmod(0o755)
+        recipe = folder / "train.yaml"
+        recipe.write_text("run: r\ndata: {shards: s}\ntraining: {steps: 30}\n")
+        images = {"images": str(folder / "images"), "encoder": str(folder / "encoder.pth")}
+        self.chain = {
+            "out": str(folder / "out"),
+            "features": images,
+            "kmeans": {"clusters": 16},
+            "tokenize": images | {"vqgan": str(folder / "vqgan.ckpt"), "views": 2},
+            "tokenize_validation": images,
+            "prior": {"recipe": str(recipe)},
+            "decoder": {"recipe": str(recipe), "overrides": {"optimizer.learning_rate": 5e-4, "model.kind": "ar"}},
+            "sample": {"vqgan": str(folder / "vqgan.ckpt"), "count": 8},
+            "evaluate": {"reference": str(folder / "images")},
+        }
+        self.site = {
+            "partition": "main",
+            "nodes": 2,
+            "gpus_per_node": 0,
+            "cpus_per_task": 1,
+            "time": "5",
+            "python": str(stub),
+            "environment": {"STUB": str(folder)},
+            "steps": {"evaluate": {"nodes": 1}, "prior": {"cpus_per_task": 2}},
+        }
+        self.behave()
+
+    def behave(self, **behaviour: dict) -> None:
+        (self.folder / "behaviour.json").write_text(json.dumps(behaviour))
+
+    def call(self, *options: str) -> subprocess.CompletedProcess:
+        (self.folder / "chain.yaml").write_text(yaml.safe_dump(self.chain))
+        (self.folder / "site.yaml").write_text(yaml.safe_dump(self.site))
+        command = [sys.executable, HOME / "slurm" / "submit.py", self.folder / "chain.yaml"]
+        command += ["--site", self.folder / "site.yaml", *options]
+        # Elsewhere than the checkout: nothing may depend on where the user stands.
+        environment = self.cluster.environment | {"PYTHONPATH": str(HOME)}
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+
+    def submit(self) -> dict[str, int]:
+        """Submit; the job of every step."""
+        result = self.call()
+        assert result.returncode == 0, result.stderr
+        return self.jobs()
+
+    def jobs(self) -> dict[str, int]:
+        records = (self.folder / "out" / "steps").glob("*.submitted.json")
+        return {path.name.split(".")[0]: json.loads(path.read_text())["job"] for path in records}
+
+    def state(self, name: str) -> dict:
+        return json.loads((self.folder / "out" / "steps" / f"{name}.json").read_text())
+
+    def calls(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
+
+    def log(self, name: str) -> str:
+        return (self.folder / "out" / "logs" / f"digit-{name}-{self.jobs()[name]}.out").read_text()
+
+    def status(self) -> dict[str, str]:
+        return {line.split()[0]: line.split(maxsplit=1)[1] for line in self.call("--status").stdout.splitlines()}
+
+
+@pytest.fixture
+def submission(tmp_path, cluster) -> Submission:  # noqa: F811
+    return Submission(tmp_path, cluster)
+
+
+def test_the_chain_runs_in_order_on_two_nodes_and_a_second_submission_skips_it(submission):
+    jobs = submission.submit()
+    assert list(sorted(jobs)) == sorted(NAMES)
+    for name in NAMES:
+        assert submission.cluster.wait(jobs[name])["JobState"] == "COMPLETED", submission.log(name)
+        assert submission.state(name)["status"] == "complete"
+    calls = submission.calls()
+    order = [call["step"] for call in calls]
+    for name, before in [("kmeans", "features"), ("tokenize", "kmeans"), ("prior", "tokenize"), ("sample", "decoder")]:
+        assert order.index(name) > max(i for i, step in enumerate(order) if step == before)
+    prior = [call for call in calls if call["step"] == "prior" and "train" in call["arguments"]]
+    assert sorted((call["rank"], call["tasks"], call["node"]) for call in prior) == [(0, 2, "n1"), (1, 2, "n2")]
+    assert {call["environment"]["OMP_NUM_THREADS"] for call in prior} == {"2"}
+    port = str(10000 + jobs["prior"] % 20000)
+    assert {(call["environment"]["MASTER_ADDR"], call["environment"]["MASTER_PORT"]) for call in prior} == {
+        ("127.0.0.1", port)
+    }
+    decoder = next(call["arguments"] for call in calls if call["step"] == "decoder")
+    assert {"optimizer.learning_rate=0.0005", "model.kind=ar"} <= set(decoder)
+    assert [call["tasks"] for call in calls if call["step"] == "evaluate"] == [1]
+
+    again = submission.call()
+    assert again.stdout.count("complete") == len(NAMES) and submission.jobs() == jobs
+    assert all("complete" in line for line in submission.status().values())
+
+
+def test_deleted_products_are_made_again_only_when_something_reads_them(submission):
+    jobs = submission.submit()
+    submission.cluster.wait(jobs["evaluate"])
+    submission.cluster.wait(jobs["probe"])
+    (submission.folder / "out" / "features" / "manifest.json").unlink()
+    (submission.folder / "out" / "scores.json").unlink()
+    repeated = submission.submit()
+    assert {name for name in NAMES if repeated[name] != jobs[name]} == {"evaluate"}
+    submission.cluster.wait(repeated["evaluate"])
+    submission.chain["kmeans"]["clusters"] = 32
+    result = submission.call()
+    assert result.returncode == 2 and "kmeans is complete with other arguments" in result.stderr
+
+
+def test_a_failing_step_stops_the_chain_and_says_why(submission):
+    submission.behave(tokenize={"error": "/data/km.npy: 16 wide, expected 768"})
+    jobs = submission.submit()
+    for name in NAMES:
+        submission.cluster.wait(jobs[name])
+    status = submission.status()
+    assert "failed" in status["tokenize"] and ": /data/km.npy: 16 wide, expected 768; see" in status["tokenize"]
+    assert "cancelled" in status["prior"] and "tokenize did not complete" in status["prior"]
+    assert "complete" in status["tokenize_validation"] and submission.call("--status").returncode == 1
+    assert {call["step"] for call in submission.calls()} == set(NAMES[:4])
+
+    submission.behave()
+    repeated = submission.submit()
+    assert {name for name in NAMES if repeated[name] == jobs[name]} == {"features", "kmeans", "tokenize_validation"}
+    assert submission.cluster.wait(repeated["evaluate"])["JobState"] == "COMPLETED"
+
+
+def test_a_killed_rank_ends_the_step_with_its_name(submission):
+    submission.behave(features={"killed": 1, "sleep": 60})
+    job = submission.submit()["features"]
+    started = time.monotonic()
+    assert submission.cluster.wait(job)["JobState"] == "FAILED"
+    assert time.monotonic() - started < 40
+    assert "n2: task 1: Killed" in submission.status()["features"]
+
+
+def test_queued_steps_are_waited_for_and_not_submitted_twice(submission):
+    submission.behave(features={"sleep": 60})
+    jobs = submission.submit()
+    again = submission.call()
+    assert again.stdout.count("in the queue already") == len(NAMES) and submission.jobs() == jobs
+    submission.cluster.run("scancel", *map(str, jobs.values()))
+    submission.cluster.wait(jobs["features"])
+
+
+@pytest.mark.parametrize("how", [pytest.param("time limit", marks=pytest.mark.slow), "scontrol requeue"])
+def test_training_saves_requeues_and_continues(submission, how):
+    """Steps taken by all attempts together are exactly the unbroken run's."""
+    folder, running = submission.folder, submission.cluster
+    steps = 30
+    if how == "time limit":  # at least a minute; Slurm looks every half minute which jobs are near theirs
+        submission.site |= {"time": "1", "grace_seconds": 59}
+        steps = 450
+    submission.behave(prior={"steps": steps})
+    jobs = submission.submit()
+    job = jobs["prior"]
+    running.wait(job, states=("RUNNING",))
+    _await(lambda: (folder / "prior.0.steps").exists())
+    if how == "scontrol requeue":
+        running.run("scontrol", "requeue", str(job))
+    _await(lambda: running.job(job)["Restarts"] == "1")
+    assert running.wait(job)["JobState"] == "COMPLETED", submission.log("prior")
+    for rank in (0, 1):
+        assert (folder / f"prior.{rank}.steps").read_text().split() == [str(n + 1) for n in range(steps)]
+    log = submission.log("prior")
+    assert "attempt 1 on" in log and "attempt 2 on" in log and "rank 1 saved step" in log
+    running.run("scancel", *map(str, jobs.values()))
+
+
+def test_a_lost_node_requeues_the_job_and_status_says_what_it_waits_for(submission):
+    running = submission.cluster
+    submission.behave(features={"sleep": 60})
+    jobs = submission.submit()
+    job = jobs["features"]
+    _await((submission.folder / "calls.jsonl").exists)
+    running.stop_node("n2")
+    try:
+        running.wait(job, states=("PENDING",))
+        assert submission.state("features")["status"] == "requeued"
+        assert "waiting" in submission.status()["features"]
+        submission.behave()
+        _await(lambda: "n2 (down" in submission.call("--status").stdout)
+    finally:
+        running.start_node("n2")
+    assert running.wait(job)["JobState"] == "COMPLETED"
+    running.run("scancel", *map(str, jobs.values()))
+
+
+def test_dry_run_prints_commands_and_leaves_no_trace(submission):
+    result = submission.call("--dry-run")
+    assert result.returncode == 0 and result.stdout.count("sbatch --parsable") == len(NAMES)
+    assert "--dependency=afterok:" in result.stdout and not (submission.folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.site.pop("partition"), "site.yaml: key 'partition' is missing"),
+        (lambda s: s.site.update(partition="gpus"), "sbatch refused step features, nothing was submitted: Batch job"),
+        (lambda s: s.site.update(node=2), "site.yaml: unknown key 'node', expected one of partition"),
+        (lambda s: s.site.update(nodes="two"), "site.yaml: nodes is 'two', expected: input should be a valid integer"),
+        (lambda s: s.site.update(steps={"train": {}}), "site.yaml: steps.train is 'train', expected:"),
+        (lambda s: s.site.update(python="/nowhere/python"), "/nowhere/python cannot be started"),
+        (lambda s: s.chain["kmeans"].update(cluster=3), "chain.yaml: kmeans.cluster is not an option of tools/train_k"),
+        (
+            lambda s: s.chain["features"].update(images="/no"),
+            "chain.yaml: features.images is /no, which does not exist",
+        ),
+        (lambda s: s.chain["prior"].update(overrides={"training.step": 3}), "train.yaml: unknown key 'training.step'"),
+        (lambda s: s.chain.pop("kmeans"), "chain.yaml: key 'kmeans' is missing"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(submission, change, message):
+    change(submission)
+    result = submission.call()
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not submission.jobs()
+
+
+def _await(condition, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
