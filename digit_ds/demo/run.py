@@ -40,8 +40,8 @@ class Scale:
 
 
 FULL = Scale(
-    encoder_steps=500,
-    vqgan_steps=300,
+    encoder_steps=400,
+    vqgan_steps=240,
     codes=64,
     kmeans_iterations=20,
     views=1,
