@@ -24,9 +24,11 @@ REPOSITORY = Path(__file__).parent.parent
 WIDTH, PATCH, TABLE, DEPTH, SIZE = 16, 4, 8, 4, 32
 
 
-def make_images(root: Path, count: int = 20, classes: tuple[str, ...] = ("cat", "dog", "grüne Äpfel")) -> Path:
+def make_images(
+    root: Path, count: int = 20, classes: tuple[str, ...] = ("cat", "dog", "grüne Äpfel"), seed: int = 0
+) -> Path:
     """Coloured noise of differing sizes, JPEG and PNG in turn, spread over class folders."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     for number in range(count):
         folder = root / classes[number % len(classes)] if classes else root
         folder.mkdir(parents=True, exist_ok=True)
