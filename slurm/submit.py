@@ -8,7 +8,6 @@ what failed is started again and continues from what it had done.
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -18,12 +17,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from chain import HOME, Chain, Site, Step, absolute, load, sbatch, steps
+from chain import HOME, Chain, Site, Step, absolute, in_one_line, load, sbatch, steps
 
 from digit_ds.errors import UserError, run_command
 from digit_ds.files import read_json, write_json
 
-PATHS = ("images", "encoder", "vqgan", "vqgan_config", "reference")
+PATHS = ("images", "encoder", "vqgan", "vqgan_config", "reference", "features", "inception_weights", "classifier")
 """Options that name files or folders which must be there before anything starts."""
 QUEUED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
 
@@ -37,7 +36,7 @@ def _main(arguments: list[str]) -> int:
     action.add_argument("--status", action="store_true", help="say how each step stands, and why one failed")
     options = parser.parse_args(arguments)
     chain = load(options.chain, Chain)
-    folder = absolute(chain.out, HOME)
+    folder = absolute(chain.out)
     if options.status:
         return _status(steps(chain), folder)
     site = load(options.site, Site)
@@ -51,22 +50,21 @@ def _check(chain: Chain, site: Site, path: Path) -> None:
     for name in ("features", "tokenize", "tokenize_validation", "sample", "evaluate", "probe"):
         for option in PATHS:
             value = getattr(chain, name).get(option)
-            if value is not None and not absolute(str(value), HOME).exists():
+            if value is not None and not absolute(str(value)).exists():
                 raise UserError(f"{path}: {name}.{option} is {value}, which does not exist")
     from digit_ds.config import load_recipe  # here, because --status need not wait for it
 
     for training in (chain.prior, chain.decoder):
-        overrides = [f"{key}={json.dumps(value)}" for key, value in training.overrides.items()]
-        load_recipe(absolute(training.recipe, HOME), ["run=x", "data.shards=x", *overrides])
-    python = [*site.container, str(HOME / site.python) if "/" in site.python else site.python]
-    commands = {step.command for step in steps(chain)}
+        overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
+        load_recipe(absolute(training.recipe), ["run=x", "data.shards=x", *overrides])
+    commands = {step.name: step.command for step in steps(chain)}
     with ThreadPoolExecutor(4) as pool:
-        texts = dict(zip(commands, pool.map(lambda command: _help([*python, *command]), commands)))
-    for step in steps(chain):
-        for option in step.options:
+        asked = {command: pool.submit(_help, [*site.interpreter(), *command]) for command in commands.values()}
+    for name, command in commands.items():
+        for option in [] if name in ("prior", "decoder") else getattr(chain, name):
             flag = "--" + option.replace("_", "-")
-            if not re.search(rf"(?<![\w-]){flag}(?![\w-])", texts[step.command]):
-                raise UserError(f"{path}: {step.name}.{option} is not an option of {' '.join(step.command)}")
+            if not re.search(rf"(?<![\w-]){flag}(?![\w-])", asked[command].result()):
+                raise UserError(f"{path}: {name}.{option} is not an option of {' '.join(command)}")
 
 
 def _help(command: list[str]) -> str:

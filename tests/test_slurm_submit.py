@@ -109,7 +109,7 @@ def test_the_chain_runs_in_order_on_two_nodes_and_a_second_submission_skips_it(s
         ("127.0.0.1", port)
     }
     decoder = next(call["arguments"] for call in calls if call["step"] == "decoder")
-    assert {"optimizer.learning_rate=0.0005", "model.kind=ar"} <= set(decoder)
+    assert {"optimizer.learning_rate=0.0005", 'model.kind="ar"'} <= set(decoder)
     assert [call["tasks"] for call in calls if call["step"] == "evaluate"] == [1]
 
     again = submission.call()

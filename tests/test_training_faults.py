@@ -50,6 +50,11 @@ def steps_logged(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def saving(run: Path) -> bool:
+    """Whether a save is under way."""
+    return any((run / "checkpoints").glob(".step_*.partial"))
+
+
 def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path):
     options = {"training__steps": 60, "model__dropout": 0.2, "checkpoint__every": 2, "deepspeed": "zero2.json"}
     straight = recipe(tmp_path / "straight", token_shards, **options)
@@ -57,14 +62,13 @@ def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path
     values = recipe(tmp_path / "run", token_shards, **options)
     run, chance, inside_saves = tmp_path / "run", random.Random(0), 0
     for attempt in range(20):
-        group = start(train, (values,), 2, tmp_path / "log")
         before = steps_logged(run)
-        if attempt % 2:  # inside a save
-            partial = run / "checkpoints"
-            wait_for(lambda p=partial: any(p.glob(".step_*.partial")) or not group.processes[0].is_alive())
-            inside_saves += any(partial.glob(".step_*.partial"))
+        group = start(train, (values,), 2, tmp_path / "log")
+        if attempt % 2:
+            wait_for(lambda job=group: saving(run) or not job.processes[0].is_alive())
+            inside_saves += saving(run)
         else:
-            wait_for(lambda b=before: steps_logged(run) > b or not group.processes[0].is_alive())
+            wait_for(lambda job=group, b=before: steps_logged(run) > b or not job.processes[0].is_alive())
             time.sleep(chance.random() * 0.3)
         for process in group.processes:
             process.kill()

@@ -212,7 +212,7 @@ def test_deepspeed_file_is_passed_on_with_the_recipes_own(tmp_path):
     ("file", "overrides", "words"),
     [
         ({"train_batch_size": 9}, {}, "train_batch_size is 9, but the recipe makes it 8"),
-        ({"bf16": {"enabled": False}, "zero_optimization": {"stage": 1}}, {"training__precision": "bf16"}, "bf16.enabled"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}, {"training__precision": "bf16"}, "bf16.ena"),
         ({"scheduler": {}}, {}, "holds 'scheduler'"),
         ({"gradient_clipping": 0.7}, {}, "gradient_clipping"),
         ({"zero_optimization": {"stage": 4}}, {}, "stage is 4"),

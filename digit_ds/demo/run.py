@@ -36,19 +36,17 @@ class Scale:
     pixel_ar: tuple[str, ...]
     """Overrides of pixel_ar.yaml."""
     per_class: int
-    reconstructed: int
 
 
 FULL = Scale(
-    encoder_steps=500,
-    vqgan_steps=300,
+    encoder_steps=400,
+    vqgan_steps=240,
     codes=64,
     kmeans_iterations=20,
     views=1,
     prior=(),
     pixel_ar=(),
     per_class=50,
-    reconstructed=360,
 )
 SMALL = Scale(
     encoder_steps=30,
@@ -56,10 +54,9 @@ SMALL = Scale(
     codes=32,
     kmeans_iterations=5,
     views=1,
-    prior=("model.layers=2", "model.width=64", "model.heads=2", "training.steps=60", "checkpoint.every=20"),
-    pixel_ar=("model.layers=2", "model.width=64", "model.heads=2", "training.steps=60", "checkpoint.every=20"),
+    prior=("model.layers=2", "model.width=64", "model.heads=2", "training.steps=150", "checkpoint.every=50"),
+    pixel_ar=("model.layers=2", "model.width=64", "model.heads=2", "training.steps=150", "checkpoint.every=50"),
     per_class=4,
-    reconstructed=40,
 )
 
 
@@ -199,7 +196,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
             *("--per-class", scale.per_class, "--temperature", 0.9, "--guidance", 1.5),
         ),
         "reconstruct": verb(
-            *("sample", *pixel_sampling, "--out", out / "reconstructions", "--count", scale.reconstructed),
+            *("sample", *pixel_sampling, "--out", out / "reconstructions"),
             *("--from-images", held_out_images, "--encoder", encoder, "--codebook", codebook),
         ),
         "evaluate": verb(

@@ -176,6 +176,7 @@ class Engine:
         if self.stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()
 
+    @torch.no_grad()
     def restore(self, slices: Callable[[str], dict[str, Tensor]], adam_steps: int) -> None:
         """Fill this rank's state; ``slices(kind)`` gives its tensor-parallel slice of every parameter."""
         for kind in ("weight", *self.optimizer.state_names):
