@@ -205,7 +205,8 @@ def steps(out: Path, scale: Scale) -> list[Step]:
             *("--features", judge, "--out", out / "fidelity.json"),
         ),
         "probe": verb(
-            "probe", "--model", prior, "--train", train_shards, "--val", held_out_shards, "--out", out / "probe"
+            *("probe", "--model", prior, "--train", train_shards, "--val", held_out_shards),
+            *("--passes", 100, "--out", out / "probe"),
         ),
         "report": demo("report", out),
     }
