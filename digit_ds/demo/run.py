@@ -48,14 +48,15 @@ FULL = Scale(
     pixel_ar=(),
     per_class=50,
 )
+_NARROW = ("model.layers=2", "model.width=64", "model.heads=2", "checkpoint.every=50")
 SMALL = Scale(
     encoder_steps=30,
     vqgan_steps=60,
     codes=32,
     kmeans_iterations=5,
     views=1,
-    prior=("model.layers=2", "model.width=64", "model.heads=2", "training.steps=150", "checkpoint.every=50"),
-    pixel_ar=("model.layers=2", "model.width=64", "model.heads=2", "training.steps=150", "checkpoint.every=50"),
+    prior=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=200"),
+    pixel_ar=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
     per_class=4,
 )
 
@@ -204,7 +205,8 @@ def steps(out: Path, scale: Scale) -> list[Step]:
             *("--features", judge, "--out", out / "fidelity.json"),
         ),
         "probe": verb(
-            "probe", "--model", prior, "--train", train_shards, "--val", held_out_shards, "--out", out / "probe"
+            *("probe", "--model", prior, "--train", train_shards, "--val", held_out_shards),
+            *("--passes", 100, "--out", out / "probe"),
         ),
         "report": demo("report", out),
     }

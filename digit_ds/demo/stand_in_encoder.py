@@ -3,9 +3,9 @@
 python -m digit_ds.demo.stand_in_encoder IMAGES OUT.pth --steps N
 
 Two distorted views of an image, with some patches hidden, have to agree on what they show (InfoNCE on the mean patch
-feature, in place of DINO's loss, which needs far more images), and each patch feature has to tell its own pixels, as
-in masked image modelling. The losses sit on the last block and on the block that the pipeline reads, the third from
-the end.
+feature, in place of DINO's loss, which needs far more images); each patch feature has to tell its own pixels (as in
+masked image modelling) and, roughly, the undistorted picture. The losses sit on the last block and on the block that
+the pipeline reads, the third from the end.
 """
 
 import argparse
@@ -54,27 +54,30 @@ class _Training(nn.Module):
         )
         self.mask_token = nn.Parameter(torch.zeros(1, WIDTH))
         self.own_pixels = nn.Linear(WIDTH, PATCH * PATCH)
+        self.whole_picture = nn.Linear(WIDTH, GRID * GRID)
         self.identity = nn.Linear(WIDTH, 64)
         # Sines tell a fresh network where a patch lies; from random positions it takes hundreds of steps to find out.
-        # They are faint, or K-Means would sort the patches by place.
-        self.vit.pos_embed.data.copy_(0.1 * _sines(WIDTH, GRID))
+        self.vit.pos_embed.data.copy_(0.5 * _sines(WIDTH, GRID))
         for module in self.vit.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
 
     def loss(self, _share: float) -> Tensor:
-        """The sum of both terms over both blocks."""
+        """The sum of the three terms over both blocks."""
         originals = draw(self.images, BATCH).repeat(2, 1, 1, 1)  # [2B, 3, H, W]
         views = distort(originals, turn=0.15, stretch=0.1, move=2.5)
         hidden = torch.rand(len(views), GRID * GRID) < LARGEST_HIDDEN_SHARE * torch.rand(len(views), 1)  # [2B, G]
         pixels = F.unfold(views[:, :1], PATCH, stride=PATCH).transpose(1, 2)  # [2B, G, P*P]; grey: one channel says all
+        picture = F.avg_pool2d(originals[:, 0], PATCH).flatten(1)[:, None].expand(-1, GRID * GRID, -1)  # [2B, G, G]
         partner = torch.arange(len(views)).roll(BATCH)
         total = views.new_zeros(())
         for features in self._features(views, hidden):  # [2B, G, E]
             identity = F.normalize(self.identity(features.mean(1)), dim=-1)
             likeness = (identity @ identity.T / 0.2).fill_diagonal_(float("-inf"))
             total = total + (
-                10 * F.mse_loss(self.own_pixels(features), pixels) + 0.3 * F.cross_entropy(likeness, partner)
+                10 * F.mse_loss(self.own_pixels(features), pixels)
+                + 3 * F.mse_loss(self.whole_picture(features), picture)
+                + 0.3 * F.cross_entropy(likeness, partner)
             )
         return total
 
