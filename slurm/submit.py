@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Submit a whole chain, from images to scores, as Slurm jobs that wait for each other; or say how it stands.
 
-    python slurm/submit.py CHAIN.yaml --site slurm/site.yaml [--dry-run | --status]
+    python slurm/submit.py CHAIN.yaml --site slurm/site.yaml [--dry-run | --status | --doctor]
 
 Submitting again is always safe: what is complete is skipped, what is queued or running is left alone and waited for,
 what failed is started again and continues from what it had done.
@@ -34,12 +34,17 @@ def _main(arguments: list[str]) -> int:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="print the sbatch commands and submit nothing")
     action.add_argument("--status", action="store_true", help="say how each step stands, and why one failed")
+    action.add_argument(
+        "--doctor", action="store_true", help="check the cluster with a short job and print what it says"
+    )
     options = parser.parse_args(arguments)
     chain = load(options.chain, Chain)
     folder = absolute(chain.out)
     if options.status:
         return _status(steps(chain), folder)
     site = load(options.site, Site)
+    if options.doctor:
+        return _doctor(site, folder)
     _check(chain, site, options.chain)
     _submit(steps(chain), site, folder, options)
     return 0
@@ -85,9 +90,8 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse
     """Submit what is not complete, each job after the ones that it needs."""
     queue = {} if options.dry_run and not shutil.which("squeue") else _queue()
     wanted = _wanted(chain_steps, folder)
-    if not options.dry_run:  # Slurm does not make the folder of a log: the job would fail without a word
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        (folder / "steps").mkdir(exist_ok=True)
+    if not options.dry_run:
+        _make_folders(folder)
     jobs: dict[str, int] = {}  # of the steps that are not complete
     submitted: list[int] = []
     for step in chain_steps:
@@ -114,8 +118,7 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse
         if result.returncode:
             if submitted:
                 subprocess.run(["scancel", *map(str, submitted)], check=False)
-            said = result.stderr.strip().splitlines()[-1].removeprefix("sbatch: error: ")
-            raise UserError(f"sbatch refused step {step.name}, nothing was submitted: {said}")
+            raise UserError(f"sbatch refused step {step.name}, nothing was submitted: {_said(result.stderr)}")
         job = int(result.stdout.split(";")[0])
         submitted.append(job)
         jobs[step.name] = job
@@ -130,6 +133,33 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse
             f"curves:            tensorboard --logdir {folder}/runs\n"
             f"stop everything:   scancel {numbers.replace(',', ' ')}"
         )
+
+
+def _doctor(site: Site, folder: Path) -> int:
+    """Run the preflight on the nodes of the site, wait for it and print its log; its exit status."""
+    _make_folders(folder)
+    step = Step("doctor", ("-m", "digit_ds", "doctor"), (str(folder),), (), folder)
+    command, variables = sbatch(step, site, folder, [])
+    result = subprocess.run(
+        [*command[:1], "--wait", *command[1:]], env=os.environ | variables, capture_output=True, text=True
+    )
+    if not result.stdout.strip():
+        raise UserError(f"sbatch refused the doctor: {_said(result.stderr)}")
+    log = folder / "logs" / f"digit-doctor-{result.stdout.split(';')[0].strip()}.out"
+    print(log.read_text(encoding="utf-8", errors="replace") if log.exists() else f"it left no log in {log.parent}")
+    return result.returncode
+
+
+def _make_folders(folder: Path) -> None:
+    """Slurm does not make the folder of a log: the job would fail without a word."""
+    for name in ("logs", "steps"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def _said(stderr: str) -> str:
+    """Why sbatch refused: it says the reason, then that it failed."""
+    lines = [line.removeprefix("sbatch: error: ") for line in stderr.strip().splitlines()]
+    return lines[0] if lines else "it did not say why"
 
 
 def _wanted(chain_steps: list[Step], folder: Path) -> set[str]:

@@ -219,7 +219,10 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
     ("change", "message"),
     [
         (lambda s: s.site.pop("partition"), "site.yaml: key 'partition' is missing"),
-        (lambda s: s.site.update(partition="gpus"), "sbatch refused step features, nothing was submitted: Batch job"),
+        (
+            lambda s: s.site.update(partition="gpus"),
+            "sbatch refused step features, nothing was submitted: invalid partition specified: gpus",
+        ),
         (lambda s: s.site.update(node=2), "site.yaml: unknown key 'node', expected one of partition"),
         (lambda s: s.site.update(nodes="two"), "site.yaml: nodes is 'two', expected: input should be a valid integer"),
         (lambda s: s.site.update(steps={"train": {}}), "site.yaml: steps.train is 'train', expected:"),
