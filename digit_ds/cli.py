@@ -69,6 +69,46 @@ def _sample(options: argparse.Namespace) -> None:
     )
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    from digit_ds.evaluation.fidelity import evaluate
+
+    evaluate(
+        options.generated,
+        options.reference,
+        options.out,
+        inception_weights=options.inception_weights,
+        features=options.features,
+        precision_recall=options.precision_recall,
+        preparation=options.preparation,
+        size=options.size,
+        classifier=options.classifier,
+        labels=options.labels,
+        cache=options.cache,
+        batch=options.batch,
+    )
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from digit_ds.evaluation.linear_probe import probe
+
+    probe(
+        options.model,
+        options.train,
+        options.val,
+        options.out,
+        passes=options.passes,
+        batch=options.batch,
+        learning_rates=options.learning_rates,
+        seed=options.seed,
+    )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from digit_ds.health.doctor import doctor
+
+    doctor(options.folder, options.shards, options.timeout)
+
+
 def _demo(options: argparse.Namespace) -> None:
     from digit_ds.demo.run import run
 
@@ -118,6 +158,37 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--keep", type=int, help="leading tokens to keep; the prior writes the rest")
 
 
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--generated", required=True, help="folder of pictures, or .npz in ADM's layout")
+    parser.add_argument("--reference", required=True, help="the same, or .npz of statistics (mu, sigma)")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument("--inception-weights", help="local file of torch-fidelity's Inception weights")
+    network.add_argument("--features", help="feature network (safetensors) in place of Inception")
+    parser.add_argument("--precision-recall", action="store_true", help="also precision and recall")
+    parser.add_argument(
+        "--preparation", choices=["none", "published", "adm"], default="none", help="of the reference folder"
+    )
+    parser.add_argument("--size", type=int, help="side of the prepared reference images")
+    parser.add_argument("--classifier", help="feature network that judges whether samples show the class asked for")
+    parser.add_argument("--labels", help="manifest.json of the sampling job, for --classifier")
+    parser.add_argument("--cache", help="folder for features and statistics, named by content")
+    parser.add_argument("--batch", type=int, default=64, help="pictures of one forward pass")
+
+
+def _probe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="model directory of a prior or VQ baseline")
+    parser.add_argument("--train", required=True, help="labelled token shards; their views are the augmentation")
+    parser.add_argument("--val", required=True, help="labelled token shards to report accuracy on")
+    parser.add_argument("--out", required=True, help="folder for probe.json and probe.png")
+    parser.add_argument("--passes", type=int, default=30, help="passes over all training samples (default: 30)")
+    parser.add_argument("--batch", type=int, default=256, help="samples a step over all processes (default: 256)")
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 0.8], help="trained side by side"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of samples")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="digit-ds", description="Train and run DiGIT, from token shards to FID.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -141,6 +212,14 @@ def _parser() -> argparse.ArgumentParser:
     _sample_arguments(
         verb("sample", _sample, "pictures: prior -> pixel decoder -> VQGAN; continues an interrupted job")
     )
+
+    _evaluate_arguments(verb("evaluate", _evaluate, "FID, Inception Score, precision and recall, class accuracy"))
+    _probe_arguments(verb("probe", _probe, "linear classifiers on the hidden states of every layer of a frozen prior"))
+
+    doctor = verb("doctor", _doctor, "check this machine, or under srun or torchrun this cluster, before a long run")
+    doctor.add_argument("--folder", default=".", help="where runs will be written (default: here)")
+    doctor.add_argument("--shards", help="token shards to check a sample of")
+    doctor.add_argument("--timeout", type=float, default=60, help="seconds after which a rank counts as lost")
 
     demo = verb("demo", _demo, "the whole pipeline on handwritten digits: pictures, figures and a report")
     demo.add_argument("--out", default="demo_out", help="folder for everything it makes (default: demo_out)")

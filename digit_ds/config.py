@@ -111,6 +111,8 @@ class TrainingConfig(Section):
     """Images of one forward pass on one data-parallel rank; keep it over layouts for equal dropout masks."""
     seed: int = 1
     """Seed of the initial weights and of dropout."""
+    start_from: str | None = None
+    """Model directory (released, or cut by ``to-megatron``) whose weights a new run starts from; unset: drawn."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision; master weights, gradient accumulation and reduction are fp32 either way."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)

@@ -1,5 +1,6 @@
 """What is submitted: the site, the chain's recipe, and the steps with their arguments and dependencies."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from digit_ds.errors import UserError
 
 HOME = Path(__file__).resolve().parents[1]
-Options = dict[str, str | int | float | bool | None]
+Options = dict[str, str | int | float | bool | list[int | float | str] | None]
 Name = Literal[
     "features", "kmeans", "tokenize", "tokenize_validation", "prior", "decoder", "sample", "evaluate", "probe"
 ]
@@ -61,6 +62,10 @@ class Site(_Section):
         if values["tasks_per_node"] is None:
             values["tasks_per_node"] = max(1, values["gpus_per_node"])
         return values
+
+    def interpreter(self) -> list[str]:
+        """Words of the command that runs Python in a job."""
+        return [*self.container, str(HOME / self.python) if "/" in self.python else self.python]
 
 
 class Training(_Section):
@@ -122,85 +127,90 @@ class Step:
 
     name: str
     """As in the chain's recipe."""
-    script: str
-    """Name of the sbatch script."""
     command: tuple[str, ...]
     """What Python is given: the tool or the verb."""
     arguments: tuple[str, ...]
     """Arguments of the sbatch script."""
-    options: Options
-    """Those of the arguments that the user chose, checked against the command's --help."""
     needs: tuple[str, ...]
     """Steps whose products this one reads."""
     product: Path
-    """File or folder that exists once the step is complete."""
+    """File that exists once the step is complete."""
+
+    @property
+    def script(self) -> Path:
+        """The sbatch script."""
+        return HOME / "slurm" / f"{self.name.removesuffix('_validation')}.sbatch"
 
 
-def steps(chain: Chain, home: Path = HOME) -> list[Step]:
+def steps(chain: Chain) -> list[Step]:
     """The steps in an order in which each follows what it needs."""
-    out = absolute(chain.out, home)
-    shards, validation, codebook = out / "shards" / "train", out / "shards" / "validation", out / "codebook" / "km.npy"
-    prior, decoder, pictures = out / "models" / "prior", out / "models" / "decoder", out / "samples"
+    out = absolute(chain.out)
+    features, codebook, pictures = out / "features", out / "codebook" / "km.npy", out / "samples"
+    shards, validation = out / "shards" / "train", out / "shards" / "validation"
+    prior, decoder = out / "models" / "prior", out / "models" / "decoder"
+    tokenizer, tokens = ("tools/tokenize_images.py",), ("tokenize", "tokenize_validation")
 
-    def step(name, script, command, made, options, needs, product):
-        chosen = _flags(options)
-        return Step(name, script, tuple(command), (*map(str, made), *chosen), options, tuple(needs), product)
-
-    def training(name, settings, model):
+    def train(settings: Training, name: str, model: Path) -> Step:
         overrides = {"data.shards": str(shards), "data.validation": str(validation)} | settings.overrides
-        made = [out / "runs" / name, model, absolute(settings.recipe, home)]
-        made += [f"{key}={_yaml(value)}" for key, value in overrides.items()]
-        needs = ["tokenize", "tokenize_validation"]
-        return step(name, name, ["-m", "digit_ds", "train"], made, {}, needs, model / "config.json")
+        values = [f"{key}={in_one_line(value)}" for key, value in overrides.items()]
+        arguments = map(str, [out / "runs" / name, model, absolute(settings.recipe), *values])
+        return Step(name, ("-m", "digit_ds", "train"), tuple(arguments), tokens, model / "config.json")
 
-    def tokens(name, options, folder):
-        made = [folder, "--codebook", codebook]
-        return step(name, "tokenize", ["tools/tokenize_images.py"], made, options, ["kmeans"], folder / "manifest.json")
+    def step(name: str, command: tuple[str, ...], made: dict, needs: tuple[str, ...], product: Path, *first) -> Step:
+        """``made``: the options that connect this step with the others; the chain's recipe has the rest."""
+        given = getattr(chain, name)
+        if taken := made.keys() & given.keys():
+            raise UserError(f"{name}.{min(taken)} is chosen by the chain itself, expected the recipe to leave it out")
+        return Step(name, command, (*map(str, first), *_flags(made | given)), needs, product)
 
-    features, scores, probes = out / "features", out / "scores.json", out / "probe"
+    def verb(name: str) -> tuple[str, ...]:
+        return ("-m", "digit_ds", name)
+
+    models = {"prior": prior, "decoder": decoder}
+    probed = {"model": prior, "train": shards, "val": validation}
     return [
-        step("features", "features", ["tools/extract_features.py"], ["--out", features], chain.features, [],
-             features / "manifest.json"),
-        step("kmeans", "kmeans", ["tools/train_kmeans.py"], ["--features", features, "--out", codebook],
-             chain.kmeans, ["features"], codebook),
-        tokens("tokenize", chain.tokenize, shards),
-        tokens("tokenize_validation", chain.tokenize_validation, validation),
-        training("prior", chain.prior, prior),
-        training("decoder", chain.decoder, decoder),
-        step("sample", "sample", ["-m", "digit_ds", "sample"],
-             ["--prior", prior, "--decoder", decoder, "--out", pictures],
-             chain.sample, ["prior", "decoder"], pictures / "manifest.json"),
-        step("evaluate", "evaluate", ["-m", "digit_ds", "evaluate"], ["--generated", pictures, "--out", scores],
-             chain.evaluate, ["sample"], scores),
-        step("probe", "probe", ["-m", "digit_ds", "probe"],
-             ["--model", prior, "--train", shards, "--validation", validation, "--out", probes],
-             chain.probe, ["prior"], probes),
-    ]  # fmt: skip
+        step("features", ("tools/extract_features.py",), {"out": features}, (), features / "manifest.json"),
+        step("kmeans", ("tools/train_kmeans.py",), {"features": features, "out": codebook}, ("features",), codebook),
+        step("tokenize", tokenizer, {"codebook": codebook}, ("kmeans",), shards / "manifest.json", shards),
+        step(
+            "tokenize_validation",
+            *(tokenizer, {"codebook": codebook}, ("kmeans",), validation / "manifest.json", validation),
+        ),
+        train(chain.prior, "prior", prior),
+        train(chain.decoder, "decoder", decoder),
+        step("sample", verb("sample"), models | {"out": pictures}, ("prior", "decoder"), pictures / "manifest.json"),
+        step(
+            "evaluate",
+            *(verb("evaluate"), {"generated": pictures / "images", "out": out / "scores.json"}),
+            *(("sample",), out / "scores.json"),
+        ),
+        step("probe", verb("probe"), probed | {"out": out / "probe"}, ("prior",), out / "probe" / "probe.json"),
+    ]
 
 
-def absolute(path: str, home: Path) -> Path:
+def absolute(path: str) -> Path:
     """A path of the chain's recipe; relative ones start at the checkout, where the jobs run too."""
-    return home / Path(path).expanduser()
+    return HOME / Path(path).expanduser()
 
 
-def _flags(options: Options) -> list[str]:
-    """``{"top_k": 200, "ema": true, "layer": null}`` as ``--top-k 200 --ema``; a null option is left out."""
+def _flags(options: dict[str, Any]) -> list[str]:
+    """``{"top_k": 200, "npz": true, "classes": [1, 2]}`` as ``--top-k 200 --npz --classes 1 2``; null is left out."""
     words: list[str] = []
     for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
     return words
 
 
-def _yaml(value: Any) -> str:
-    """A value in YAML's one-line syntax, as ``section.key=value`` takes it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+def in_one_line(value: Any) -> str:
+    """A value as ``section.key=value`` takes it (JSON is YAML in one line)."""
+    return json.dumps(value)
 
 
-def sbatch(step: Step, site: Site, folder: Path, after: list[int], home: Path = HOME) -> tuple[list[str], dict]:
+def sbatch(step: Step, site: Site, folder: Path, after: list[int]) -> tuple[list[str], dict]:
     """The sbatch command of a step whose logs and state go into ``folder``, and the variables that it wants set."""
     wanted = site.resources(step.name)
     command = [
@@ -217,13 +227,11 @@ def sbatch(step: Step, site: Site, folder: Path, after: list[int], home: Path = 
         command.append(f"--mem={wanted['memory']}")
     if after:
         command.append("--dependency=afterok:" + ":".join(map(str, after)))
-    python = str(home / site.python) if "/" in site.python else site.python
     variables = site.environment | {
-        "DIGIT_HOME": str(home),
-        "DIGIT_PYTHON": "\n".join([*site.container, python]),
+        "DIGIT_HOME": str(HOME),
+        "DIGIT_PYTHON": "\n".join(site.interpreter()),
         "DIGIT_MODULES": "\n".join(site.modules),
         "DIGIT_INTERFACE": site.interface or "",
         "DIGIT_STATE": str(folder / "steps" / f"{step.name}.json"),
     }
-    script = str(home / "slurm" / f"{step.script}.sbatch")
-    return [*command, *site.options, script, *step.arguments], {k: v for k, v in variables.items() if v}
+    return [*command, *site.options, str(step.script), *step.arguments], {k: v for k, v in variables.items() if v}

@@ -86,7 +86,10 @@ requeue() {
     fi
     record requeued "$SAVED"
     say "requeued, to continue where the ranks saved"
-    scontrol requeue "$SLURM_JOB_ID"
+    if ! scontrol requeue "$SLURM_JOB_ID"; then # a job with --no-requeue
+        record failed "$SAVED"
+        exit "$SAVED"
+    fi
     exit 0
 }
 

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """Submit a whole chain, from images to scores, as Slurm jobs that wait for each other; or say how it stands.
 
-    python slurm/submit.py CHAIN.yaml --site slurm/site.yaml [--dry-run | --status]
+    python slurm/submit.py CHAIN.yaml --site slurm/site.yaml [--dry-run | --status | --doctor]
 
 Submitting again is always safe: what is complete is skipped, what is queued or running is left alone and waited for,
 what failed is started again and continues from what it had done.
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -18,12 +17,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from chain import HOME, Chain, Site, Step, absolute, load, sbatch, steps
+from chain import HOME, Chain, Site, Step, absolute, in_one_line, load, sbatch, steps
 
 from digit_ds.errors import UserError, run_command
 from digit_ds.files import read_json, write_json
 
-PATHS = ("images", "encoder", "vqgan", "vqgan_config", "reference")
+PATHS = ("images", "encoder", "vqgan", "vqgan_config", "reference", "features", "inception_weights", "classifier")
 """Options that name files or folders which must be there before anything starts."""
 QUEUED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
 
@@ -35,12 +34,17 @@ def _main(arguments: list[str]) -> int:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="print the sbatch commands and submit nothing")
     action.add_argument("--status", action="store_true", help="say how each step stands, and why one failed")
+    action.add_argument(
+        "--doctor", action="store_true", help="check the cluster with a short job and print what it says"
+    )
     options = parser.parse_args(arguments)
     chain = load(options.chain, Chain)
-    folder = absolute(chain.out, HOME)
+    folder = absolute(chain.out)
     if options.status:
         return _status(steps(chain), folder)
     site = load(options.site, Site)
+    if options.doctor:
+        return _doctor(site, folder)
     _check(chain, site, options.chain)
     _submit(steps(chain), site, folder, options)
     return 0
@@ -51,22 +55,21 @@ def _check(chain: Chain, site: Site, path: Path) -> None:
     for name in ("features", "tokenize", "tokenize_validation", "sample", "evaluate", "probe"):
         for option in PATHS:
             value = getattr(chain, name).get(option)
-            if value is not None and not absolute(str(value), HOME).exists():
+            if value is not None and not absolute(str(value)).exists():
                 raise UserError(f"{path}: {name}.{option} is {value}, which does not exist")
     from digit_ds.config import load_recipe  # here, because --status need not wait for it
 
     for training in (chain.prior, chain.decoder):
-        overrides = [f"{key}={json.dumps(value)}" for key, value in training.overrides.items()]
-        load_recipe(absolute(training.recipe, HOME), ["run=x", "data.shards=x", *overrides])
-    python = [*site.container, str(HOME / site.python) if "/" in site.python else site.python]
-    commands = {step.command for step in steps(chain)}
+        overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
+        load_recipe(absolute(training.recipe), ["run=x", "data.shards=x", *overrides])
+    commands = {step.name: step.command for step in steps(chain)}
     with ThreadPoolExecutor(4) as pool:
-        texts = dict(zip(commands, pool.map(lambda command: _help([*python, *command]), commands)))
-    for step in steps(chain):
-        for option in step.options:
+        asked = {command: pool.submit(_help, [*site.interpreter(), *command]) for command in commands.values()}
+    for name, command in commands.items():
+        for option in [] if name in ("prior", "decoder") else getattr(chain, name):
             flag = "--" + option.replace("_", "-")
-            if not re.search(rf"(?<![\w-]){flag}(?![\w-])", texts[step.command]):
-                raise UserError(f"{path}: {step.name}.{option} is not an option of {' '.join(step.command)}")
+            if not re.search(rf"(?<![\w-]){flag}(?![\w-])", asked[command].result()):
+                raise UserError(f"{path}: {name}.{option} is not an option of {' '.join(command)}")
 
 
 def _help(command: list[str]) -> str:
@@ -87,9 +90,8 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse
     """Submit what is not complete, each job after the ones that it needs."""
     queue = {} if options.dry_run and not shutil.which("squeue") else _queue()
     wanted = _wanted(chain_steps, folder)
-    if not options.dry_run:  # Slurm does not make the folder of a log: the job would fail without a word
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        (folder / "steps").mkdir(exist_ok=True)
+    if not options.dry_run:
+        _make_folders(folder)
     jobs: dict[str, int] = {}  # of the steps that are not complete
     submitted: list[int] = []
     for step in chain_steps:
@@ -116,8 +118,7 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse
         if result.returncode:
             if submitted:
                 subprocess.run(["scancel", *map(str, submitted)], check=False)
-            said = result.stderr.strip().splitlines()[-1].removeprefix("sbatch: error: ")
-            raise UserError(f"sbatch refused step {step.name}, nothing was submitted: {said}")
+            raise UserError(f"sbatch refused step {step.name}, nothing was submitted: {_said(result.stderr)}")
         job = int(result.stdout.split(";")[0])
         submitted.append(job)
         jobs[step.name] = job
@@ -132,6 +133,33 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse
             f"curves:            tensorboard --logdir {folder}/runs\n"
             f"stop everything:   scancel {numbers.replace(',', ' ')}"
         )
+
+
+def _doctor(site: Site, folder: Path) -> int:
+    """Run the preflight on the nodes of the site, wait for it and print its log; its exit status."""
+    _make_folders(folder)
+    step = Step("doctor", ("-m", "digit_ds", "doctor"), (str(folder),), (), folder)
+    command, variables = sbatch(step, site, folder, [])
+    result = subprocess.run(
+        [*command[:1], "--wait", *command[1:]], env=os.environ | variables, capture_output=True, text=True
+    )
+    if not result.stdout.strip():
+        raise UserError(f"sbatch refused the doctor: {_said(result.stderr)}")
+    log = folder / "logs" / f"digit-doctor-{result.stdout.split(';')[0].strip()}.out"
+    print(log.read_text(encoding="utf-8", errors="replace") if log.exists() else f"it left no log in {log.parent}")
+    return result.returncode
+
+
+def _make_folders(folder: Path) -> None:
+    """Slurm does not make the folder of a log: the job would fail without a word."""
+    for name in ("logs", "steps"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
+def _said(stderr: str) -> str:
+    """Why sbatch refused: it says the reason, then that it failed."""
+    lines = [line.removeprefix("sbatch: error: ") for line in stderr.strip().splitlines()]
+    return lines[0] if lines else "it did not say why"
 
 
 def _wanted(chain_steps: list[Step], folder: Path) -> set[str]:

@@ -1,9 +1,12 @@
 """Small real parts for the tests of the offline jobs: pictures, a DINOv2-format encoder, a codebook, a VQGAN."""
 
+import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +24,11 @@ REPOSITORY = Path(__file__).parent.parent
 WIDTH, PATCH, TABLE, DEPTH, SIZE = 16, 4, 8, 4, 32
 
 
-def make_images(root: Path, count: int = 20, classes: tuple[str, ...] = ("cat", "dog", "grüne Äpfel")) -> Path:
+def make_images(
+    root: Path, count: int = 20, classes: tuple[str, ...] = ("cat", "dog", "grüne Äpfel"), seed: int = 0
+) -> Path:
     """Coloured noise of differing sizes, JPEG and PNG in turn, spread over class folders."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     for number in range(count):
         folder = root / classes[number % len(classes)] if classes else root
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,3 +130,36 @@ def command(tool: str, *arguments: object, processes: int = 1) -> subprocess.Com
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a directory by its relative path."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def start_ranks(world: int, work: Callable[[], None]) -> list[multiprocessing.Process]:
+    """Start ``work`` in ``world`` forked processes that form one job on gloo, as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def enter(rank: int) -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        work()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=enter, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_ranks(world: int, work: Callable[[], None]) -> None:
+    """Run ``work`` in ``world`` processes and see that all end well."""
+    processes = start_ranks(world, work)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * world

@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
         path = Path(product.get(key) or arguments[arguments.index("--out") + 1])
         if name in ("features", "tokenize", "tokenize_validation", "sample"):
             path = path / "manifest.json" if key != "tools/verify_shards.py" else path
+        if name == "probe":
+            path = path / "probe.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     return 0

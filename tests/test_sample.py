@@ -6,17 +6,27 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import CLASSES, CODES, VQ_CODES, write_models
+from preparation_parts import make_codebook, make_encoder, make_images, make_vqgan
+from small_models import CLASSES, CODES, VQ_CODES, small_spec, write_models
 
+from digit_ds.data.images import Crops, decode, walk
 from digit_ds.errors import UserError
+from digit_ds.files import sha256
+from digit_ds.generation.preview import sample_grid
 from digit_ds.generation.sample import sample
 from digit_ds.generation.settings import Decoding, Guidance
+from digit_ds.model.released import save_model
+from digit_ds.model.weights import initial_state
+from digit_ds.tokenizer.codebook import load_codebook
+from digit_ds.tokenizer.encoder import load_encoder
+from digit_ds.tokenizer.vqgan import load_vqgan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,44 +124,28 @@ def test_the_number_of_processes_changes_no_byte(models, tmp_path):
     assert content(tmp_path / "three") == content(tmp_path / "alone")
 
 
-def test_a_killed_job_is_unfinished_and_refuses_other_settings(models, tmp_path):
-    out = tmp_path / "out"
-    job = start(models, out, 4000, processes=1)
+def test_a_killed_job_continues_and_refuses_other_settings(models, tmp_path):
+    run(models, tmp_path / "whole", pixel_decoder="nar", count=300, batch=128)
+    out = tmp_path / "killed"
+    job = start(models, out, 300, processes=1)
     while len(list(out.glob("parts/[0-9]*.npz"))) < 3:
         assert job.poll() is None, job.stderr.read()
-        time.sleep(0.02)
+        time.sleep(0.01)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     job.stderr.close()
     assert not json.loads((out / "manifest.json").read_text())["complete"]
-    done = {path: path.stat().st_mtime_ns for path in out.glob("parts/[0-9]*.npz")}
-    assert len(done) < 250
-    with pytest.raises(UserError, match="holds a job whose count is 4000, but this one's is 96"):
+    done = {path.stem: path.stat().st_mtime_ns for path in out.glob("images/[0-9]*.png")}
+    finished = len(list(out.glob("parts/[0-9]*.npz")))
+    assert finished < 19
+    with pytest.raises(UserError, match="holds a job whose count is 300, but this one's is 96"):
         run(models, out, pixel_decoder="nar", count=96)
     with pytest.raises(UserError, match="holds a job whose seed is 0, but this one's is 1"):
-        run(models, out, pixel_decoder="nar", count=4000, seed=1)
-
-
-def test_resumed_job_equals_an_uninterrupted_one(models, tmp_path, monkeypatch):
-    from digit_ds.generation.job import Job
-
-    run(models, tmp_path / "whole", count=60, batch=16)
-    write_block = Job.write_block
-
-    def killed(job, block, *rest):
-        if block == 2:
-            raise KeyboardInterrupt
-        write_block(job, block, *rest)
-
-    monkeypatch.setattr(Job, "write_block", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(models, tmp_path / "resumed", count=60, batch=16)
-    monkeypatch.undo()
-    assert (tmp_path / "resumed/parts").is_dir()
-    first = (tmp_path / "resumed/images/000000.png").stat().st_mtime_ns
-    run(models, tmp_path / "resumed", count=60, batch=64)
-    assert (tmp_path / "resumed/images/000000.png").stat().st_mtime_ns == first
-    assert content(tmp_path / "resumed") == content(tmp_path / "whole")
+        run(models, out, pixel_decoder="nar", count=300, seed=1)
+    run(models, out, pixel_decoder="nar", count=300, batch=64)
+    assert content(out) == content(tmp_path / "whole")
+    kept = [path for path in out.glob("images/*.png") if done.get(path.stem) == path.stat().st_mtime_ns]
+    assert len(kept) >= finished * 16 - 16  # a block of four pictures at most is the last one
 
 
 def test_given_tokens_are_reconstructed_or_completed(models, tmp_path):
@@ -175,6 +169,51 @@ def test_vq_baseline_paints_its_own_tokens_and_completes_pictures(models, tmp_pa
     run(models, tmp_path / "half", prior="vq", pixel_decoder=None, from_images=tmp_path / "drawn/images", keep=12)
     with np.load(tmp_path / "half/tokens.npz") as half:
         assert half["vq"].shape == (18, 16)
+
+
+def test_pictures_are_reconstructed_or_completed(tmp_path, monkeypatch):
+    """The real tokeniser: 32-pixel images, an encoder of 8 x 8 patches, a VQGAN of 4 pixels a token."""
+    images = make_images(tmp_path / "images", 9)
+    encoder = make_encoder(tmp_path / "encoder.pth")
+    codebook = make_codebook(tmp_path / "km.npy", encoder)
+    vqgan, config = make_vqgan(tmp_path / "vqgan.ckpt")
+    painter = load_vqgan(vqgan, config)
+    origin = {"encoder_sha256": sha256(encoder), "layer": 3, "codebook_sha256": sha256(codebook)}
+    for seed, kind in enumerate(("prior", "ar")):
+        spec = replace(small_spec(kind, 0), max_positions=128, grid=(8, 8))
+        spec = replace(spec, vq_codes=painter.codes if kind == "ar" else 0)
+        save_model(tmp_path / kind, spec, initial_state(spec, seed), origin)
+    common = {"vqgan": vqgan, "vqgan_config": config, "pixel_decoder": tmp_path / "ar"}
+    common |= {"from_images": images, "encoder": encoder, "num_heads": 2, "codebook": codebook}
+    sample(tmp_path / "all", **common, batch=2)
+    sample(tmp_path / "half", **common, prior=tmp_path / "prior", keep=32)
+    crops = Crops("training", 32, 32, 1, 0)
+    expected = []
+    for name in walk(images):
+        pixels = torch.from_numpy(crops.cut(decode(images / name), name)).permute(0, 3, 1, 2).float() / 255
+        expected.append(load_codebook(codebook).assign(load_encoder(encoder, num_heads=2)(pixels))[0].numpy())
+    manifest = json.loads((tmp_path / "all/manifest.json").read_text())
+    assert sorted(set(manifest["labels"])) == [0, 1, 2] and len(manifest["classes"]) == 3
+    with np.load(tmp_path / "all/tokens.npz") as whole, np.load(tmp_path / "half/tokens.npz") as half:
+        assert np.array_equal(whole["discriminative"], expected)
+        assert np.array_equal(half["discriminative"][:, :32], np.stack(expected)[:, :32])
+        assert not np.array_equal(half["discriminative"], whole["discriminative"])
+    other = make_codebook(tmp_path / "other.npy", encoder, width=16, codes=30)
+    with pytest.raises(UserError, match=r"belongs to codebook .*, but codebook .*other\.npy to"):
+        sample(tmp_path / "new", **{**common, "codebook": other})
+    (images / "cat/broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"broken\.png: is no readable image"):
+        sample(tmp_path / "broken", **common)
+
+
+def test_preview_of_a_model_in_training(models):
+    painter = {"vqgan": models["vqgan.ckpt"], "vqgan_config": models["vqgan.yaml"], "rows": 3, "columns": 4}
+    grid = sample_grid(models["prior"], partner=models["nar"], **painter)
+    assert torch.equal(grid, sample_grid(models["nar"], partner=models["prior"], **painter))
+    assert grid.dtype == torch.uint8 and grid.shape[0] == 3 and grid.shape[2] > 4 * 64
+    assert sample_grid(models["vq"], **painter).shape[0] == 3
+    with pytest.raises(UserError, match="cannot be previewed"):
+        sample_grid(models["prior"], **painter)
 
 
 @pytest.mark.parametrize(

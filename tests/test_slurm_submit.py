@@ -109,7 +109,7 @@ def test_the_chain_runs_in_order_on_two_nodes_and_a_second_submission_skips_it(s
         ("127.0.0.1", port)
     }
     decoder = next(call["arguments"] for call in calls if call["step"] == "decoder")
-    assert {"optimizer.learning_rate=0.0005", "model.kind=ar"} <= set(decoder)
+    assert {"optimizer.learning_rate=0.0005", 'model.kind="ar"'} <= set(decoder)
     assert [call["tasks"] for call in calls if call["step"] == "evaluate"] == [1]
 
     again = submission.call()
@@ -219,7 +219,10 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
     ("change", "message"),
     [
         (lambda s: s.site.pop("partition"), "site.yaml: key 'partition' is missing"),
-        (lambda s: s.site.update(partition="gpus"), "sbatch refused step features, nothing was submitted: Batch job"),
+        (
+            lambda s: s.site.update(partition="gpus"),
+            "sbatch refused step features, nothing was submitted: invalid partition specified: gpus",
+        ),
         (lambda s: s.site.update(node=2), "site.yaml: unknown key 'node', expected one of partition"),
         (lambda s: s.site.update(nodes="two"), "site.yaml: nodes is 'two', expected: input should be a valid integer"),
         (lambda s: s.site.update(steps={"train": {}}), "site.yaml: steps.train is 'train', expected:"),

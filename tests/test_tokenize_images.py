@@ -184,3 +184,42 @@ def test_truncated_image_is_skipped_and_reported(parts, tmp_path, capsys):
     assert [entry["image"] for entry in skipped] == ["dog/001.png"] and "truncated" in skipped[0]["reason"]
     assert read_manifest(tmp_path / "out").skipped == 1
     assert verify_shards(tmp_path / "out").manifest.images == 12
+
+
+def test_tokenising_a_sample_again(parts, shards, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    arguments = options(**parts, sheet=sheet, sample=12)
+    assert call("verify_shards", shards, *arguments) == 0
+    output = capsys.readouterr().out
+    assert output.count("tokenised again: 100.00% equal") == 2
+    pixels = np.asarray(Image.open(sheet))
+    assert pixels.shape == (8 * 168 + 8, 3 * 168 + 8, 3)
+    first = next(s for s in iterate(shards) if s["image_id"].startswith("cat"))
+    assert len(np.unique(first["discriminative"])) > 1
+    # Other images under the same names.
+    other = make_images(tmp_path / "other", 20, seed=1)
+    assert call("verify_shards", shards, *options(**parts | {"images": other}, sample=12)) == 2
+    assert "of its images, expected at least 99.00%" in capsys.readouterr().err
+    encoder = make_encoder(tmp_path / "other.pth", seed=9)
+    codebook = make_codebook(tmp_path / "km.npy")
+    changed = parts | {"encoder": encoder, "codebook": codebook}
+    assert call("verify_shards", shards, *options(**changed)) == 2
+    assert "was made with" in capsys.readouterr().err
+    assert call("verify_shards", shards, "--sheet", sheet) == 2
+    (parts["images"] / "cat").rename(tmp_path / "cat")
+    try:
+        assert call("verify_shards", shards, *options(**parts)) == 2
+        assert "No such file" in capsys.readouterr().err
+    finally:
+        (tmp_path / "cat").rename(parts["images"] / "cat")
+
+
+def test_views_for_the_probe(parts, tmp_path):
+    plain = {key: value for key, value in parts.items() if not key.startswith("vqgan")}
+    for crops, views in (("ten-crop", 10), ("random-resized-crop", 3)):
+        tokenize_images(**plain, vqgan=None, out=tmp_path / crops, crops=crops, views=views, workers=0)
+        report = verify_shards(tmp_path / crops)
+        assert (report.manifest.views, report.manifest.crops, report.manifest.vq_codes) == (views, crops, 0)
+        first = [sample["discriminative"].tolist() for sample, _ in zip(iterate(tmp_path / crops), range(views))]
+        assert len(set(map(tuple, first))) > views // 2
+        assert "vq" not in next(iter(iterate(tmp_path / crops)))

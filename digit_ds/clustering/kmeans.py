@@ -26,6 +26,9 @@ from digit_ds.parallel.launch import device, initialize, is_main, rank, world_si
 from digit_ds.parallel.progress import progress
 from digit_ds.tokenizer.codebook import save_codebook
 
+# fp64 numbers handled at once when centroids are moved
+_CPU_NUMBERS, _GPU_NUMBERS = 1 << 20, 1 << 26
+
 
 def train_kmeans(
     features: Path | str,
@@ -174,22 +177,38 @@ def _iterate(
         while True:
             began = time.perf_counter()
             sums, counts = _assign_and_sum(state, shard, assigner, bar)
-            centred = torch.from_numpy(state.centroids - state.mean).to(sums.device)  # fp64 [K, D]
-            exact = sums.double().div_(state.scale)
-            # sum |x - c|^2 over all points, from what is summed already
-            inertia = state.spread + float((counts * centred.square().sum(1)).sum() - 2 * (exact * centred).sum())
+            inertia, centroids = _move(state, sums, counts)
             state.inertia.append(inertia)
             sizes = counts.cpu().numpy()
             if state.iteration == iterations:
                 return sizes
-            occupied = counts.clamp(min=1).unsqueeze(1)
-            state.centroids = ((exact / occupied).cpu().numpy() + state.mean).astype(np.float32)
+            state.centroids = centroids
             split = split_clusters(state.centroids, sizes)
             state.split += split
             state.iteration += 1
             record.save(state)
             record.log(state, sizes, split, time.perf_counter() - began)
             bar.set_postfix_str(f"iteration {state.iteration}/{iterations}, inertia/point {inertia / points.count:.6g}")
+
+
+def _move(state: State, sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, np.ndarray]:
+    """Inertia of the assignment that ``sums`` and ``counts`` are of, and each cluster's mean, float32 [K, D].
+
+    The sum of |x - c|^2 over all points follows from what is summed already. In parts, since K x D numbers in fp64 are
+    as much as all else that a process holds.
+    """
+    clusters, width = sums.shape
+    moved = np.empty((clusters, width), np.float32)
+    inertia = state.spread
+    codes_at_once = max(1, (_GPU_NUMBERS if sums.is_cuda else _CPU_NUMBERS) // width)
+    for part in range(0, clusters, codes_at_once):
+        own = slice(part, part + codes_at_once)
+        centred = torch.from_numpy(state.centroids[own] - state.mean).to(sums.device)  # fp64 [part of K, D]
+        exact = sums[own].double().div_(state.scale)
+        inertia += float((counts[own] * centred.square().sum(1)).sum() - 2 * (exact * centred).sum())
+        exact /= counts[own].clamp(min=1).unsqueeze(1)
+        moved[own] = exact.cpu().numpy() + state.mean
+    return inertia, moved
 
 
 def _assign_and_sum(state: State, shard: Shard, assigner: Assigner, bar: Any) -> tuple[torch.Tensor, torch.Tensor]:

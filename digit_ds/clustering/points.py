@@ -12,7 +12,7 @@ from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256
 
 # Blocks are fixed by the rows' numbers and not by the number of processes, so that all runs compute the same.
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 4096
 
 
 class Points:

@@ -37,10 +37,11 @@ STRETCHED = 16
 def walk(root: Path | str) -> Iterator[str]:
     """Names of the image files below ``root``, sorted as strings, one directory in memory at a time.
 
-    Hidden files and folders are left out; symbolic links are followed unless they lead back to a folder above.
+    Hidden files and folders are left out; symbolic links are followed unless they lead back to a folder above. A link
+    to nothing counts as an image, so that it is reported when it cannot be read.
 
     Raises:
-        UserError: ``root`` is not a folder.
+        UserError: ``root`` is not a folder, or a folder cannot be listed.
     """
     root = Path(root)
     if not root.is_dir():
@@ -55,8 +56,12 @@ def _inode(path: str) -> tuple[int, int]:
 
 def _walk(directory: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     """Names below ``directory``; ``above`` are the inodes of the folders that contain it and of itself."""
-    with os.scandir(directory) as entries:
-        found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    try:
+        with os.scandir(directory) as entries:
+            found = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be listed ({error.strerror})") from error
+    found = [(name, is_folder) for name, is_folder in found if is_folder is not None]
     # A folder sorts as "name/", which makes the depth-first order that of the complete names.
     for name, is_folder in sorted(found, key=lambda entry: entry[0] + "/" * entry[1]):
         if is_folder:
@@ -66,6 +71,14 @@ def _walk(directory: str, prefix: str, above: tuple[tuple[int, int], ...]) -> It
                 yield from _walk(path, f"{prefix}{name}/", (*above, inode))
         elif os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122
             yield prefix + name
+
+
+def _is_folder(entry: os.DirEntry) -> bool | None:
+    """Whether a directory entry is a folder or, perhaps, an image; None for pipes, sockets and devices."""
+    try:
+        return True if entry.is_dir() else False if entry.is_file() or entry.is_symlink() else None
+    except OSError:  # a symbolic link to itself
+        return False
 
 
 def class_name(identity: str) -> str | None:

@@ -8,7 +8,6 @@ SHARDS/block-00000/shard.00000.mds.zstd  samples of the first block of images, i
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -111,7 +110,6 @@ def _download(remote: str, local: Path) -> None:
 
 def write_block(directory: Path, samples: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
     """Write one block of samples as MDS files into the new folder ``directory``: equal samples give equal bytes."""
-    shutil.rmtree(directory, ignore_errors=True)
     with MDSWriter(
         columns={name: COLUMNS[name] for name in columns},
         out=str(directory),

@@ -36,30 +36,28 @@ class Scale:
     pixel_ar: tuple[str, ...]
     """Overrides of pixel_ar.yaml."""
     per_class: int
-    reconstructed: int
 
 
 FULL = Scale(
-    encoder_steps=500,
-    vqgan_steps=300,
+    encoder_steps=400,
+    vqgan_steps=240,
     codes=64,
     kmeans_iterations=20,
     views=1,
     prior=(),
     pixel_ar=(),
     per_class=50,
-    reconstructed=360,
 )
+_NARROW = ("model.layers=2", "model.width=64", "model.heads=2", "checkpoint.every=50")
 SMALL = Scale(
     encoder_steps=30,
     vqgan_steps=60,
     codes=32,
     kmeans_iterations=5,
     views=1,
-    prior=("model.layers=2", "model.width=64", "model.heads=2", "training.steps=60", "checkpoint.every=20"),
-    pixel_ar=("model.layers=2", "model.width=64", "model.heads=2", "training.steps=60", "checkpoint.every=20"),
+    prior=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=200"),
+    pixel_ar=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
     per_class=4,
-    reconstructed=40,
 )
 
 
@@ -199,7 +197,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
             *("--per-class", scale.per_class, "--temperature", 0.9, "--guidance", 1.5),
         ),
         "reconstruct": verb(
-            *("sample", *pixel_sampling, "--out", out / "reconstructions", "--count", scale.reconstructed),
+            *("sample", *pixel_sampling, "--out", out / "reconstructions"),
             *("--from-images", held_out_images, "--encoder", encoder, "--codebook", codebook),
         ),
         "evaluate": verb(
@@ -207,7 +205,8 @@ def steps(out: Path, scale: Scale) -> list[Step]:
             *("--features", judge, "--out", out / "fidelity.json"),
         ),
         "probe": verb(
-            "probe", "--model", prior, "--train", train_shards, "--val", held_out_shards, "--out", out / "probe"
+            *("probe", "--model", prior, "--train", train_shards, "--val", held_out_shards),
+            *("--passes", 100, "--out", out / "probe"),
         ),
         "report": demo("report", out),
     }

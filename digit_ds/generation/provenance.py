@@ -6,6 +6,7 @@ from digit_ds.errors import UserError
 
 _MADE_WITH = {
     "encoder_sha256": "encoder",
+    "architecture": "encoder architecture",
     "layer": "encoder layer",
     "codebook_sha256": "codebook",
     "vqgan_sha256": "VQGAN",

@@ -23,7 +23,6 @@ from digit_ds.model.spec import TransformerSpec
 from digit_ds.parallel import launch
 from digit_ds.parallel.progress import progress
 from digit_ds.tokenizer.codebook import load_codebook
-from digit_ds.tokenizer.encoder import load_encoder
 from digit_ds.tokenizer.vqgan import Vqgan, load_vqgan
 
 Precision = Literal["float64", "float32", "bfloat16"]
@@ -55,6 +54,7 @@ def sample(
     adm_array: bool = False,
     from_images: Path | str | None = None,
     encoder: Path | str | None = None,
+    num_heads: int | None = None,
     codebook: Path | str | None = None,
     from_tokens: Path | str | None = None,
     keep: int | None = None,
@@ -79,7 +79,7 @@ def sample(
         precision: of the transformers; default float64 on CPUs (then no batch size changes a token), bfloat16 on GPUs.
         adm_array: also write ``samples.npz``.
         from_images: folder of pictures whose tokens are taken instead of drawn; with ``encoder`` (weights) and
-            ``codebook`` unless the prior is a ``vq`` model.
+            ``codebook`` unless the prior is a ``vq`` model; ``num_heads`` as for ``load_encoder``.
         from_tokens: ``.npz`` of first-stage tokens to take, such as a job's ``tokens.npz``.
         keep: how many leading tokens of each given image to keep, the prior writing the rest; None: all.
 
@@ -104,7 +104,7 @@ def sample(
         limit = first.spec.vq_codes if written == "vq" else first.spec.discriminative_codes
         source = TokenFile(from_tokens, written, first.spec.tokens, limit)
     elif from_images is not None:
-        source, used = _image_source(from_images, encoder, codebook, first, painter, device)
+        source, used = _image_source(from_images, encoder, num_heads, codebook, first, painter, device)
         parts += used
     check_agreement(parts)
     _check_vqgan(painter, stages, vqgan)
@@ -191,6 +191,7 @@ def _stages(
 def _image_source(
     root: Path | str,
     encoder: Path | str | None,
+    num_heads: int | None,
     codebook: Path | str | None,
     first: _Model,
     painter: Vqgan,
@@ -205,9 +206,11 @@ def _image_source(
         return ImageFolder(root, size, painter, None, None, device), []
     if encoder is None or codebook is None:
         raise UserError(f"{root}: needs the encoder's weights and the codebook to be turned into tokens")
+    from digit_ds.tokenizer.encoder import load_encoder  # takes as long to import as torch
+
     loaded_codebook = load_codebook(codebook, device=device)
     layer = first.provenance.get("layer") or loaded_codebook.provenance.get("layer") or 3
-    loaded_encoder = load_encoder(encoder, layer=layer, device=device)
+    loaded_encoder = load_encoder(encoder, layer, num_heads, device)
     if loaded_encoder.width != loaded_codebook.centroids.shape[1]:
         raise UserError(
             f"{codebook}: has centroids of width {loaded_codebook.centroids.shape[1]}, "

@@ -5,7 +5,7 @@ Shapes: ``B`` images, ``G`` tokens of an image.
 
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.generation.pipeline import BLOCK
 from digit_ds.tokenizer.codebook import Codebook
-from digit_ds.tokenizer.encoder import Encoder
 from digit_ds.tokenizer.vqgan import Vqgan
+
+if TYPE_CHECKING:  # importing it takes as long as torch, and few jobs need it
+    from digit_ds.tokenizer.encoder import Encoder
 
 
 class Source(Protocol):
@@ -71,7 +73,7 @@ class ImageFolder:
         root: Path | str,
         size: int,
         vqgan: Vqgan,
-        encoder: Encoder | None,
+        encoder: "Encoder | None",
         codebook: Codebook | None,
         device: torch.device,
     ):

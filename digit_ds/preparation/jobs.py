@@ -17,8 +17,10 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,11 +98,16 @@ class Job:
         """Make the directory, or check that what lies there is this very job, begun earlier."""
         path = self.out / "settings.json"
         begun = path.is_file()
-        if not begun and self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        if not begun and self.out.exists() and (not self.out.is_dir() or any(_foreign(self.out))):
             raise UserError(f"{self.out}: already holds other files, expected an empty or a new directory")
         if begun:
             _check_same(self.out, read_json(path), settings)
-        names = self._list()
+        names = walk(self.root)
+        first = next(names, None)
+        if first is None:
+            raise UserError(f"{self.root}: holds no images, expected files such as .jpg or .png")
+        write_json(path, settings)
+        names = self._list(chain([first], names))
         if begun and (self.out / "catalogue.json").is_file():
             known = read_json(self.out / "catalogue.json")
             if known["sha256"] != names["sha256"]:
@@ -109,20 +116,14 @@ class Job:
                     f"{self.root}: holds {names['images']} images that are not the {known['images']} with which "
                     f"{self.out} was begun, expected the same folder or another output directory"
                 )
-        write_json(path, settings)
         (self.out / "images.jsonl.new").replace(self.out / "images.jsonl")
         write_json(self.out / "catalogue.json", names)
 
-    def _list(self) -> dict[str, Any]:
+    def _list(self, names: Iterable[str]) -> dict[str, Any]:
         """Write the sorted names to ``images.jsonl.new`` and return the catalogue."""
-        names = walk(self.root)
-        first = next(names, None)
-        if first is None:
-            raise UserError(f"{self.root}: holds no images, expected files such as .jpg or .png")
-        self.out.mkdir(parents=True, exist_ok=True)
         digest, offsets, classes, count, position = hashlib.sha256(), [], set(), 0, 0
         with (self.out / "images.jsonl.new").open("wb") as stream:
-            for count, name in enumerate(_chain(first, names), 1):
+            for count, name in enumerate(names, 1):
                 if count % self.block_images == 1 or self.block_images == 1:
                     offsets.append(position)
                 line = json.dumps(name).encode() + b"\n"
@@ -153,7 +154,9 @@ class Job:
         Raises:
             UserError: more than the share ``max_skipped`` of all images, or all of them, could not be read.
         """
-        skipped = [entry for report in reports for entry in report["skipped"]]
+        for leftover in self.out.glob(".*"):  # of runs that were killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        skipped = [entry for report in reports for entry in sorted(report["skipped"], key=lambda entry: entry["image"])]
         write_json(self.out / "skipped.json", skipped)
         if len(skipped) == self.images or len(skipped) > max_skipped * self.images:
             raise UserError(
@@ -174,9 +177,9 @@ def _check_same(out: Path, begun: dict[str, Any], wanted: dict[str, Any]) -> Non
             )
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+def _foreign(out: Path) -> Iterator[Path]:
+    """What lies in a directory, but for what a run leaves that is killed in its first moment."""
+    return (path for path in out.iterdir() if not path.name.startswith(".settings."))
 
 
 def default_workers() -> int:

@@ -1,6 +1,7 @@
 """Token shards of an image folder: discriminative and VQ tokens of the same views, in one pass."""
 
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,12 +216,18 @@ class BlockWriter:
         self._process.__exit__(*failure)
 
     def _write(self, block: int, encoded: list[tuple[Batch, list[np.ndarray]]]) -> None:
-        """Write a block under a passing name; its proper name makes it count."""
-        passing, final = self.out / f".{_block_name(block)}", self.out / _block_name(block)
+        """Write a block under a passing name of its own; its proper name makes it count."""
+        final = self.out / _block_name(block)
+        passing = self.out / f".{final.name}.{uuid.uuid4().hex}"
         write_block(passing, self._samples(encoded), self.columns)
         write_json(passing / "report.json", {"skipped": [entry for batch, _ in encoded for entry in batch.skipped]})
-        shutil.rmtree(final, ignore_errors=True)
-        passing.rename(final)
+        try:
+            passing.rename(final)
+        except OSError:
+            # The writer of a killed run may have lived on and finished this very block meanwhile.
+            if not final.is_dir():
+                raise
+            shutil.rmtree(passing)
 
     def _samples(self, encoded: list[tuple[Batch, list[np.ndarray]]]) -> Iterator[dict[str, Any]]:
         """Samples of one block: image by image, view by view."""

@@ -20,6 +20,7 @@ from digit_ds.config import Recipe
 from digit_ds.errors import UserError
 from digit_ds.model import weights
 from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer
+from digit_ds.model.partition import read_shard
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.deepspeed_config import read_deepspeed_config
@@ -53,8 +54,7 @@ class Engine:
         model = MegatronTransformer(
             spec, recipe.model.dropout, recipe.training.recompute, recipe.training.label_smoothing
         )
-        whole = weights.initial_state(spec, recipe.training.seed)
-        model.load_state_dict(weights.shard(whole, spec, topology.tensor_size, topology.tensor_rank), strict=False)
+        model.load_state_dict(_first_weights(recipe, spec, topology), strict=False)
         before = fingerprint(model) if topology.world_size > 1 else None
         if recipe.training.compile:
             model.compile_layers()
@@ -210,6 +210,18 @@ class Engine:
         """Updates that were applied (skipped ones not counted)."""
         states = list(self.optimizer.state.values())
         return int(states[0]["step"]) if states else 0
+
+
+def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) -> weights.State:
+    """This rank's part of the weights that training starts from, float32: drawn, or those of a released model."""
+    source, size, rank = recipe.training.start_from, topology.tensor_size, topology.tensor_rank
+    if source is None:
+        return weights.shard(weights.initial_state(spec, recipe.training.seed), spec, size, rank)
+    found, state = read_shard(source, size, rank)
+    for name, value in spec.to_dict().items():
+        if (other := found.to_dict()[name]) != value:
+            raise UserError(f"{source}: its model has {name} {other}, but the recipe and its shards make {value}")
+    return {name: value.float() for name, value in state.items()}
 
 
 def fingerprint(model: torch.nn.Module) -> list[float]:

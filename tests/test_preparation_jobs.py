@@ -1,0 +1,182 @@
+"""The offline jobs with several processes, killed and started again: always the same bytes."""
+
+import random
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from preparation_parts import (
+    call,
+    command,
+    contents,
+    make_codebook,
+    make_encoder,
+    make_images,
+    make_vqgan,
+    options,
+    run_ranks,
+    start_ranks,
+)
+
+from digit_ds.data.images import Crops, uniforms, walk
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, sha256
+from digit_ds.preparation.features import extract_features
+from digit_ds.preparation.tokens import tokenize_images
+from digit_ds.preparation.verify import verify_shards
+from digit_ds.tokenizer.encoder import load_encoder
+
+IMAGES = 45
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict:
+    """Both jobs as functions of the output directory."""
+    root = tmp_path_factory.mktemp("jobs")
+    images = make_images(root / "images", IMAGES)
+    broken = images / "dog" / "001.png"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    encoder = make_encoder(root / "encoder.pth")
+    codebook = make_codebook(root / "km.npy", encoder)
+    vqgan, config = make_vqgan(root / "vqgan.ckpt")
+    features = partial(extract_features, images, encoder, num_heads=2, block_images=4, batch=3, workers=1)
+    tokens = partial(
+        tokenize_images,
+        images,
+        encoder,
+        codebook,
+        vqgan,
+        vqgan_config=config,
+        num_heads=2,
+        views=2,
+        block_images=4,
+        batch=6,
+        workers=1,
+    )
+    return {
+        "features": lambda out: features(out, points=7),
+        "tokens": lambda out: tokens(out=out),
+        "images": images,
+        "encoder": encoder,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(jobs, tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    """What one uninterrupted process writes."""
+    root = tmp_path_factory.mktemp("whole")
+    for name in ("features", "tokens"):
+        jobs[name](root / name)
+    return {name: contents(root / name) for name in ("features", "tokens")}
+
+
+@pytest.mark.parametrize("name", ["features", "tokens"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_processes_writes_the_same_bytes(jobs, whole, tmp_path, name, world):
+    run_ranks(world, lambda: jobs[name](tmp_path / "out"))
+    assert contents(tmp_path / "out") == whole[name]
+
+
+@pytest.mark.parametrize("name", ["features", "tokens"])
+def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name):
+    draw = random.Random(name)
+    out, interrupted = tmp_path / "out", 0
+    for world in (2, 1, 3, 2):
+        before = _finished(out)
+        enough = before + draw.randrange(3)
+        processes = start_ranks(world, lambda: jobs[name](out))
+        while _finished(out) < enough and any(process.is_alive() for process in processes):
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.05)
+        draw.shuffle(processes)
+        for process in processes:  # the first one dies, then the launcher kills the others
+            process.kill()
+            process.join()
+        interrupted += not (out / "manifest.json").exists()
+    assert interrupted >= 2
+    run_ranks(2, lambda: jobs[name](out))
+    assert contents(out) == whole[name]
+
+
+def _finished(out: Path) -> int:
+    """Blocks that are complete."""
+    return sum(1 for path in out.glob("*") if path.name.startswith(("block-", "chunk-")) and path.suffix != ".npy")
+
+
+def test_finished_blocks_are_not_done_again(jobs, whole, tmp_path):
+    out = tmp_path / "out"
+    jobs["tokens"](out)
+    (out / "manifest.json").unlink()
+    shutil.rmtree(out / "block-00003")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("block-*/shard*")}
+    jobs["tokens"](out)
+    assert contents(out) == whole["tokens"]
+    after = {path: path.stat().st_mtime_ns for path in out.glob("block-*/shard*")}
+    assert [path.parent.name for path in after if after[path] != before.get(path)] == ["block-00003"]
+
+
+def test_torchrun_and_refusal_on_all_ranks(jobs, tmp_path):
+    arguments = options(images=jobs["images"], encoder=jobs["encoder"], num_heads=2, out=tmp_path / "out", workers=1)
+    result = command("extract_features", *arguments, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("44 images, 1 skipped") == 1
+    assert call("extract_features", *arguments, "--seed", 1) == 2
+
+
+def test_refusal_ends_every_rank(jobs, tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+
+    def work() -> None:
+        try:
+            jobs["features"](tmp_path / "out")
+        except UserError as error:
+            print(error)
+            raise SystemExit(2) from error
+
+    processes = start_ranks(3, work)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [2, 2, 2]
+    assert capfd.readouterr().out.count("already holds other files") == 1
+
+
+def test_features_are_those_of_the_kept_patches(jobs, whole, tmp_path):
+    import torch
+
+    from digit_ds.data.images import decode
+
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, data in whole["features"].items():
+        (out / name).write_bytes(data)
+    manifest = read_json(out / "manifest.json")
+    assert (manifest["count"], manifest["width"], manifest["dtype"], manifest["skipped"]) == (44 * 7, 16, "fp16", 1)
+    assert manifest["provenance"]["image_size"] == 32
+    for chunk in manifest["chunks"]:
+        assert sha256(out / chunk["file"]) == chunk["sha256"]
+        assert np.load(out / chunk["file"], mmap_mode="r").shape == (chunk["rows"], 16)
+    rows = np.concatenate([np.load(out / chunk["file"]) for chunk in manifest["chunks"]])
+    names = [name for name in walk(jobs["images"]) if name != "dog/001.png"]
+    encoder, crops = load_encoder(jobs["encoder"], num_heads=2), Crops("random", 32, 32, 1, 0)
+    for number in (0, 17, 43):
+        view = torch.from_numpy(crops.cut(decode(jobs["images"] / names[number]), names[number]))
+        features = encoder(view.permute(0, 3, 1, 2).float() / 255)[0]
+        kept = np.sort(np.argsort(uniforms(64, 0, names[number], "patches"), kind="stable")[:7])
+        assert np.allclose(rows[7 * number : 7 * number + 7], features[kept], atol=2e-3)
+
+
+def test_fraction_keeps_about_that_share(jobs, tmp_path):
+    extract_features(jobs["images"], jobs["encoder"], tmp_path / "out", num_heads=2, fraction=0.25, workers=0)
+    assert 0.2 < read_json(tmp_path / "out" / "manifest.json")["count"] / (44 * 64) < 0.3
+
+
+def test_shards_verify(jobs, whole, tmp_path):
+    for name, data in whole["tokens"].items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    assert verify_shards(tmp_path).manifest.samples == 88

@@ -1,0 +1,59 @@
+"""Training that starts from a released model, at another tensor-parallel size than it was cut for."""
+
+import pytest
+import torch
+from training_parts import launch, recipe, train, write_shards
+
+from digit_ds.errors import UserError
+from digit_ds.model.partition import write_partitioned
+from digit_ds.model.released import read_model, save_model
+from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.weights import initial_state
+from digit_ds.parallel.topology import Topology
+from digit_ds.training.engine import _first_weights
+from digit_ds.training.export import export
+
+SPEC = TransformerSpec(
+    kind="prior",
+    layers=2,
+    width=16,
+    heads=4,
+    ffn_width=64,
+    norm_position="post",
+    max_positions=40,
+    discriminative_codes=27,
+    vq_codes=0,
+    classes=3,
+    grid=(4, 4),
+)
+
+
+def test_steps_of_no_length_leave_the_given_weights(tmp_path):
+    """Cut for 4 ranks, trained on 2 with a vanishing learning rate, exported: the weights that went in came through."""
+    given = initial_state(SPEC, seed=7)
+    write_partitioned(tmp_path / "cut", SPEC, given, {}, 4)
+    values = recipe(
+        tmp_path / "run",
+        write_shards(tmp_path / "shards"),
+        training__start_from=str(tmp_path / "cut"),
+        training__steps=2,
+        optimizer__learning_rate=1e-30,
+        schedule__warmup_start=0.0,
+        parallel__tensor=2,
+    )
+    launch(train, (values,), 2, tmp_path / "logs")
+    export(tmp_path / "run", tmp_path / "exported")
+    spec, state, _ = read_model(tmp_path / "exported")
+    assert spec == SPEC
+    for name, value in given.items():
+        assert (state[name] - value).abs().max() < 1e-25, name  # zeros move by the learning rate, nothing else can
+    assert not torch.equal(given["output.weight"], initial_state(SPEC, values.training.seed)["output.weight"])
+
+
+def test_another_models_weights_are_refused_by_the_size_that_differs(tmp_path):
+    save_model(tmp_path / "model", SPEC, initial_state(SPEC, seed=7), {})
+    values = recipe(tmp_path / "run", tmp_path, training__start_from=str(tmp_path / "model"))
+    other = TransformerSpec.from_dict({**SPEC.to_dict(), "discriminative_codes": 28})
+    place = Topology(tensor_size=1, tensor_rank=0, data_size=1, data_rank=0, mailbox=None)
+    with pytest.raises(UserError, match="discriminative_codes 27, but the recipe and its shards make 28"):
+        _first_weights(values, other, place)
