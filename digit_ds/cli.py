@@ -5,6 +5,7 @@ Rooms are imported by the verb that needs them, so that ``--help`` and a misspel
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 from digit_ds.errors import run_command
 
@@ -16,7 +17,24 @@ def _train(options: argparse.Namespace) -> None:
 
     from digit_ds.training.loop import train
 
-    train(recipe)
+    train(recipe, _sample_grid(recipe))
+
+
+def _sample_grid(recipe):
+    """What training calls for a grid of samples; rooms on one floor do not know each other."""
+    preview = recipe.preview
+    if preview.vqgan is None:
+        return None
+    from digit_ds.generation.preview import sample_grid
+
+    return partial(
+        sample_grid,
+        vqgan=preview.vqgan,
+        vqgan_config=preview.vqgan_config,
+        partner=preview.partner,
+        rows=preview.rows,
+        columns=preview.columns,
+    )
 
 
 def _estimate(options: argparse.Namespace) -> None:

@@ -162,6 +162,21 @@ class MonitorConfig(Section):
     """torch.profiler traces this step into RUN/profile; 0: none."""
 
 
+class PreviewConfig(Section):
+    """A grid of samples for TensorBoard, drawn on rank 0 at each checkpoint."""
+
+    vqgan: str | None = None
+    """VQGAN checkpoint that paints; unset: no grid."""
+    vqgan_config: str | None = None
+    """Its taming-style YAML; unset: MAGE's."""
+    partner: str | None = None
+    """Model directory of the other stage: a pixel decoder for a prior, a prior for a pixel decoder."""
+    rows: int = Field(8, ge=1)
+    """Rows of the grid; with a class-conditional prior the first classes, one a row."""
+    columns: int = Field(8, ge=1)
+    """Pictures of a row."""
+
+
 class Recipe(Section):
     """One training run."""
 
@@ -185,6 +200,8 @@ class Recipe(Section):
     """Training checkpoints."""
     monitor: MonitorConfig = MonitorConfig()
     """Logging."""
+    preview: PreviewConfig = PreviewConfig()
+    """Samples during training."""
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:

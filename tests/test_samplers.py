@@ -10,7 +10,7 @@ from scipy import stats
 
 from digit_ds.errors import UserError
 from digit_ds.generation.draws import PIXELS, PRIOR, gumbel, philox, uniforms
-from digit_ds.generation.filtering import candidates, code_log_probabilities, draw
+from digit_ds.generation.filtering import candidates, draw
 from digit_ds.generation.parallel import ParallelSampler, masked_again, masked_log_probabilities
 from digit_ds.generation.samplers import AutoregressiveSampler, guide
 from digit_ds.generation.settings import Decoding, Guidance
@@ -67,7 +67,12 @@ def test_filters_equal_fairseqs(key):
     expected = load("sampling/expected.npz")
     kind, value = key.split("_")
     settings = {"top_k": int(value)} if kind == "topk" else {"top_p": float(value)}
-    probabilities, codes = candidates(expected["lprobs"][:, SPECIALS:], **settings)
+    # The stored log-probabilities lack what the special ids had: one of them gets it back.
+    logits = expected["lprobs"].double()
+    logits[:, 0] = torch.log1p(-logits.exp().sum(-1))
+    probabilities, codes = candidates(logits, **settings)
+    if kind == "topk":  # without top-p the weights are known but for a factor
+        probabilities *= (logits[:, SPECIALS:].amax(-1, keepdim=True)).exp()
     full = torch.zeros(expected["lprobs"].shape, dtype=torch.float64)
     if codes is None:
         full[:, SPECIALS:] = probabilities
@@ -78,10 +83,10 @@ def test_filters_equal_fairseqs(key):
 
 
 def test_top_p_after_top_k_is_not_renormalised():
-    log_probabilities = torch.tensor([[0.4, 0.05, 0.3, 0.25]]).log()
-    probabilities, codes = candidates(log_probabilities, top_k=3, top_p=0.5)
+    logits = torch.tensor([[0.2, 0, 0, 0, 0, 0.3, 0.05, 0.25, 0.2]]).log()
+    probabilities, codes = candidates(logits, top_k=3, top_p=0.5)
     assert codes.tolist() == [[0, 2, 3]]
-    assert [round(p, 6) for p in probabilities[0].tolist()] == [0.4, 0.3, 0.0]
+    assert [round(p, 6) for p in probabilities[0].tolist()] == [0.3, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("settings", [Decoding(), Decoding(top_k=7, temperature=0.7), Decoding(top_p=0.8)])
@@ -101,8 +106,8 @@ def test_draws_follow_the_filtered_distribution(settings):
     expected /= expected.sum()
     count = 200_000
     numbers = uniforms(1, torch.arange(count), PRIOR, 1)[:, 0]
-    log_probabilities = code_log_probabilities(logits, settings.temperature).expand(count, -1)
-    drawn = draw(*candidates(log_probabilities, settings.top_k, settings.top_p), numbers)
+    rows = logits.expand(count, -1)
+    drawn = draw(*candidates(rows, settings.temperature, settings.top_k, settings.top_p), numbers)
     counts = np.bincount(drawn.numpy(), minlength=30)
     assert counts[expected == 0].sum() == 0
     assert stats.chisquare(counts[expected > 0], count * expected[expected > 0]).pvalue > 1e-3

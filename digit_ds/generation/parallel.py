@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from digit_ds.generation.draws import CONFIDENCE, gumbel, uniforms
-from digit_ds.generation.filtering import candidates, draw
+from digit_ds.generation.filtering import candidates, draw, wide
 from digit_ds.generation.samplers import Sampler
 from digit_ds.vocabulary import MASK, SPECIALS
 
@@ -28,13 +28,11 @@ class ParallelSampler(Sampler):
         for step in range(decoding.steps):
             tokens = self.spec.vocabulary.token(codes).masked_fill(unknown, MASK)
             logits = self.model(torch.cat([prompts, tokens], dim=1))[:, -self.spec.tokens :]
-            log_probabilities = masked_log_probabilities(logits)
             numbers = uniforms(self.seed, images, self.purpose, self.spec.tokens, step)
-            tempered = (log_probabilities / decoding.temperature).log_softmax(-1)
-            drawn = draw(*candidates(tempered, decoding.top_k, decoding.top_p), numbers)
+            drawn = draw(*candidates(logits, decoding.temperature, decoding.top_k, decoding.top_p), numbers)
             codes = torch.where(unknown, drawn, codes)
             if step + 1 < decoding.steps:
-                scores = log_probabilities.gather(-1, codes[..., None]).squeeze(-1)
+                scores = masked_log_probabilities(logits).gather(-1, codes[..., None]).squeeze(-1)
                 noise = gumbel(uniforms(self.seed, images, CONFIDENCE, self.spec.tokens, step))
                 unknown = masked_again(
                     unknown, scores, noise, (step + 1) / decoding.steps, at_first, decoding.choice_temperature
@@ -44,7 +42,7 @@ class ParallelSampler(Sampler):
 
 def masked_log_probabilities(logits: Tensor) -> Tensor:
     """Logits [..., V] -> log-probabilities [..., K] with the special ids excluded before the softmax, as published."""
-    return (logits if logits.dtype == torch.float64 else logits.float())[..., SPECIALS:].log_softmax(-1)
+    return wide(logits[..., SPECIALS:]).log_softmax(-1)
 
 
 def masked_again(

@@ -15,10 +15,11 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from digit_ds.errors import UserError
 from digit_ds.generation.draws import uniforms
-from digit_ds.generation.filtering import candidates, code_log_probabilities, draw
+from digit_ds.generation.filtering import candidates, draw, wide
 from digit_ds.generation.settings import Decoding
 from digit_ds.model.decoder import Decoder
 from digit_ds.model.sequences import prompt_tokens
@@ -84,7 +85,7 @@ class Sampler(ABC):
 
 def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
     """Classifier-free guidance: logits [2R, ..., V] of the conditional and the unconditional half -> [R, ..., V]."""
-    conditional, unconditional = (logits if logits.dtype == torch.float64 else logits.float()).chunk(2)
+    conditional, unconditional = wide(logits).chunk(2)
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -105,6 +106,9 @@ class AutoregressiveSampler(Sampler):
         self._known = torch.zeros_like(self._codes)
         self._numbers = torch.zeros(rows, tokens, dtype=torch.float64, device=self.device)
         self._scales = torch.tensor(decoding.guidance.scales(tokens), device=self.device)
+        # Matrix products whose width is no multiple of 8 are several times as slow on a GPU.
+        output = model.output.weight
+        self._output = functional.pad(output, (0, 0, 0, -len(output) % 8))
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def _sample(self, images: Tensor, labels: Tensor | None, prefix: Tensor | None, known: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ class AutoregressiveSampler(Sampler):
         self._token.copy_(prompts[:, -1:])
         self._cache.reset()
         if self.spec.prefix_length:
-            self.model.step(prompts[:, :-1], self._cache)
+            self.model.append(prompts[:, :-1], self._cache)
         for _ in range(self.spec.tokens):
             if self._graph is None:
                 self._step()
@@ -127,7 +131,8 @@ class AutoregressiveSampler(Sampler):
     def _step(self) -> None:
         """Read the last token, write the next one."""
         position = self._cache.position - self.spec.prefix_length  # [1], of the code to write
-        logits = self.model.step(self._token, self._cache)[:, -1]
+        hidden = self.model.append(self._token, self._cache)[:, 0]
+        logits = functional.linear(hidden, self._output)[:, : self.spec.vocabulary.output_size]
         known, numbers = (part.index_select(1, position)[:, 0] for part in (self._known, self._numbers))
         codes = self._next(logits, numbers, known, self._scales[position])[:, None]
         self._codes.index_copy_(1, position, codes)
@@ -137,8 +142,8 @@ class AutoregressiveSampler(Sampler):
         """Logits [R or 2R, V] -> codes [R]."""
         if self.decoding.guidance.active:
             logits = guide(logits, scale)
-        log_probabilities = code_log_probabilities(logits, self.decoding.temperature)
-        drawn = draw(*candidates(log_probabilities, self.decoding.top_k, self.decoding.top_p), numbers)
+        decoding = self.decoding
+        drawn = draw(*candidates(logits, decoding.temperature, decoding.top_k, decoding.top_p), numbers)
         return torch.where(known < 0, drawn, known)
 
     def _capture(self) -> torch.cuda.CUDAGraph:

@@ -189,6 +189,10 @@ class Decoder(nn.Module):
             UserError: an id is outside the input table (checked on the CPU only).
             ValueError: the cache is too short (checked on the CPU only; elsewhere the caller counts).
         """
+        return self.output(self.append(tokens, cache))
+
+    def append(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """:meth:`step` without the output layer: [B, t, D], what that layer would read."""
         self._check_ids(tokens)
         if tokens.device.type == "cpu" and int(cache.position) + tokens.shape[1] > cache.length:
             raise ValueError(f"{tokens.shape[1]} tokens after {int(cache.position)} exceed the cache of {cache.length}")
@@ -198,7 +202,7 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, number, cache, positions, visible)
         cache.position += tokens.shape[1]
-        return self._logits(hidden)
+        return self.norm(hidden)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[B, T] ids at ``positions`` [T] of the whole sequence -> [B, T, D]."""

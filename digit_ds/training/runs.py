@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "parallel",
     "checkpoint",
     "monitor",
+    "preview",
 )
 """What may differ when a run is continued: where, how fast and how long it runs, what it writes."""
 
