@@ -89,7 +89,7 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_size,
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+            distributed_timeout_minutes=timeout_seconds / 60,
         )
     mailbox = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return Topology(
