@@ -12,13 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-FLAGS = "--images --encoder --vqgan --views --clusters --count --reference --points --out"
-
 
 def main(arguments: list[str]) -> int:
-    if arguments[-1] == "--help":
-        print(FLAGS)
-        return 0
     folder, rank = Path(os.environ["STUB"]), int(os.environ.get("SLURM_PROCID", 0))
     name = os.environ["SLURM_JOB_NAME"].removeprefix("digit-")
     behaviour = json.loads((folder / "behaviour.json").read_text()).get(name, {})
