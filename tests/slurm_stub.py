@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> int:
         return 2
     if behaviour.get("killed") == rank:
         os.kill(os.getpid(), signal.SIGKILL)
-    if behaviour.get("sleep"):
-        time.sleep(behaviour["sleep"])
+    while behaviour.get("gate") and not (folder / "open").exists():
+        time.sleep(0.1)
     if "train" in arguments:
         return _train(folder, name, rank, behaviour.get("steps", 1))
     if rank == 0:
