@@ -36,7 +36,7 @@ def stored(run: Path):
     return StoredState(newest_checkpoint(run / "checkpoints"))
 
 
-def wait_for(condition, seconds: float = 60.0) -> None:
+def wait_for(condition, seconds: float = 150.0) -> None:
     """Poll until ``condition()``."""
     end = time.monotonic() + seconds
     while not condition():

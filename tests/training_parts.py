@@ -69,7 +69,7 @@ def recipe(run: Path, token_shards: Path, **overrides: Any) -> Recipe:
         "data": {"shards": str(token_shards), "workers": 0},
         "optimizer": {"learning_rate": 0.02, "gradient_clipping": 0.7},
         "schedule": {"warmup_steps": 4},
-        "training": {"steps": 20, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "timeout_seconds": 60.0},
+        "training": {"steps": 20, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "timeout_seconds": 120.0},
         "parallel": {"tensor": 1},
         "checkpoint": {"every": 1000},
         "monitor": {"log_every": 1},
@@ -89,7 +89,7 @@ class Group:
     def __init__(self, processes: list, folder: Path):
         self.processes, self.folder = processes, folder
 
-    def wait(self, timeout: float = 120.0) -> list[int]:
+    def wait(self, timeout: float = 300.0) -> list[int]:
         """Exit statuses; negative: the signal that ended the process."""
         for process in self.processes:
             process.join(timeout)
@@ -118,7 +118,7 @@ def start(function: Callable, arguments: tuple, world: int, folder: Path) -> Gro
     return Group(processes, folder)
 
 
-def launch(function: Callable, arguments: tuple, world: int, folder: Path, timeout: float = 120.0) -> str:
+def launch(function: Callable, arguments: tuple, world: int, folder: Path, timeout: float = 300.0) -> str:
     """Like :func:`start`, to the end, which must be a good one."""
     group = start(function, arguments, world, folder)
     statuses = group.wait(timeout)
