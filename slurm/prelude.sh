@@ -14,14 +14,17 @@ set -euo pipefail
 
 readonly SAVED=75 # exit status of ranks that were told to stop, saved and want to continue (EX_TEMPFAIL)
 
-say() { echo "== $(date '+%F %T') $SLURM_JOB_NAME $SLURM_JOB_ID: $*"; }
+# A full disk must not end the ranks, nor keep them from requeueing: what cannot be said is left unsaid.
+say() { echo "== $(date '+%F %T') $SLURM_JOB_NAME $SLURM_JOB_ID: $*" || true; }
 
 # Record how the step stands, whole or not at all: `submit.py --status` reads it.
 record() { # record STATUS EXIT
     [ -n "${DIGIT_STATE:-}" ] || return 0
     printf '{"status": "%s", "job": %d, "exit": %d, "restarts": %d}\n' \
-        "$1" "$SLURM_JOB_ID" "$2" "${SLURM_RESTART_COUNT:-0}" >"$DIGIT_STATE.part"
-    mv "$DIGIT_STATE.part" "$DIGIT_STATE"
+        "$1" "$SLURM_JOB_ID" "$2" "${SLURM_RESTART_COUNT:-0}" >"$DIGIT_STATE.part" &&
+        mv "$DIGIT_STATE.part" "$DIGIT_STATE" && return 0
+    say "error: $DIGIT_STATE cannot be written"
+    return 1
 }
 
 child=0         # process id of what runs now: srun, or Python alone
@@ -57,7 +60,7 @@ attend() {
     child=0
     [ "$status" -ne 0 ] || return 0
     if [ "$told_to_stop" -eq 1 ]; then
-        record stopped "$status"
+        record stopped "$status" || true
         exit "$status"
     fi
     if [ "$time_is_up" -eq 1 ] || [ "$status" -eq "$SAVED" ]; then
@@ -67,7 +70,7 @@ attend() {
         say "a node of this job does not answer"
         requeue
     fi
-    record failed "$status"
+    record failed "$status" || true
     say "failed: the steps that need this one will not start"
     exit "$status"
 }
@@ -80,14 +83,14 @@ nodes_answer() {
 
 requeue() {
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${DIGIT_MAX_RESTARTS:-100}" ]; then
-        record failed "$SAVED"
+        record failed "$SAVED" || true
         say "error: requeued $SLURM_RESTART_COUNT times, expected to be done: is the time limit too short for progress?"
         exit "$SAVED"
     fi
-    record requeued "$SAVED"
+    record requeued "$SAVED" || true
     say "requeued, to continue where the ranks saved"
     if ! scontrol requeue "$SLURM_JOB_ID"; then # a job with --no-requeue
-        record failed "$SAVED"
+        record failed "$SAVED" || true
         exit "$SAVED"
     fi
     exit 0
@@ -113,7 +116,7 @@ alone() { attend "${python[@]}" "$@"; }
 
 # A step is complete only when its script says so; anything else that ends it is a failure.
 complete() {
-    record complete 0
+    record complete 0 || exit 1
     say "complete"
 }
 
@@ -137,5 +140,5 @@ cache=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/digit-$SLURM_JOB_ID-${SLURM_RESTART_COUNT
 trap 'rm -rf "$cache"' EXIT
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
 
-record running 0
+record running 0 || true
 say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks"

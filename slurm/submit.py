@@ -8,13 +8,16 @@ what failed is started again and continues from what it had done.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 from chain import HOME, Chain, Site, Step, absolute, in_one_line, load, sbatch, steps
@@ -62,28 +65,29 @@ def _check(chain: Chain, site: Site, path: Path) -> None:
     for training in (chain.prior, chain.decoder):
         overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
         load_recipe(absolute(training.recipe), ["run=x", "data.shards=x", *overrides])
-    commands = {step.name: step.command for step in steps(chain)}
-    with ThreadPoolExecutor(4) as pool:
-        asked = {command: pool.submit(_help, [*site.interpreter(), *command]) for command in commands.values()}
-    for name, command in commands.items():
-        for option in [] if name in ("prior", "decoder") else getattr(chain, name):
+    program = site.interpreter()[0]
+    if shutil.which(program) is None:
+        raise UserError(f"{program} of the site cannot be started, expected the container's program or Python")
+    texts: dict[tuple[str, ...], str] = {}
+    for step in steps(chain):
+        for option in [] if step.name in ("prior", "decoder") else getattr(chain, step.name):
+            if step.command not in texts:
+                texts[step.command] = _help(step.command)
             flag = "--" + option.replace("_", "-")
-            if not re.search(rf"(?<![\w-]){flag}(?![\w-])", asked[command].result()):
-                raise UserError(f"{path}: {name}.{option} is not an option of {' '.join(command)}")
+            if not re.search(rf"(?<![\w-]){flag}(?![\w-])", texts[step.command]):
+                raise UserError(f"{path}: {step.name}.{option} is not an option of {' '.join(step.command)}")
 
 
-def _help(command: list[str]) -> str:
-    """What a command says about its options."""
-    try:
-        result = subprocess.run([*command, "--help"], cwd=HOME, capture_output=True, text=True)
-    except OSError as error:
-        raise UserError(
-            f"{command[0]} cannot be started ({error.strerror}), expected the site's container or python"
-        ) from error
-    if result.returncode:
-        last = (result.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{shlex.join(command)} --help ended with status {result.returncode} ({last})")
-    return result.stdout
+def _help(command: tuple[str, ...]) -> str:
+    """What a tool or a verb says about its options. In this process: each start of Python would cost seconds."""
+    if command[0] == "-m":
+        main, arguments = import_module(f"{command[1]}.cli").main, [command[2], "--help"]
+    else:
+        main, arguments = runpy.run_path(str(HOME / command[0]))["main"], ["--help"]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main(arguments)
+    return said.getvalue()
 
 
 def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse.Namespace) -> None:
@@ -138,7 +142,7 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse
 def _doctor(site: Site, folder: Path) -> int:
     """Run the preflight on the nodes of the site, wait for it and print its log; its exit status."""
     _make_folders(folder)
-    step = Step("doctor", ("-m", "digit_ds", "doctor"), (str(folder),), (), folder)
+    step = Step("doctor", ("-m", "digit_ds", "doctor"), ("--folder", str(folder)), (), folder)
     command, variables = sbatch(step, site, folder, [])
     result = subprocess.run(
         [*command[:1], "--wait", *command[1:]], env=os.environ | variables, capture_output=True, text=True
@@ -275,6 +279,8 @@ def _why(log: Path) -> str:
     ):
         if found := [match[1] for line in lines if (match := re.fullmatch(pattern, line.strip()))]:
             return found[0]
+    if shutil.disk_usage(log.parent).free < 1 << 16:
+        return f"the file system of {log.parent} is full"
     return next((line for line in reversed(lines) if line.strip()), "its log is empty")
 
 

@@ -171,7 +171,7 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", str(number))
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
-    def wait(self, number: int, timeout: float = 120, states: tuple[str, ...] = ()) -> dict[str, str]:
+    def wait(self, number: int, timeout: float = 300, states: tuple[str, ...] = ()) -> dict[str, str]:
         """Wait until a job is in one of ``states`` (default: until it has ended); its final fields."""
         unfinished = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED")
         deadline = time.monotonic() + timeout

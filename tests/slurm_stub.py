@@ -12,13 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-FLAGS = "--images --encoder --vqgan --views --clusters --count --reference --points --out"
-
 
 def main(arguments: list[str]) -> int:
-    if arguments[-1] == "--help":
-        print(FLAGS)
-        return 0
     folder, rank = Path(os.environ["STUB"]), int(os.environ.get("SLURM_PROCID", 0))
     name = os.environ["SLURM_JOB_NAME"].removeprefix("digit-")
     behaviour = json.loads((folder / "behaviour.json").read_text()).get(name, {})
@@ -37,8 +32,8 @@ def main(arguments: list[str]) -> int:
         return 2
     if behaviour.get("killed") == rank:
         os.kill(os.getpid(), signal.SIGKILL)
-    if behaviour.get("sleep"):
-        time.sleep(behaviour["sleep"])
+    while behaviour.get("gate") and not (folder / "open").exists():
+        time.sleep(0.1)
     if "train" in arguments:
         return _train(folder, name, rank, behaviour.get("steps", 1))
     if rank == 0:

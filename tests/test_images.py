@@ -110,6 +110,18 @@ def test_nasty_folder(tmp_path):
             assert np.abs(views.astype(int) - expected).max() <= 3, name
 
 
+def test_name_that_is_not_utf8_is_skipped(tmp_path):
+    from digit_ds.preparation.jobs import Job
+    from digit_ds.preparation.loading import Loading
+
+    smooth(40, 40).save(tmp_path / "good.png")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes((tmp_path / "good.png").read_bytes())
+    job = Job(tmp_path / "out", tmp_path, {}, 8)
+    (batch,) = Loading(Crops("training", 32, 32, 1, 0), 8, 0).batches(job, [0])
+    assert batch.names == ["good.png"]
+    assert batch.skipped == [{"image": os.fsdecode(b"caf\xe9.png"), "reason": "name is not valid UTF-8"}]
+
+
 def test_names_are_sorted_as_strings_and_links_are_followed_once(tmp_path):
     names = ["a-b/x.png", "a.png", "a/x.png", "a/b/x.png", "b/1.png", "b/10.png", "b/2.PNG", "ä.jpg"]
     for name in names:

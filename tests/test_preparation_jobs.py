@@ -22,8 +22,10 @@ from preparation_parts import (
 )
 
 from digit_ds.data.images import Crops, uniforms, walk
+from digit_ds.data.shards import write_block
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256
+from digit_ds.preparation import features, tokens
 from digit_ds.preparation.features import extract_features
 from digit_ds.preparation.tokens import tokenize_images
 from digit_ds.preparation.verify import verify_shards
@@ -42,8 +44,8 @@ def jobs(tmp_path_factory) -> dict:
     encoder = make_encoder(root / "encoder.pth")
     codebook = make_codebook(root / "km.npy", encoder)
     vqgan, config = make_vqgan(root / "vqgan.ckpt")
-    features = partial(extract_features, images, encoder, num_heads=2, block_images=4, batch=3, workers=1)
-    tokens = partial(
+    features_job = partial(extract_features, images, encoder, num_heads=2, block_images=4, batch=3, workers=1)
+    tokens_job = partial(
         tokenize_images,
         images,
         encoder,
@@ -57,8 +59,8 @@ def jobs(tmp_path_factory) -> dict:
         workers=1,
     )
     return {
-        "features": lambda out: features(out, points=7),
-        "tokens": lambda out: tokens(out=out),
+        "features": lambda out: features_job(out, points=7),
+        "tokens": lambda out: tokens_job(out=out),
         "images": images,
         "encoder": encoder,
     }
@@ -81,8 +83,11 @@ def test_any_number_of_processes_writes_the_same_bytes(jobs, whole, tmp_path, na
 
 
 @pytest.mark.parametrize("name", ["features", "tokens"])
-def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name):
+def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name, monkeypatch):
     draw = random.Random(name)
+    # Slow writing, so that many of the moments lie within it.
+    monkeypatch.setattr(tokens, "write_block", lambda out, samples, names: write_block(out, _slowly(samples), names))
+    monkeypatch.setattr(features, "sha256", lambda path: next(_slowly([sha256(path)])))
     out, interrupted = tmp_path / "out", 0
     for world in (2, 1, 3, 2):
         before = _finished(out)
@@ -99,6 +104,13 @@ def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name):
     assert interrupted >= 2
     run_ranks(2, lambda: jobs[name](out))
     assert contents(out) == whole[name]
+
+
+def _slowly(items):
+    """The items, a hundredth of a second each."""
+    for item in items:
+        time.sleep(0.01)
+        yield item
 
 
 def _finished(out: Path) -> int:
@@ -164,9 +176,9 @@ def test_features_are_those_of_the_kept_patches(jobs, whole, tmp_path):
     encoder, crops = load_encoder(jobs["encoder"], num_heads=2), Crops("random", 32, 32, 1, 0)
     for number in (0, 17, 43):
         view = torch.from_numpy(crops.cut(decode(jobs["images"] / names[number]), names[number]))
-        features = encoder(view.permute(0, 3, 1, 2).float() / 255)[0]
+        expected = encoder(view.permute(0, 3, 1, 2).float() / 255)[0]
         kept = np.sort(np.argsort(uniforms(64, 0, names[number], "patches"), kind="stable")[:7])
-        assert np.allclose(rows[7 * number : 7 * number + 7], features[kept], atol=2e-3)
+        assert np.allclose(rows[7 * number : 7 * number + 7], expected[kept], atol=2e-3)
 
 
 def test_fraction_keeps_about_that_share(jobs, tmp_path):

@@ -1,5 +1,6 @@
 """The chain on a real two-node cluster: order, skipping, requeueing and failures, with a stand-in for Python."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_a_failing_step_stops_the_chain_and_says_why(submission):
 
 
 def test_a_killed_rank_ends_the_step_with_its_name(submission):
-    submission.behave(features={"killed": 1, "sleep": 60})
+    submission.behave(features={"killed": 1, "gate": True})
     job = submission.submit()["features"]
     started = time.monotonic()
     assert submission.cluster.wait(job)["JobState"] == "FAILED"
@@ -157,8 +158,28 @@ def test_a_killed_rank_ends_the_step_with_its_name(submission):
     assert "n2: task 1: Killed" in submission.status()["features"]
 
 
+def test_a_full_disk_is_named(submission):
+    disk = submission.folder / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        submission.chain["out"] = str(disk / "out")
+        submission.behave(features={"gate": True})
+        assert submission.call().returncode == 0
+        job = json.loads((disk / "out" / "steps" / "features.submitted.json").read_text())["job"]
+        with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        (submission.folder / "open").touch()
+        assert submission.cluster.wait(job)["JobState"] == "FAILED"
+        assert f"the file system of {disk}/out/logs is full" in submission.status()["features"]
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 def test_queued_steps_are_waited_for_and_not_submitted_twice(submission):
-    submission.behave(features={"sleep": 60})
+    submission.behave(features={"gate": True})
     jobs = submission.submit()
     again = submission.call()
     assert again.stdout.count("in the queue already") == len(NAMES) and submission.jobs() == jobs
@@ -192,7 +213,7 @@ def test_training_saves_requeues_and_continues(submission, how):
 
 def test_a_lost_node_requeues_the_job_and_status_says_what_it_waits_for(submission):
     running = submission.cluster
-    submission.behave(features={"sleep": 60})
+    submission.behave(features={"gate": True})
     jobs = submission.submit()
     job = jobs["features"]
     _await((submission.folder / "calls.jsonl").exists)
@@ -226,7 +247,7 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
         (lambda s: s.site.update(node=2), "site.yaml: unknown key 'node', expected one of partition"),
         (lambda s: s.site.update(nodes="two"), "site.yaml: nodes is 'two', expected: input should be a valid integer"),
         (lambda s: s.site.update(steps={"train": {}}), "site.yaml: steps.train is 'train', expected:"),
-        (lambda s: s.site.update(python="/nowhere/python"), "/nowhere/python cannot be started"),
+        (lambda s: s.site.update(python="/nowhere/python"), "/nowhere/python of the site cannot be started"),
         (lambda s: s.chain["kmeans"].update(cluster=3), "chain.yaml: kmeans.cluster is not an option of tools/train_k"),
         (
             lambda s: s.chain["features"].update(images="/no"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from preparation_parts import (
 )
 
 from digit_ds.data.images import Crops, decode, walk
-from digit_ds.data.shards import iterate, read_manifest
+from digit_ds.data.shards import COLUMNS, iterate, merge_blocks, read_manifest, write_block
 from digit_ds.errors import UserError
 from digit_ds.preparation.tokens import Tokenizer, tokenize_images
 from digit_ds.preparation.verify import verify_shards
@@ -140,6 +141,51 @@ def test_missing_shard_is_found(shards, tmp_path):
     (tmp_path / "out" / "block-00001" / "shard.00000.mds.zstd").unlink()
     with pytest.raises(UserError, match=r"block-00001/shard\.00000\.mds\.zstd"):
         verify_shards(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"discriminative": 24}, "discriminative code 24, expected 0 to 23"),
+        ({"vq": 32}, "vq code 32, expected 0 to 31"),
+        ({"label": 3}, "labels -?[01] to 3, expected -1 to 2"),
+        ({"view": 0}, "view 0 stands where view 1 of image"),
+        ({"index": 999}, "image 999 view 1 stands where view 1 of image"),
+        (None, "holds 38 samples, expected 40"),
+    ],
+)
+def test_wrong_samples_with_right_hashes_are_found(shards, tmp_path, change, message):
+    """Shards as a faulty writer would leave them: the second view of each block's last image is wrong or missing."""
+    blocks = sorted(path.name for path in shards.glob("block-*"))
+    samples = list(iterate(shards))
+    for block in blocks:
+        mine = [dict(s) for s in samples if f"block-{s['index'] // 8:05d}" == block]
+        if change is None:
+            mine = mine[:-2] if block == blocks[0] else mine
+        for name, value in (change or {}).items():
+            old = mine[-1][name]
+            mine[-1][name] = np.full_like(old, value) if isinstance(old, np.ndarray) else value
+        write_block(tmp_path / "out" / block, mine, COLUMNS)
+    digest = merge_blocks(tmp_path / "out", blocks)
+    replace(read_manifest(shards), index_sha256=digest).write(tmp_path / "out")
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=message):
+            verify_shards(tmp_path / "out", workers)
+
+
+def test_manifest_of_an_object_store(shards, tmp_path, monkeypatch):
+    """The store's client is replaced by a copy from a local folder: none is to be reached from here."""
+    from streaming.base.storage import CloudDownloader
+
+    def copy(remote: str, local: str) -> None:
+        shutil.copy(remote.replace("s3://bucket", str(shards)), local)
+
+    monkeypatch.setattr(CloudDownloader, "direct_download", copy)
+    assert read_manifest("s3://bucket/", tmp_path / "cache") == read_manifest(shards)
+    with pytest.raises(UserError, match=r"s3://bucket/nowhere/manifest\.json: cannot be downloaded"):
+        read_manifest("s3://bucket/nowhere", tmp_path / "cache")
+    with pytest.raises(UserError, match="expected a local cache"):
+        read_manifest("s3://bucket")
 
 
 def test_what_does_not_belong_together_is_refused(parts, tmp_path):

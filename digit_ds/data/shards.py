@@ -21,7 +21,7 @@ from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
 from digit_ds.errors import UserError
-from digit_ds.files import read_json, sha256, write_json
+from digit_ds.files import read_json, sha256, write_atomically, write_json
 
 COLUMNS = {
     "discriminative": "ndarray:uint16",  # [G] codes 0..K-1
@@ -101,11 +101,13 @@ def read_manifest(shards: Path | str, cache: Path | str | None = None) -> ShardM
 def _download(remote: str, local: Path) -> None:
     from streaming.base.storage import CloudDownloader  # knows every object store that StreamingDataset knows
 
-    local.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        CloudDownloader.get(remote).download(remote, str(local))
-    except Exception as error:  # each store's client has exceptions of its own
-        raise UserError(f"{remote}: cannot be downloaded ({' '.join(str(error).split())})") from error
+    def fetch(temporary: Path) -> None:
+        try:
+            CloudDownloader.direct_download(remote, str(temporary))
+        except Exception as error:  # each store's client has exceptions of its own
+            raise UserError(f"{remote}: cannot be downloaded ({' '.join(str(error).split())})") from error
+
+    write_atomically(local, fetch)
 
 
 def write_block(directory: Path, samples: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:

@@ -194,7 +194,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
         "export_pixel_ar": verb("export", out / "pixel_ar", pixel_decoder),
         "sample": verb(
             *("sample", "--prior", prior, *pixel_sampling, "--out", out / "samples"),
-            *("--per-class", scale.per_class, "--temperature", 0.9, "--guidance", 1.5),
+            *("--per-class", scale.per_class, "--temperature", 0.9, "--guidance", 2.5),
         ),
         "reconstruct": verb(
             *("sample", *pixel_sampling, "--out", out / "reconstructions"),

@@ -37,8 +37,12 @@ except ImportError:
 class _Column(ColumnParallelLinear):
     """Output features cut over ranks. Alone there is nothing to communicate: a plain matrix product, which compiles."""
 
+    def __init__(self, *sizes: int, **options) -> None:
+        super().__init__(*sizes, **options)
+        self.tensor_size = self.tp_group.size()
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.tp_group.size() == 1:
+        if self.tensor_size == 1:
             return F.linear(x, self.weight, self.bias)
         return super().forward(x)[0]
 
@@ -46,8 +50,12 @@ class _Column(ColumnParallelLinear):
 class _Row(RowParallelLinear):
     """Input features cut over ranks; the partial sums are reduced before the bias is added."""
 
+    def __init__(self, *sizes: int, **options) -> None:
+        super().__init__(*sizes, **options)
+        self.tensor_size = self.tp_group.size()
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.tp_group.size() == 1:
+        if self.tensor_size == 1:
             return F.linear(x, self.weight, self.bias)
         # Megatron-core 0.16.1 drops the reduction of a tensor that is not contiguous; a product of a contiguous one is.
         return super().forward(x.contiguous())[0]

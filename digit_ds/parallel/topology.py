@@ -69,15 +69,11 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
     world = launch.world_size()
     if world % tensor_size:
         raise UserError(f"parallel.tensor is {tensor_size}, which does not divide the {world} processes of this job")
-    # The deepspeed launcher sets LOCAL_SIZE only; StreamingDataset reads LOCAL_WORLD_SIZE and assumes 1 without it.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _local_size(world))
-    if world % local:
-        raise UserError(f"LOCAL_WORLD_SIZE is {local}, which does not divide the {world} processes of this job")
-    os.environ.update(
+    os.environ.update(  # for StreamingDataset and DeepSpeed, which read it there whatever launcher there was
         RANK=str(launch.rank()),
         WORLD_SIZE=str(world),
         LOCAL_RANK=str(launch.local_rank()),
-        LOCAL_WORLD_SIZE=str(local),
+        LOCAL_WORLD_SIZE=str(launch.local_world_size()),
     )
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
@@ -89,7 +85,7 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_size,
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+            distributed_timeout_minutes=timeout_seconds / 60,
         )
     mailbox = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     return Topology(
@@ -99,13 +95,6 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
         data_rank=parallel_state.get_data_parallel_rank(),
         mailbox=mailbox,
     )
-
-
-def _local_size(world: int) -> int:
-    """Processes of this node where no launcher says so (Slurm's form is ``4(x2)``)."""
-    tasks = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    digits = tasks.partition("(")[0].partition(",")[0]
-    return int(digits) if digits.isdigit() and world > 1 else world
 
 
 def finish() -> None:

@@ -1,6 +1,10 @@
 """Checking token shards: every byte, every id, every view."""
 
+import contextlib
+import multiprocessing
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from digit_ds.data.shards import ShardManifest, read_index, read_manifest, read_
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.parallel.progress import progress
+from digit_ds.preparation.jobs import default_workers
 
 
 @dataclass
@@ -41,8 +46,25 @@ class Report:
     """Images per class, int64 [classes]."""
 
 
-def verify_shards(directory: Path | str) -> Report:
+@dataclass
+class _Shard:
+    """What one shard holds."""
+
+    first: tuple[int, int]
+    """Image number and view of its first sample."""
+    last: tuple[int, int]
+    """The same of its last one."""
+    samples: int
+    counts: dict[str, np.ndarray]
+    labels: np.ndarray
+
+
+def verify_shards(directory: Path | str, workers: int | None = None) -> Report:
     """Check hashes, counts, order of images and views, labels and id ranges of a local shard directory.
+
+    Args:
+        directory: the shards.
+        workers: processes that read shards. Default: all of the machine's cores.
 
     Raises:
         UserError: names the first shard file that is damaged, missing or not what the manifest says.
@@ -52,30 +74,27 @@ def verify_shards(directory: Path | str) -> Report:
     index = directory / "index.json"
     if sha256(index) != manifest.index_sha256:
         raise UserError(f"{index}: is damaged, its sha256 is not that of manifest.json")
-    sizes = {"discriminative": manifest.discriminative_codes}
-    if manifest.vq_codes:
-        sizes["vq"] = manifest.vq_codes
-    counts = {kind: np.zeros(size, np.int64) for kind, size in sizes.items()}
+    counts = {kind: np.zeros(size, np.int64) for kind, size in _sizes(manifest).items()}
     labels = np.zeros(len(manifest.classes), np.int64)
-    seen, last = 0, -1
     shards = read_index(directory)
-    with progress(total=manifest.samples, description="verify", unit="samples") as bar:
-        for shard in shards:
-            name = directory / (shard["zip_data"] or shard["raw_data"])["basename"]
-            for sample in read_shard(directory, shard):
-                view = seen % manifest.views
-                if sample["view"] != view or (sample["index"] <= last if view == 0 else sample["index"] != last):
-                    raise UserError(
-                        f"{name}: image {sample['index']} view {sample['view']} stands where view {view} of "
-                        f"{'the next image' if view == 0 else f'image {last}'} is expected"
-                    )
-                last = sample["index"]
-                _check_sample(name, sample, manifest, counts)
-                if sample["label"] >= 0:
-                    labels[sample["label"]] += view == 0
-                seen += 1
-                bar.update()
-    if seen != manifest.samples:
+    seen, last = 0, (-1, manifest.views - 1)
+    processes = min(len(shards), default_workers() if workers is None else workers)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(total=len(shards), description="verify", unit="shards"))
+        check = partial(_check_shard, directory, manifest)
+        if processes > 1:
+            found = stack.enter_context(multiprocessing.get_context("fork").Pool(processes)).imap(check, shards)
+        else:
+            found = map(check, shards)
+        for shard, summary in zip(shards, found):
+            _check_order(_path(directory, shard), last, summary.first, manifest.views)
+            last = summary.last
+            seen += summary.samples
+            labels += summary.labels
+            for kind, count in counts.items():
+                count += summary.counts[kind]
+            bar.update()
+    if seen != manifest.samples or last[1] != manifest.views - 1:
         raise UserError(
             f"{directory}: holds {seen} samples, expected {manifest.samples} ({manifest.images} images x "
             f"{manifest.views} views) by manifest.json"
@@ -83,26 +102,49 @@ def verify_shards(directory: Path | str) -> Report:
     return Report(manifest, {kind: Usage(count) for kind, count in counts.items()}, labels)
 
 
-def _check_sample(name: Path, sample: dict[str, Any], manifest: ShardManifest, counts: dict[str, np.ndarray]) -> None:
-    """Check one sample's label and ids, and count the ids."""
-    if not -1 <= sample["label"] < len(manifest.classes):
+def _sizes(manifest: ShardManifest) -> dict[str, int]:
+    """Number of codes per kind of token."""
+    sizes = {"discriminative": manifest.discriminative_codes}
+    return sizes | ({"vq": manifest.vq_codes} if manifest.vq_codes else {})
+
+
+def _path(directory: Path, shard: dict[str, Any]) -> Path:
+    return directory / (shard["zip_data"] or shard["raw_data"])["basename"]
+
+
+def _check_shard(directory: Path, manifest: ShardManifest, shard: dict[str, Any]) -> _Shard:
+    """Check all that can be checked of one shard alone."""
+    name, samples = _path(directory, shard), read_shard(directory, shard)
+    if len(samples) != shard["samples"] or not samples:
+        raise UserError(f"{name}: holds {len(samples)} samples, expected {shard['samples']} by index.json")
+    places = [(sample["index"], sample["view"]) for sample in samples]
+    for one, other in pairwise(places):
+        _check_order(name, one, other, manifest.views)
+    labels = np.array([sample["label"] for sample in samples])
+    if labels.min() < -1 or labels.max() >= len(manifest.classes):
         raise UserError(
-            f"{name}: image {sample['image_id']!r} has label {sample['label']}, "
-            f"expected -1 to {len(manifest.classes) - 1}"
+            f"{name}: holds the labels {labels.min()} to {labels.max()}, expected -1 to {len(manifest.classes) - 1}"
         )
-    for kind, count in counts.items():
-        codes = sample[kind]
-        if codes.shape != (manifest.tokens,):
-            raise UserError(
-                f"{name}: image {sample['image_id']!r} has {kind} tokens of shape {list(codes.shape)}, "
-                f"expected [{manifest.tokens}]"
-            )
-        if codes.max() >= len(count):
-            raise UserError(
-                f"{name}: image {sample['image_id']!r} has the {kind} code {codes.max()}, "
-                f"expected 0 to {len(count) - 1}"
-            )
-        np.add.at(count, codes, 1)
+    counts = {}
+    for kind, size in _sizes(manifest).items():
+        if any(sample[kind].shape != (manifest.tokens,) for sample in samples):
+            raise UserError(f"{name}: holds {kind} tokens of another shape than [{manifest.tokens}]")
+        codes = np.stack([sample[kind] for sample in samples])  # [samples, G]
+        if codes.max() >= size:
+            raise UserError(f"{name}: holds the {kind} code {codes.max()}, expected 0 to {size - 1}")
+        counts[kind] = np.bincount(codes.ravel(), minlength=size)
+    first_views = labels[[view == 0 for _, view in places]]
+    per_class = np.bincount(first_views[first_views >= 0], minlength=len(manifest.classes))
+    return _Shard(places[0], places[-1], len(samples), counts, per_class)
+
+
+def _check_order(name: Path, before: tuple[int, int], place: tuple[int, int], views: int) -> None:
+    """Check that image and view ``place`` may follow ``before``: all views of an image, then a later image."""
+    (last, last_view), (image, view) = before, place
+    follows = (image == last and view == last_view + 1) if last_view < views - 1 else (image > last and view == 0)
+    if not follows:
+        expected = f"view {last_view + 1} of image {last}" if last_view < views - 1 else "view 0 of a later image"
+        raise UserError(f"{name}: image {image} view {view} stands where {expected} is expected")
 
 
 def describe(report: Report) -> str:
