@@ -44,7 +44,7 @@ def _estimate(options: argparse.Namespace) -> None:
 
     from digit_ds.training.estimate import estimate
 
-    estimate(recipe)
+    estimate(recipe, options.gpus, options.mfu)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -220,7 +220,10 @@ def _parser() -> argparse.ArgumentParser:
         return child
 
     _recipe_arguments(verb("train", _train, "train a model from token shards; resumes by itself"))
-    _recipe_arguments(verb("estimate", _estimate, "parameters and memory of a recipe, before anything is allocated"))
+    estimate = verb("estimate", _estimate, "parameters, memory and hours of a recipe, before anything is allocated")
+    _recipe_arguments(estimate)
+    estimate.add_argument("--gpus", type=int, default=1, metavar="N", help="devices of the run (default: 1)")
+    estimate.add_argument("--mfu", type=float, default=0.4, help="share of peak assumed for the hours (default: 0.4)")
 
     export = verb("export", _export, "write the released model directory of a run")
     export.add_argument("run", help="run directory, or one checkpoint inside it")

@@ -56,7 +56,7 @@ def saving(run: Path) -> bool:
 
 
 def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path):
-    options = {"training__steps": 24, "model__dropout": 0.2, "checkpoint__every": 2, "deepspeed": "zero2.json"}
+    options = {"training__steps": 36, "model__dropout": 0.2, "checkpoint__every": 2, "deepspeed": "zero2.json"}
     straight = recipe(tmp_path / "straight", token_shards, **options)
     launch(train, (straight,), 2, tmp_path / "log-straight")
     values = recipe(tmp_path / "run", token_shards, **options)

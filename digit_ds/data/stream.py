@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from streaming import StreamingDataset
-from streaming.base.util import clean_stale_shared_memory
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,6 +25,7 @@ from digit_ds.data.shards import HASH, ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch
 
+_SHARED_MEMORY, _TEMPORARY = Path("/dev/shm"), Path(tempfile.gettempdir())
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -81,7 +81,7 @@ class TokenStream:
         self, shards: str, cache: str | None = None, seed: int = 0, owner: str = "", shuffle: bool = True
     ) -> None:
         name = hashlib.sha256(f"{Path(owner).absolute()}\n{shards}".encode()).hexdigest()[:16]
-        cache = cache or str(Path(tempfile.gettempdir()) / f"digit_ds-{name}")
+        cache = cache or str(_TEMPORARY / f"digit_ds-{name}")
         self.shards = shards
         self.manifest = _manifest(shards, cache)
         self.dataset = _Samples(_open(shards, cache), self.manifest, seed, shuffle)
@@ -198,12 +198,29 @@ def _open(shards: str, cache: str) -> StreamingDataset:
     if world % local or (world > 1 and "LOCAL_WORLD_SIZE" not in os.environ):
         raise UserError(f"LOCAL_WORLD_SIZE is {local}, expected the processes of a node out of {world}")
     remote = shards if "://" in shards else str(Path(shards).absolute())
+    _forget_killed(cache)
     try:
         return StreamingDataset(remote=remote, local=cache, shuffle=False, validate_hash=HASH, batch_size=1)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{shards}: cannot be opened as token shards ({' '.join(str(error).split())})") from error
 
 
-def clean_shared_memory() -> None:
-    """Remove what a crashed run left in shared memory; once, on all processes, before the first dataset."""
-    clean_stale_shared_memory()
+def _forget_killed(cache: str) -> None:
+    """Remove what a killed run over the same cache left in shared memory, which would be taken for a live dataset.
+
+    ``streaming.base.util.clean_stale_shared_memory`` stops at the first unused number and takes live datasets of other
+    jobs on the node for stale ones; this removes exactly what names ``cache``.
+    """
+    if launch.local_rank() == 0:
+        ours = str(Path(cache).absolute()).encode()
+        for entry in _SHARED_MEMORY.glob("[0-9]*_locals"):
+            try:
+                named = entry.read_bytes()[4:].split(b"\0")  # a length, then paths
+            except OSError:
+                continue  # another job's, gone or not ours to read
+            if ours not in named:
+                continue
+            number = entry.name.partition("_")[0]
+            for leftover in (*_SHARED_MEMORY.glob(f"{number}_*"), *_TEMPORARY.glob(f"{number}_*filelock")):
+                leftover.unlink(missing_ok=True)
+    launch.barrier()

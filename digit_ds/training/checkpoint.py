@@ -83,7 +83,7 @@ class Checkpoints:
     # --- saving --------------------------------------------------------------------------------------------------
 
     def start(self, engine: Engine, spec: TransformerSpec, progress: Progress, extra: dict[str, Any]) -> None:
-        """Copy this rank's state to host memory and begin to write it. A save still under way is finished first."""
+        """Copy this rank's state to host memory and begin to write it; no other save may be under way."""
         assert self._pending is None, "finish the save that is under way first"
         topology = engine.topology
         tensors: dict[str, Tensor] = {}

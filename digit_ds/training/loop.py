@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from digit_ds.config import Recipe
-from digit_ds.data.stream import Chunks, TokenBatch, TokenStream, clean_shared_memory, sample_hash
+from digit_ds.data.stream import Chunks, TokenBatch, TokenStream, sample_hash
 from digit_ds.errors import UserError
 from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
@@ -56,7 +56,6 @@ class _Run:
     def __init__(self, recipe: Recipe, place: topology.Topology, sample_grid: SampleGrid | None) -> None:
         self.recipe, self.place, self.sample_grid = recipe, place, sample_grid
         self.folder, self.device = Path(recipe.run), launch.device()
-        clean_shared_memory()
         data = recipe.data
         self.stream = TokenStream(data.shards, data.cache, data.shuffle_seed, owner=f"{recipe.run}/train")
         self.validation = (
