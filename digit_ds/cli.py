@@ -78,9 +78,11 @@ def _sample(options: argparse.Namespace) -> None:
         seed=options.seed,
         batch=options.batch,
         precision=options.precision,
+        vqgan_precision=options.vqgan_precision,
         adm_array=options.npz,
         from_images=options.from_images,
         encoder=options.encoder,
+        num_heads=options.num_heads,
         codebook=options.codebook,
         from_tokens=options.from_tokens,
         keep=options.keep,
@@ -149,8 +151,13 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     number.add_argument("--per-class", type=int, help="pictures of each class")
     parser.add_argument("--classes", type=int, nargs="+", metavar="LABEL", help="labels to draw (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="each picture derives its own from this (default: 0)")
-    parser.add_argument("--batch", type=int, help="pictures a process computes together; changes no picture")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="pictures a process computes together (in float64, the CPU's default, it changes no picture)",
+    )
     parser.add_argument("--precision", choices=["float64", "float32", "bfloat16"], help="of the transformers")
+    parser.add_argument("--vqgan-precision", choices=["float32", "bfloat16"], default="float32", help="of the VQGAN")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz in the layout of ADM's evaluator")
 
     prior = parser.add_argument_group("drawing from the prior (published: top-k 200 for base, 400 for large)")
@@ -171,6 +178,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     given = parser.add_argument_group("starting from given pictures or tokens")
     given.add_argument("--from-images", metavar="DIR", help="reconstruct (or with --keep complete) these pictures")
     given.add_argument("--encoder", help="encoder weights for --from-images")
+    given.add_argument("--num-heads", type=int, help="of that encoder (default: width // 64)")
     given.add_argument("--codebook", help="codebook for --from-images")
     given.add_argument("--from-tokens", metavar="NPZ", help="first-stage tokens, such as a job's tokens.npz")
     given.add_argument("--keep", type=int, help="leading tokens to keep; the prior writes the rest")

@@ -44,6 +44,8 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+# Temporary files are a node's own too.
+TaskProlog={folder}/task_prolog
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
@@ -73,6 +75,12 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
+def may_unshare() -> bool:
+    """Whether each node can have its own /dev/shm; training needs it, since ranks of a node meet there by name."""
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 class Cluster:
     """The running cluster: ``environment`` is what its clients need, ``folder`` holds everything it writes."""
 
@@ -98,6 +106,10 @@ class Cluster:
         (self.folder / "state").mkdir()
         for name in NODES:
             (self.folder / f"spool.{name}").mkdir()
+            (self.folder / f"tmp.{name}").mkdir()
+        prolog = self.folder / "task_prolog"
+        prolog.write_text(f'#!/bin/sh\necho "export TMPDIR={self.folder}/tmp.$SLURMD_NODENAME"\n')
+        prolog.chmod(0o755)
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(
                 host=host,
@@ -125,8 +137,9 @@ class Cluster:
         self._await(lambda: self._states() == ["idle"] * len(NODES), "both nodes were idle")
 
     def start_node(self, name: str) -> None:
-        """Start the slurmd of one node."""
-        self._launch(name, "slurmd", "-D", "-N", name)
+        """Start the slurmd of one node, with shared memory of its own as on a machine of its own."""
+        private = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+        self._launch(name, *(private if may_unshare() else []), "slurmd", "-D", "-N", name)
 
     def stop_node(self, name: str) -> None:
         """Kill the slurmd of one node, as when the machine dies: job processes there are killed too."""

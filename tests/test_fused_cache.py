@@ -16,12 +16,13 @@ from digit_ds.model.fused_cache import FusedCache
 from digit_ds.model.spec import TransformerSpec
 
 torch.manual_seed(0)
-for width, heads in ((96, 3), (64, 2), (48, 2)):  # head widths 32, 32 and 24: no power of two
+for width, heads, prompt in ((64, 2, 60), (48, 2, 95), (48, 2, 0)):  # head widths 32 and 24, which is no power of two
     spec = TransformerSpec("prior", 1, width, heads, 4 * width, "post", 256, 9, 0, 0)
-    batch, length = 2, 140
+    batch, length = 2, 110
     caches = [kind(spec, batch, length, torch.device("cpu"), torch.float32) for kind in (KeyValueCache, FusedCache)]
-    prompt = torch.randn(batch, 62, 3 * width)
-    parts = [prompt, *torch.randn(70, batch, 1, 3 * width)]  # crosses a block's end twice
+    parts = [*torch.randn(7, batch, 1, 3 * width)]  # crosses a block's end, or starts from nothing
+    if prompt:
+        parts.insert(0, torch.randn(batch, prompt, 3 * width))
     place = 0
     for part in parts:
         positions = place + torch.arange(part.shape[1])

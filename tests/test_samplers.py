@@ -89,7 +89,9 @@ def test_top_p_after_top_k_is_not_renormalised():
     assert [round(p, 6) for p in probabilities[0].tolist()] == [0.3, 0.25, 0.0]
 
 
-@pytest.mark.parametrize("settings", [Decoding(), Decoding(top_k=7, temperature=0.7), Decoding(top_p=0.8)])
+@pytest.mark.parametrize(
+    "settings", [Decoding(), Decoding(top_k=7, temperature=0.7), Decoding(top_p=0.35, temperature=1.3)]
+)
 def test_draws_follow_the_filtered_distribution(settings):
     """Chi-square of 200,000 draws against probabilities written out in NumPy."""
     torch.manual_seed(0)
@@ -101,8 +103,10 @@ def test_draws_follow_the_filtered_distribution(settings):
     if settings.top_k:
         expected[order[settings.top_k :]] = 0
     if settings.top_p:
-        kept = np.searchsorted(np.cumsum(expected[order]), settings.top_p) + 1
-        expected[order[kept:]] = 0
+        reached = np.searchsorted(np.cumsum(expected[order]), settings.top_p) + 1
+        expected[order[reached:]] = 0
+    kept = np.count_nonzero(expected)
+    assert kept == 30 if settings == Decoding() else 3 < kept < 20
     expected /= expected.sum()
     count = 200_000
     numbers = uniforms(1, torch.arange(count), PRIOR, 1)[:, 0]
@@ -192,6 +196,13 @@ def test_parallel_decoding_replays_the_golden_one_token_for_token():
             kept = was_unknown & ~unknown
             torch.testing.assert_close(scores[kept], golden["scores_after_step"][step][:, 1:][kept], atol=1e-4, rtol=0)
         assert torch.equal(tokens, golden["tokens_after_step"][step][:, 1:])
+
+
+def test_every_parallel_step_settles_a_token_and_leaves_one():
+    unknown = torch.tensor([[True, True, False, True], [False, True, False, False]])
+    scores = torch.tensor([[-2.0, -1.0, -9.0, -3.0], [0.0, -1.0, 0.0, 0.0]])
+    left = masked_again(unknown, scores, torch.zeros(2, 4).double(), 0.01, torch.tensor([256, 256]), 4.5)
+    assert left.tolist() == [[True, False, False, True], [False, True, False, False]]
 
 
 def test_parallel_sampler_runs_the_schedule():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import Cluster, cluster  # noqa: F401 (a fixture)
+from slurm_cluster import Cluster, cluster, may_unshare  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
 HOME = Path(__file__).resolve().parents[1]
@@ -104,6 +104,8 @@ def commands(page: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory, cluster) -> Reader:  # noqa: F811
     """After the last line of the page."""
+    if not may_unshare():
+        pytest.skip("no right to give each node of the cluster shared memory of its own (unshare --mount)")
     home = tmp_path_factory.mktemp("page") / "checkout"
     files = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     for name in subprocess.run(files, cwd=HOME, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]:

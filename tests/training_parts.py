@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from digit_ds.config import Recipe
 from digit_ds.data import shards
 
 CODES, VQ_CODES, GRID, CLASSES = 27, 11, (4, 4), 3
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["digit_ds.training.loop", "digit_ds.model.decoder"])
+# A fork of a process that has touched CUDA cannot use it: there every rank starts from nothing.
+_CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+if not torch.cuda.is_available():
+    _CONTEXT.set_forkserver_preload(["digit_ds.training.loop", "digit_ds.model.decoder"])
 
 
 def write_shards(directory: Path, images: int = 40, views: int = 2) -> Path:

@@ -41,23 +41,23 @@ class Scale:
 FULL = Scale(
     encoder_steps=400,
     vqgan_steps=240,
-    codes=64,
+    codes=128,
     kmeans_iterations=20,
     views=1,
     prior=(),
     pixel_ar=(),
     per_class=50,
 )
-_NARROW = ("model.layers=2", "model.width=64", "model.heads=2", "checkpoint.every=50")
+_NARROW = ("model.layers=2", "model.width=64", "model.heads=2", "checkpoint.every=100")
 SMALL = Scale(
-    encoder_steps=30,
-    vqgan_steps=60,
-    codes=32,
+    encoder_steps=60,
+    vqgan_steps=80,
+    codes=64,
     kmeans_iterations=5,
     views=1,
-    prior=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=200"),
+    prior=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
     pixel_ar=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
-    per_class=4,
+    per_class=10,
 )
 
 

@@ -23,7 +23,7 @@ from digit_ds.demo.fitting import distort, draw, fit
 from digit_ds.errors import run_command
 from digit_ds.files import write_atomically
 
-PATCH = 4
+PATCH = 8
 GRID = SIZE // PATCH
 WIDTH = 64
 DEPTH = 5

@@ -17,7 +17,7 @@ from digit_ds.errors import run_command
 from digit_ds.files import write_atomically
 from digit_ds.tokenizer.vqgan_network import VqganNetwork
 
-CODES = 64
+CODES = 128
 CONFIG = {
     "double_z": False,
     "z_channels": 32,
@@ -25,7 +25,7 @@ CONFIG = {
     "in_channels": 3,
     "out_ch": 3,
     "ch": 32,
-    "ch_mult": [1, 1, 2],  # two halvings: a grid of 8x8
+    "ch_mult": [1, 1, 2, 2],  # three halvings: a grid of 4x4
     "num_res_blocks": 1,
     "attn_resolutions": [],
     "dropout": 0.0,

@@ -51,6 +51,7 @@ def sample(
     seed: int = 0,
     batch: int | None = None,
     precision: Precision | None = None,
+    vqgan_precision: Literal["float32", "float16", "bfloat16"] = "float32",
     adm_array: bool = False,
     from_images: Path | str | None = None,
     encoder: Path | str | None = None,
@@ -77,6 +78,7 @@ def sample(
         seed: one seed for the job; every image derives its own from its number.
         batch: images that a process computes together; default 64 on CPUs, 512 on GPUs.
         precision: of the transformers; default float64 on CPUs (then no batch size changes a token), bfloat16 on GPUs.
+        vqgan_precision: of the painting; halves are faster on a GPU and change pixels by a level or two.
         adm_array: also write ``samples.npz``.
         from_images: folder of pictures whose tokens are taken instead of drawn; with ``encoder`` (weights) and
             ``codebook`` unless the prior is a ``vq`` model; ``num_heads`` as for ``load_encoder``.
@@ -90,12 +92,13 @@ def sample(
     device = launch.device()
     precision = precision or ("bfloat16" if device.type == "cuda" else "float64")
     batch = batch or (512 if device.type == "cuda" else 64)
-    if batch < 1:
-        raise UserError(f"batch is {batch}, expected at least 1")
+    for name, number in (("batch", batch), ("count", count), ("count per class", per_class)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} is {number}, expected at least 1")
     given = from_images is not None or from_tokens is not None
     stages = _stages(prior, pixel_decoder, given, keep)
     first = stages.get("prior", stages.get("pixel_decoder"))
-    painter = load_vqgan(vqgan, vqgan_config, device=device)
+    painter = load_vqgan(vqgan, vqgan_config, device, getattr(torch, vqgan_precision))
     source = None
     parts = [Part(f"model {model.directory}", model.provenance) for model in stages.values()]
     parts.append(Part(f"VQGAN {vqgan}", {"vqgan_sha256": painter.sha256}))
@@ -120,6 +123,7 @@ def sample(
         "classes": None if classes is None else list(classes),
         "seed": seed,
         "precision": precision,
+        "vqgan_precision": vqgan_precision,
         "source": None if source is None else {**source.identity, "keep": keep},
     }
     job = Job(out_dir, _jsonable(settings), labels, names)
@@ -251,8 +255,8 @@ def _labels(
     if not first.spec.classes:
         if classes is not None or per_class is not None:
             raise UserError(f"{first.directory}: is unconditional, but classes were asked for")
-        if count is None or count < 1:
-            raise UserError(f"count is {count}, expected at least 1")
+        if count is None:
+            raise UserError("no count of pictures is given")
         return [-1] * count, []
     chosen = list(range(first.spec.classes)) if classes is None else list(classes)
     for label in chosen:
@@ -261,8 +265,6 @@ def _labels(
     if not chosen or (count is None) == (per_class is None):
         raise UserError("expected either a count of pictures or a count per class, and at least one class")
     total = count if per_class is None else per_class * len(chosen)
-    if total < 1:
-        raise UserError(f"{total} pictures were asked for, expected at least 1")
     return [chosen[image % len(chosen)] for image in range(total)], names
 
 
