@@ -6,6 +6,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tqdm import tqdm
 
 from digit_ds.errors import run_command
 from digit_ds.files import sha256
@@ -140,6 +142,7 @@ def start_ranks(world: int, work: Callable[[], None]) -> list[multiprocessing.Pr
 
     def enter(rank: int) -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        tqdm.set_lock(threading.RLock())  # the shared one would stay locked for ever when its holder is killed
         os.environ |= {
             "RANK": str(rank),
             "WORLD_SIZE": str(world),
