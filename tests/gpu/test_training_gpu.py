@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_parts import launch, metrics, recipe, train, write_shards
+from training_parts import launch, metrics, recipe, start, train, write_shards
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,22 +26,30 @@ def losses(run: Path, token_shards: Path, **overrides) -> list[float]:
     return [line["loss"] for line in metrics(run)]
 
 
+SIZES = {"model__width": 128, "optimizer__learning_rate": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def exact(token_shards, tmp_path_factory) -> list[float]:
+    """Losses in float32 without ZeRO."""
+    found = losses(tmp_path_factory.mktemp("exact") / "fp32", token_shards, deepspeed="zero0.json", **SIZES)
+    assert found[-1] < found[0] - 0.3
+    return found
+
+
 @pytest.mark.parametrize(
     ("file", "compiled"),
     [("zero1", False), ("zero1", True), ("zero2", True), ("zero3", False), ("zero2_offload", False)],
 )
-def test_bf16_follows_fp32(file, compiled, token_shards, tmp_path):
-    options = {"model__width": 128, "optimizer__learning_rate": 2e-3}
-    exact = losses(tmp_path / "fp32", token_shards, deepspeed="zero0.json", **options)
+def test_bf16_follows_fp32(file, compiled, token_shards, tmp_path, exact):
     ours = losses(
         tmp_path / "bf16",
         token_shards,
         deepspeed=f"{file}.json",
         training__precision="bf16",
         training__compile=compiled,
-        **options,
+        **SIZES,
     )
-    assert exact[-1] < exact[0] - 0.3
     assert ours == pytest.approx(exact, rel=0.02)
 
 
@@ -87,3 +95,30 @@ def test_memory_is_what_the_estimate_says(token_shards, tmp_path):
     launch(train, (values,), 1, tmp_path / "log", timeout=400)
     expected = sum(memory_by_part(values, model_spec(values, read_manifest(token_shards)), 1, 1, False).values())
     assert metrics(tmp_path / "run")[-1]["memory_gib"] == pytest.approx(expected, rel=0.3)
+
+
+def train_within(values, gib: float) -> None:
+    """Training on a GPU that has no more memory than this."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
+    train(values)
+
+
+def test_offload_trains_a_model_that_does_not_fit_otherwise(token_shards, tmp_path):
+    """The large prior's layers need 13 GiB for weights, gradients and moments; the GPU is cut to 8."""
+    sizes = {"model__layers": 24, "model__width": 1536, "model__heads": 16, "training__precision": "bf16"}
+    outcomes = {}
+    for file in ("zero1", "zero3_offload"):
+        values = recipe(
+            tmp_path / file,
+            token_shards,
+            deepspeed=f"{file}.json",
+            training__steps=3,
+            training__global_batch=2,
+            **sizes,
+        )
+        group = start(train_within, (values, 8.0), 1, tmp_path / f"{file}.log")
+        outcomes[file] = group.wait(timeout=240)[0], "out of memory" in group.output().lower()
+    assert outcomes["zero1"] == (1, True)
+    assert outcomes["zero3_offload"] == (0, False)
+    assert metrics(tmp_path / "zero3_offload")[-1]["memory_gib"] < 8
