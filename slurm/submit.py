@@ -267,6 +267,8 @@ def _waiting(reason: str) -> str:
 
 def _why(log: Path) -> str:
     """The line of the last attempt's log that says best why it ended."""
+    if shutil.disk_usage(log.parent).free < 1 << 16:
+        return f"the file system of {log.parent} is full"
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -279,8 +281,6 @@ def _why(log: Path) -> str:
     ):
         if found := [match[1] for line in lines if (match := re.fullmatch(pattern, line.strip()))]:
             return found[0]
-    if shutil.disk_usage(log.parent).free < 1 << 16:
-        return f"the file system of {log.parent} is full"
     return next((line for line in reversed(lines) if line.strip()), "its log is empty")
 
 

@@ -86,7 +86,7 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.nodes = NODES
+        self.small_disk = folder / "small_disk"  # a file system of 128 KiB, where one may be mounted
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin",
@@ -122,6 +122,10 @@ class Cluster:
                 names=",".join(NODES),
             )
         )
+        # Before the nodes start: they see no later mounts.
+        self.small_disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(self.small_disk)]
+        subprocess.run(mount, capture_output=True, check=False)
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
@@ -168,6 +172,8 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        if self.small_disk.is_mount():
+            subprocess.run(["umount", str(self.small_disk)], check=True)
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Standard output of a client command; a failure shows its standard error."""

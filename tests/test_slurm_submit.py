@@ -159,23 +159,20 @@ def test_a_killed_rank_ends_the_step_with_its_name(submission):
 
 
 def test_a_full_disk_is_named(submission):
-    disk = submission.folder / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True).returncode:
+    disk = submission.cluster.small_disk
+    if not disk.is_mount():
         pytest.skip("no right to mount a small file system")
-    try:
-        submission.chain["out"] = str(disk / "out")
-        submission.behave(features={"gate": True})
-        assert submission.call().returncode == 0
-        job = json.loads((disk / "out" / "steps" / "features.submitted.json").read_text())["job"]
-        with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-            while filler.write(bytes(4096)):
-                pass
-        (submission.folder / "open").touch()
-        assert submission.cluster.wait(job)["JobState"] == "FAILED"
-        assert f"the file system of {disk}/out/logs is full" in submission.status()["features"]
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+    submission.chain["out"] = str(disk / "out")
+    submission.behave(features={"gate": True})
+    assert submission.call().returncode == 0
+    job = json.loads((disk / "out" / "steps" / "features.submitted.json").read_text())["job"]
+    submission.cluster.wait(job, states=("RUNNING",))
+    with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    (submission.folder / "open").touch()
+    assert submission.cluster.wait(job)["JobState"] == "FAILED"
+    assert f"the file system of {disk}/out/logs is full" in submission.status()["features"]
 
 
 def test_queued_steps_are_waited_for_and_not_submitted_twice(submission):
