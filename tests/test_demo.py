@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import digit_ds
+from digit_ds.data.images import Crops
 from digit_ds.demo import stand_in_encoder, stand_in_vqgan
 from digit_ds.demo.digits import read_images, read_labels, write_digits
 from digit_ds.demo.fitting import distort, fit
@@ -170,3 +171,14 @@ def _check_files(out: Path) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4
     assert page.count("data:image/png;base64,") == 3
+
+
+def test_views_without_flips_are_moved_but_never_mirrored(digits):
+    crops = Crops("training", 32, 35, 8, seed=0, flips=False)
+    plans = [crops.plan((32, 32), "0/0000.png", view) for view in range(8)]
+    assert not any(plan.mirrored for plan in plans)
+    assert len({plan.box for plan in plans}) > 3
+    mirrored = [
+        plan.mirrored for plan in (Crops("training", 32, 35, 8, seed=0).plan((32, 32), "a", v) for v in range(8))
+    ]
+    assert any(mirrored), "the default mirrors"

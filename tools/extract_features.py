@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> None:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--points", type=int, help="patches kept of each image; default: all")
     kept.add_argument("--fraction", type=float, help="share of patches kept, drawn patch by patch")
+    parser.add_argument("--no-flip", action="store_false", dest="flips", help="never mirror an image")
     parser.add_argument("--seed", type=int, default=0, help="seed of crops, flips and kept patches")
     parser.add_argument("--batch", type=int, default=256, help="images at a time")
     parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="stored type")

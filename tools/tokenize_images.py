@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--resize", type=int, help="short side before cropping; default: image size, 1.1 x for ten-crop"
     )
+    parser.add_argument("--no-flip", action="store_false", dest="flips", help="never mirror a random view")
     parser.add_argument("--seed", type=int, default=0, help="seed of crops and flips")
     parser.add_argument("--batch", type=int, default=256, help="views at a time")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="arithmetic")

@@ -167,7 +167,7 @@ class Crops:
     """How views are cut from images: which, of what size, and the seed of what is random.
 
     ``size`` is the side of a view in pixels; ``resize`` the length to which an image's short side is scaled first
-    (bicubic with antialiasing), not used by ``random-resized-crop``.
+    (bicubic with antialiasing), not used by ``random-resized-crop``. Without ``flips`` random views are never mirrored.
     """
 
     kind: CropKind
@@ -175,6 +175,7 @@ class Crops:
     resize: int
     views: int
     seed: int
+    flips: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(CropKind):
@@ -221,7 +222,7 @@ class Crops:
             (left, top), mirrored = centre, False
         else:
             u = uniforms(3, self.seed, identity, view, self.kind)
-            left, top, mirrored = int(u[0] * (room_x + 1)), int(u[1] * (room_y + 1)), bool(u[2] < 0.5)
+            left, top, mirrored = int(u[0] * (room_x + 1)), int(u[1] * (room_y + 1)), self.flips and bool(u[2] < 0.5)
         return Cut((left, top, left + self.size, top + self.size), mirrored)
 
     def windows(self, image_size: tuple[int, int], identity: str) -> np.ndarray:
@@ -248,7 +249,7 @@ class Crops:
         """A part of 8 to 100 % of the area with sides 3:4 to 4:3, as torchvision's transform of that name draws it."""
         width, height = image_size
         u = uniforms(41, self.seed, identity, view, self.kind)
-        mirrored = bool(u[40] < 0.5)
+        mirrored = self.flips and bool(u[40] < 0.5)
         for area, ratio, x, y in u[:40].reshape(10, 4):
             target = width * height * (0.08 + 0.92 * area)
             aspect = math.exp(math.log(3 / 4) + ratio * math.log(16 / 9))

@@ -18,6 +18,9 @@ import digit_ds
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 
+VIEW_RESIZE = 35
+"""Pixels to which a digit is enlarged before a view of 32 is cut: it moves by up to 1.5 pixels either way."""
+
 _HERE = Path(__file__).parent
 _TOOLS = Path(digit_ds.__file__).parents[1] / "tools"
 
@@ -40,10 +43,10 @@ class Scale:
 
 FULL = Scale(
     encoder_steps=400,
-    vqgan_steps=240,
-    codes=128,
+    vqgan_steps=400,
+    codes=256,
     kmeans_iterations=20,
-    views=1,
+    views=8,
     prior=(),
     pixel_ar=(),
     per_class=50,
@@ -54,7 +57,7 @@ SMALL = Scale(
     vqgan_steps=80,
     codes=64,
     kmeans_iterations=5,
-    views=1,
+    views=8,
     prior=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
     pixel_ar=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
     per_class=10,
@@ -157,7 +160,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
     features, judge = out / "features", out / "stand_ins" / "judge.safetensors"
     prior, pixel_decoder = out / "models" / "prior", out / "models" / "pixel_ar"
     painter = ["--vqgan", vqgan, "--vqgan-config", vqgan_config]
-    tokenise = ["--encoder", encoder, "--codebook", codebook, *painter]
+    tokenise = ["--encoder", encoder, "--codebook", codebook, *painter, "--resize", VIEW_RESIZE, "--no-flip"]
     shards = [f"data.shards={train_shards}", f"data.validation={held_out_shards}"]
     pixel_sampling = ["--decoder", pixel_decoder, *painter, "--decoder-top-p", 0.8]
 
@@ -175,7 +178,9 @@ def steps(out: Path, scale: Scale) -> list[Step]:
         "judge": demo("judge", train_images, judge),
         "encoder": demo("stand_in_encoder", train_images, encoder, "--steps", scale.encoder_steps),
         "vqgan": demo("stand_in_vqgan", train_images, vqgan, vqgan_config, "--steps", scale.vqgan_steps),
-        "features": tool("extract_features.py", "--images", train_images, "--encoder", encoder, "--out", features),
+        "features": tool(
+            "extract_features.py", "--images", train_images, "--encoder", encoder, "--out", features, "--no-flip"
+        ),
         "kmeans": tool(
             "train_kmeans.py",
             *("--features", features, "--clusters", scale.codes, "--iterations", scale.kmeans_iterations),

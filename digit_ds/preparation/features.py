@@ -37,6 +37,7 @@ def extract_features(
     image_size: int | None = None,
     points: int | None = None,
     fraction: float | None = None,
+    flips: bool = True,
     seed: int = 0,
     batch: int = 256,
     dtype: str = "fp16",
@@ -58,6 +59,7 @@ def extract_features(
         image_size: side of the crop; the short side is scaled to it first. Default: the encoder's own (224 of DINOv2).
         points: keep this many patches of each image, drawn at random.
         fraction: keep each patch with this probability. Without ``points`` and ``fraction`` all patches are kept.
+        flips: whether images may be mirrored.
         seed: seed of crops, flips and kept patches; what is drawn depends on it and on the image's name alone.
         batch: images at a time.
         dtype: stored type, ``fp16`` or ``fp32``.
@@ -83,13 +85,14 @@ def extract_features(
         raise UserError(f"points is {points}, expected 1 to {patches}, the patches of an image of {size} pixels")
     if fraction is not None and not 0 < fraction <= 1:
         raise UserError(f"fraction is {fraction}, expected more than 0 and at most 1")
-    crops = Crops("random", size, size, 1, seed)
+    crops = Crops("random", size, size, 1, seed, flips)
     provenance = model.provenance() | {"image_size": size}
     settings = {
         "job": "features",
         "provenance": provenance,
         "points": points,
         "fraction": fraction,
+        "flips": flips,
         "seed": seed,
         "batch": batch,
         "dtype": dtype,

@@ -53,7 +53,14 @@ def recheck(directory: Path | str, images: Path | str, tokenizer: Tokenizer, cou
                 f"{directory}: was made with {key} {value}, but the given parts have {ours.get(key)}; "
                 f"expected those that made it"
             )
-    crops = Crops(settings["crops"], manifest.image_size, settings["resize"], manifest.views, settings["seed"])
+    crops = Crops(
+        settings["crops"],
+        manifest.image_size,
+        settings["resize"],
+        manifest.views,
+        settings["seed"],
+        settings["flips"],
+    )
     samples = _draw(directory, count, seed)
     views = np.stack([_view(Path(images), crops, sample) for sample in samples])
     kinds = ["discriminative", "vq"][: 2 if manifest.vq_codes else 1]

@@ -121,6 +121,7 @@ def tokenize_images(
     crops: CropKind = "training",
     image_size: int | None = None,
     resize: int | None = None,
+    flips: bool = True,
     seed: int = 0,
     batch: int = 256,
     precision: str = "fp32",
@@ -146,6 +147,7 @@ def tokenize_images(
         image_size: side of a view. Default: the largest that the encoder takes (256 of DINOv2).
         resize: length of an image's short side before cropping. Default: ``image_size``, 1.1 times that for
             ``ten-crop``.
+        flips: whether random views may be mirrored; not for pictures that mean something else then, such as digits.
         seed: seed of crops and flips; what is drawn depends on it, the image's name and the view alone.
         batch: views at a time.
         precision: arithmetic of encoder and VQGAN, ``fp32``, ``bf16`` or ``fp16``.
@@ -172,13 +174,14 @@ def tokenize_images(
     )
     size = tokenizer.image_size
     ten = crops == "ten-crop"
-    cut = Crops(crops, size, resize or (round(1.1 * size) if ten else size), views or (10 if ten else 1), seed)
+    cut = Crops(crops, size, resize or (round(1.1 * size) if ten else size), views or (10 if ten else 1), seed, flips)
     settings = {
         "job": "tokens",
         "provenance": tokenizer.provenance(),
         "views": cut.views,
         "crops": cut.kind,
         "resize": cut.resize,
+        "flips": cut.flips,
         "seed": seed,
         "batch": batch,
         "precision": precision,
