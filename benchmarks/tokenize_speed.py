@@ -167,7 +167,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
     encoder = random_encoder(root / "encoder.pth", options.width, options.depth)
     save_codebook(root / "km.npy", torch.randn(options.codes, options.width), {})
     torch.save(VqganNetwork(MAGE_CONFIG["ddconfig"], MAGE_CONFIG["n_embed"]).state_dict(), root / "vqgan.ckpt")
-    images = photographs(root / "images", options.images)
+    images, few = photographs(root / "images", options.images), photographs(root / "few", 2 * options.batch)
 
     cuda = torch.cuda.is_available()
     crops = Crops("random", SIZE, SIZE, 1, 0)
@@ -196,6 +196,8 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
         kinds = "both kinds of tokens" if with_vqgan else "discriminative tokens"
         encode = encode_speed(tokenizer.encode, options.batch, options.seconds)
         report(f"encode, {kinds}", encode)
+        for loading in loadings.values():  # what the compiler does at the first batch belongs to no image
+            conveyor_speed(few, loading, tokenizer.encode, tokenizer, root / "out")
         for name, loading in loadings.items():
             speed = conveyor_speed(images, loading, tokenizer.encode, tokenizer, root / "out")
             report(f"end to end, {kinds}, {name} decoder", speed, min(encode, decode[name]))
