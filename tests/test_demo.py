@@ -156,8 +156,8 @@ def test_small_run_is_interrupted_continued_and_then_a_no_op(tmp_path):
 
 def _check_figures(figures: dict) -> None:
     assert figures["real_accuracy"] >= 0.95
-    assert figures["class_accuracy"] >= 0.2, "chance is 0.1"
-    assert figures["reconstruction_accuracy"] >= 0.4, "chance is 0.1"
+    assert figures["class_accuracy"] >= 0.4, "chance is 0.1"
+    assert figures["reconstruction_accuracy"] >= 0.3, "chance is 0.1"
     assert figures["best_probe_accuracy"] == max(figures["probe_accuracy"]) >= 0.5, "chance is 0.1"
     assert 4 <= figures["codebook_perplexity"] <= figures["codes"]
     assert figures["prior_nll"] < 0.8 * figures["unigram_entropy"]
