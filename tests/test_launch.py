@@ -70,9 +70,10 @@ def test_torchrun():
 
 
 def test_torchrun_with_rendezvous_of_two_nodes():
+    # Hosts are told apart by their address, which the two nodes of one machine share: say which of them hosts.
     where = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    command = [*TORCHRUN, "1", *where, PROBE]
-    assert numbers(start(command, command)) == TWO_NODES
+    nodes = ([*TORCHRUN, "1", *where, "--rdzv-conf", f"is_host={host}", PROBE] for host in ("true", "false"))
+    assert numbers(start(*nodes)) == TWO_NODES
 
 
 def test_deepspeed_launcher():
@@ -99,7 +100,10 @@ def test_srun(cluster):  # noqa: F811
 def test_torchrun_inside_srun(cluster):  # noqa: F811
     """One torchrun on each node, started by srun: two ranks each."""
     where = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    command = ["srun", "-N2", "--ntasks-per-node=1", *TORCHRUN, "2", *where, PROBE]
+    # As above: the task of the first node hosts.
+    script = 'test "$SLURM_PROCID" = 0 && host=true || host=false; exec "${@:2}" --rdzv-conf is_host=$host "$1"'
+    torchrun = ["bash", "-c", script, "bash", str(PROBE), *TORCHRUN, "2", *where]
+    command = ["srun", "-N2", "--ntasks-per-node=1", *torchrun]
     seen = numbers(start(command, environment=cluster.environment))
     assert [one[:5] for one in seen] == [(rank, 4, rank % 2, 2, 10) for rank in range(4)]
 
