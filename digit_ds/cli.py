@@ -84,6 +84,7 @@ def _sample(options: argparse.Namespace) -> None:
         encoder=options.encoder,
         num_heads=options.num_heads,
         codebook=options.codebook,
+        resize=options.resize,
         from_tokens=options.from_tokens,
         keep=options.keep,
     )
@@ -180,6 +181,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--encoder", help="encoder weights for --from-images")
     given.add_argument("--num-heads", type=int, help="of that encoder (default: width // 64)")
     given.add_argument("--codebook", help="codebook for --from-images")
+    given.add_argument("--resize", type=int, help="their short side before the centre is cut out (default: the cut's)")
     given.add_argument("--from-tokens", metavar="NPZ", help="first-stage tokens, such as a job's tokens.npz")
     given.add_argument("--keep", type=int, help="leading tokens to keep; the prior writes the rest")
 

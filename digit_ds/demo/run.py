@@ -203,7 +203,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
         ),
         "reconstruct": verb(
             *("sample", *pixel_sampling, "--out", out / "reconstructions"),
-            *("--from-images", held_out_images, "--encoder", encoder, "--codebook", codebook),
+            *("--from-images", held_out_images, "--resize", VIEW_RESIZE, "--encoder", encoder, "--codebook", codebook),
         ),
         "evaluate": verb(
             *("evaluate", "--generated", out / "samples" / "images", "--reference", train_images),

@@ -57,6 +57,7 @@ def sample(
     encoder: Path | str | None = None,
     num_heads: int | None = None,
     codebook: Path | str | None = None,
+    resize: int | None = None,
     from_tokens: Path | str | None = None,
     keep: int | None = None,
 ) -> None:
@@ -82,6 +83,8 @@ def sample(
         adm_array: also write ``samples.npz``.
         from_images: folder of pictures whose tokens are taken instead of drawn; with ``encoder`` (weights) and
             ``codebook`` unless the prior is a ``vq`` model; ``num_heads`` as for ``load_encoder``.
+        resize: short side of those pictures before the centre is cut out, as the model's tokens were made; None: the
+            size of the cut.
         from_tokens: ``.npz`` of first-stage tokens to take, such as a job's ``tokens.npz``.
         keep: how many leading tokens of each given image to keep, the prior writing the rest; None: all.
 
@@ -107,7 +110,7 @@ def sample(
         limit = first.spec.vq_codes if written == "vq" else first.spec.discriminative_codes
         source = TokenFile(from_tokens, written, first.spec.tokens, limit)
     elif from_images is not None:
-        source, used = _image_source(from_images, encoder, num_heads, codebook, first, painter, device)
+        source, used = _image_source(from_images, resize, encoder, num_heads, codebook, first, painter, device)
         parts += used
     check_agreement(parts)
     _check_vqgan(painter, stages, vqgan)
@@ -194,6 +197,7 @@ def _stages(
 
 def _image_source(
     root: Path | str,
+    resize: int | None,
     encoder: Path | str | None,
     num_heads: int | None,
     codebook: Path | str | None,
@@ -207,7 +211,7 @@ def _image_source(
         raise UserError(f"{root}: cannot be tokenised for {first.directory}, whose grid {rows}x{columns} is not square")
     size = rows * painter.downsampling
     if first.spec.kind == "vq":
-        return ImageFolder(root, size, painter, None, None, device), []
+        return ImageFolder(root, size, resize or size, painter, None, None, device), []
     if encoder is None or codebook is None:
         raise UserError(f"{root}: needs the encoder's weights and the codebook to be turned into tokens")
     from digit_ds.tokenizer.encoder import load_encoder  # takes as long to import as torch
@@ -224,7 +228,7 @@ def _image_source(
         Part(f"codebook {codebook}", {**loaded_codebook.provenance, "codebook_sha256": loaded_codebook.sha256}),
         Part(f"encoder {encoder}", loaded_encoder.provenance()),
     ]
-    return ImageFolder(root, size, painter, loaded_encoder, loaded_codebook, device), parts
+    return ImageFolder(root, size, resize or size, painter, loaded_encoder, loaded_codebook, device), parts
 
 
 def _check_vqgan(painter: Vqgan, stages: dict[str, _Model], path: Path | str) -> None:

@@ -72,6 +72,7 @@ class ImageFolder:
         self,
         root: Path | str,
         size: int,
+        resize: int,
         vqgan: Vqgan,
         encoder: "Encoder | None",
         codebook: Codebook | None,
@@ -80,11 +81,11 @@ class ImageFolder:
         self.root, self.names = Path(root), list(walk(root))
         if not self.names:
             raise UserError(f"{root}: holds no images")
-        self._crops = Crops(kind="training", size=size, resize=size, views=1, seed=0)
+        self._crops = Crops(kind="training", size=size, resize=resize, views=1, seed=0)
         self._vqgan, self._encoder, self._codebook, self._device = vqgan, encoder, codebook, device
         self.count = len(self.names)
         names_hash = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
-        self.identity = {"image_names_sha256": names_hash}
+        self.identity = {"image_names_sha256": names_hash, "resize": resize}
 
     def labels(self) -> tuple[list[int], list[str]]:
         """Label of every picture (-1: it lies in no folder) and the names of the classes, as preparation numbers
