@@ -5,6 +5,7 @@ process of its own. A finished step leaves OUT/steps/NAME.json and is not repeat
 command does.
 """
 
+import os
 import resource
 import shlex
 import signal
@@ -137,7 +138,9 @@ class Step:
             UserError: the command failed; it has said why.
         """
         start = time.perf_counter()
-        process = subprocess.Popen(self.command)
+        # The networks are small: a second thread gains little, and on a busy machine waiting OpenMP threads keep the
+        # cores from those that have work.
+        process = subprocess.Popen(self.command, env={"OMP_NUM_THREADS": "1", **os.environ})
         try:
             status = process.wait()
         except KeyboardInterrupt:
