@@ -205,7 +205,8 @@ def _move(state: State, sums: torch.Tensor, counts: torch.Tensor) -> tuple[float
         own = slice(part, part + codes_at_once)
         centred = torch.from_numpy(state.centroids[own] - state.mean).to(sums.device)  # fp64 [part of K, D]
         exact = sums[own].double().div_(state.scale)
-        inertia += float((counts[own] * centred.square().sum(1)).sum() - 2 * (exact * centred).sum())
+        per_code = counts[own] * centred.square().sum(1) - 2 * (exact * centred).sum(1)
+        inertia += math.fsum(per_code.tolist())  # a sum over threads would depend on their number
         exact /= counts[own].clamp(min=1).unsqueeze(1)
         moved[own] = exact.cpu().numpy() + state.mean
     return inertia, moved
@@ -222,7 +223,7 @@ def _assign_and_sum(state: State, shard: Shard, assigner: Assigner, bar: Any) ->
         codes = assigner.assign(batch)
         add_points(sums, counts, batch.points, codes, state.scale)
         if state.spread is None:
-            squares.append(float(batch.points.square().sum(dtype=torch.float64)))
+            squares.append(math.fsum(batch.points.square().sum(1, dtype=torch.float64).tolist()))
         bar.update(len(codes))
     if state.spread is None:
         # fsum rounds once, so that the order and the number of processes do not matter.
