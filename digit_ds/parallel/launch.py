@@ -5,6 +5,7 @@ sets neither), and a launcher inside another leaves both vocabularies behind. ``
 place, and refuses what contradicts itself: ranks that disagree about the world do not fail, they hang.
 """
 
+import atexit
 import os
 import re
 import socket
@@ -198,6 +199,13 @@ def initialize(timeout: timedelta | None = None) -> None:
         LOCAL_WORLD_SIZE=str(here.local_world_size),
     )
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Stop gloo's threads: an interpreter that ends while they run is aborted now and then (SIGABRT)."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def _srun_address() -> tuple[str, int]:
