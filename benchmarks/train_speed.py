@@ -7,11 +7,13 @@ random tokens already on the device. Same sizes, same dropout, same images a ste
     python benchmarks/train_speed.py                              # base at 256 images a step, large at 128
     python benchmarks/train_speed.py --sizes base --variants zero2 compile=false
     python benchmarks/train_speed.py --sizes base --no-plain --profile
+    python benchmarks/train_speed.py --sizes base --no-plain --gpus 1 2    # weak scaling: as many images a GPU
 
 A variant is a DeepSpeed configuration (``zero1``, ``zero2``, ...) or an override of ``training.`` for ZeRO 1.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -127,18 +129,18 @@ def write_shards(folder: Path, codes: int, images: int = 2048) -> None:
     ).write(folder)
 
 
-def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, profile: bool) -> list[dict]:
-    """Run ``digit-ds train`` and read its metrics."""
+def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, gpus: int, profile: bool) -> list[dict]:
+    """Run ``digit-ds train`` with ``batch`` images a GPU and read its metrics."""
     layers, width, heads, codes, _ = SIZES[size]
     shards = folder / f"shards-{codes}"
     if not shards.exists():
         write_shards(shards, codes)
     recipe = {
-        "run": str(folder / f"{size}-{re.sub('[^a-z0-9_]', '_', variant)}"),
+        "run": str(folder / f"{size}-{gpus}-{re.sub('[^a-z0-9_]', '_', variant)}"),
         "deepspeed": "zero1.json",
         "model": {"layers": layers, "width": width, "heads": heads, "dropout": DROPOUT},
         "data": {"shards": str(shards), "workers": 2},
-        "training": {"steps": steps + 10, "global_batch": batch, "micro_batch": batch, "compile": True},
+        "training": {"steps": steps + 10, "global_batch": batch * gpus, "micro_batch": batch, "compile": True},
         "checkpoint": {"every": 10**6},
         "monitor": {"log_every": 10, "profile_step": steps + 5 if profile else 0},
     }
@@ -151,7 +153,8 @@ def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, p
     path.write_text(yaml.safe_dump(recipe))
     path_entries = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path_entries)}
-    command = [sys.executable, "-m", "digit_ds", "train", str(path)]
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(gpus), "-m"] if gpus > 1 else []
+    command = [sys.executable, "-m", *launcher, "digit_ds", "train", str(path)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
         sys.exit(f"{' '.join(command)} ended with {finished.returncode}:\n{finished.stderr[-6000:]}")
@@ -184,13 +187,23 @@ def print_parts(trace: Path) -> None:
         parts[part] += event["dur"]
         names[name] += event["dur"]
         counts[name] += 1
-    span = max(e["ts"] + e["dur"] for e in kernels) - min(e["ts"] for e in kernels)
+    kernels.sort(key=lambda event: event["ts"])
+    gaps = Counter()
+    end = kernels[0]["ts"]
+    for before, after in itertools.pairwise(kernels):
+        end = max(end, before["ts"] + before["dur"])
+        if after["ts"] > end:
+            gaps[f"{before['name'][:50]} -> {after['name'][:50]}"] += after["ts"] - end
+    span = max(e["ts"] + e["dur"] for e in kernels) - kernels[0]["ts"]
     busy = sum(parts.values())
     print(f"  one step: {span / 1e3:.1f} ms between first and last kernel, {busy / 1e3:.1f} ms of kernels")
     for part, microseconds in parts.most_common():
         print(f"    {part:24} {microseconds / 1e3:8.2f} ms {microseconds / busy:6.1%}")
     for name, microseconds in names.most_common(22):
         print(f"      {microseconds / 1e3:8.2f} ms {counts[name]:5} x {name[:110]}")
+    print(f"    the device idles {sum(gaps.values()) / 1e3:.2f} ms, most of it between")
+    for names, microseconds in gaps.most_common(6):
+        print(f"      {microseconds / 1e3:8.2f} ms {names}")
 
 
 def main() -> None:
@@ -200,6 +213,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["zero1"], help="zero1, zero2, compile=false, ...")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
     parser.add_argument("--batch", type=int, help="images a step (default: 256 base, 128 large)")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="GPUs of ours, data-parallel")
     parser.add_argument("--no-plain", action="store_true", help="ours only")
     parser.add_argument("--profile", action="store_true", help="share of parts of one step")
     options = parser.parse_args()
@@ -213,16 +227,16 @@ def main() -> None:
                 plain, memory = plain_speed(size, options.steps, batch)
                 torch.cuda.empty_cache()
                 print(f"{size:6} {'plain':14} {plain:8.1f} images/s {memory:6.1f} GiB", flush=True)
-            for variant in options.variants:
-                lines = our_metrics(Path(folder), size, variant, options.steps, batch, options.profile)
+            for variant, gpus in itertools.product(options.variants, options.gpus):
+                lines = our_metrics(Path(folder), size, variant, options.steps, batch, gpus, options.profile)
                 timed = [line for line in lines if line["step"] > 10 and "loss" in line][: options.steps // 10]
                 speed = float(np.mean([line["images_per_second"] for line in timed]))
                 wait = float(np.mean([line["data_wait_seconds"] / line["step_seconds"] for line in timed]))
                 mfu = float(np.mean([line["mfu"] or 0 for line in timed]))
-                share = f", {speed / plain:.3f} of plain" if plain else ""
+                share = f", {speed / plain / gpus:.3f} of plain" if plain else ""
                 print(
-                    f"{size:6} {variant:14} {speed:8.1f} images/s {timed[-1]['memory_gib']:6.1f} GiB, MFU {mfu:.1%}, "
-                    f"data wait {wait:.2%}{share}, loss {timed[-1]['loss']:.3f}",
+                    f"{size:6} {variant:14} {speed:8.1f} images/s on {gpus}, {timed[-1]['memory_gib']:6.1f} GiB, "
+                    f"MFU {mfu:.1%}, data wait {wait:.2%}{share}, loss {timed[-1]['loss']:.3f}",
                     flush=True,
                 )
 

@@ -1,5 +1,6 @@
 """The parallel layout changes the speed and never the mathematics."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from digit_ds.model.loss import label_smoothed_cross_entropy
 from digit_ds.model.sequences import training_sequence
 from digit_ds.training.schedule import learning_rate
 
-LAYOUTS = [(tensor, data, stage) for tensor, data in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1)) for stage in (0, 1, 2, 3)]
+LAYOUTS = list(product((1, 2, 4), (1, 2), (0, 1, 2, 3)))
+"""Tensor size, data size, ZeRO stage."""
 TOLERANCE = 1e-5
 
 

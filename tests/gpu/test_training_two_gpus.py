@@ -1,0 +1,102 @@
+"""Training over NCCL on two GPUs: layouts, signals and dead ranks, as tests/ holds them over gloo."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_parts import launch, metrics, recipe, start, train, write_shards
+
+from digit_ds.config import Recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+SIZES = {"model__width": 128, "optimizer__learning_rate": 2e-3}
+FLOAT32 = {"2x1-zero1": (2, "zero1"), "1x2-zero2": (1, "zero2"), "2x1-zero3": (2, "zero3"), "1x2-zero3": (1, "zero3")}
+"""Tensor size x data size, DeepSpeed file."""
+BFLOAT16 = {"2x1-zero1": (2, "zero1", False), "1x2-zero1": (1, "zero1", True), "1x2-zero2": (1, "zero2", True)}
+"""The same, and whether the layers are compiled."""
+
+
+@pytest.fixture(scope="module")
+def token_shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def train_all(recipes: list[Recipe]) -> None:
+    """Several runs in the same processes: each start of PyTorch on a GPU takes its time."""
+    for values in recipes:
+        train(values)
+
+
+@pytest.fixture(scope="module")
+def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
+    """Metrics of 20 steps at every layout, and of one GPU alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    alone = recipe(folder / "alone", token_shards, deepspeed="zero0.json", **SIZES)
+    launch(train, (alone,), 1, folder / "log-alone", timeout=300)
+    recipes = {
+        f"fp32-{name}": {"deepspeed": f"{file}.json", "parallel__tensor": tensor}
+        for name, (tensor, file) in FLOAT32.items()
+    } | {
+        f"bf16-{name}": {
+            "deepspeed": f"{file}.json",
+            "parallel__tensor": tensor,
+            "training__precision": "bf16",
+            "training__compile": compiled,
+        }
+        for name, (tensor, file, compiled) in BFLOAT16.items()
+    }
+    values = [recipe(folder / name, token_shards, **SIZES, **options) for name, options in recipes.items()]
+    launch(train_all, (values,), 2, folder / "log", timeout=500)
+    return {name: metrics(folder / name) for name in ("alone", *recipes)}
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_float32_layouts_agree(name, runs):
+    """NCCL adds in another order than one GPU: ten times the tolerance of the CPUs' 1e-5."""
+    for line, expected in zip(runs[f"fp32-{name}"], runs["alone"], strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4), line["step"]
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3), line["step"]
+        assert line["sample_ids_hash"] == expected["sample_ids_hash"]
+    assert runs["alone"][-1]["loss"] < runs["alone"][0]["loss"] - 0.3
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bf16_layouts_follow_float32(name, runs):
+    found = [line["loss"] for line in runs[f"bf16-{name}"]]
+    assert found == pytest.approx([line["loss"] for line in runs["alone"]], rel=0.02)
+
+
+def steps_logged(run: Path) -> int:
+    """Lines of metrics so far."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGKILL, signal.SIGSTOP])
+def test_a_signal_to_one_rank(how, token_shards, tmp_path):
+    """USR1: both save the same step and leave with 75. Killed or stopped for good: the other ends by itself."""
+    values = recipe(tmp_path / "run", token_shards, training__steps=100_000, training__timeout_seconds=10.0, **SIZES)
+    group = start(train, (values,), 2, tmp_path / "log")
+    end = time.monotonic() + 120
+    while steps_logged(tmp_path / "run") < 4:
+        assert time.monotonic() < end, group.output()[-3000:]
+        time.sleep(0.05)
+    os.kill(group.processes[1].pid, how)
+    group.processes[0].join(60)
+    status = group.processes[0].exitcode
+    if how == signal.SIGUSR1:
+        assert group.wait(60) == [75, 75], group.output()[-3000:]
+        assert group.output().count("stopped by signal at step") == 2
+    else:
+        group.processes[1].kill()
+        assert status not in (None, 0), group.output()[-3000:]
