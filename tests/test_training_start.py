@@ -1,8 +1,8 @@
-"""Training that starts from a released model, at another tensor-parallel size than it was cut for."""
+"""What training starts from: a released model, at another tensor-parallel size than it was cut for, left as it was."""
 
 import pytest
 import torch
-from training_parts import launch, recipe, train, write_shards
+from training_parts import launch, recipe, start, train, write_shards
 
 from digit_ds.errors import UserError
 from digit_ds.model.partition import write_partitioned
@@ -57,3 +57,23 @@ def test_another_models_weights_are_refused_by_the_size_that_differs(tmp_path):
     place = Topology(tensor_size=1, tensor_rank=0, data_size=1, data_rank=0, mailbox=None)
     with pytest.raises(UserError, match="discriminative_codes 27, but the recipe and its shards make 28"):
         _first_weights(values, other, place)
+
+
+def train_without_mpu(values) -> None:
+    """As if DeepSpeed were not told which ranks hold slices: it then broadcasts rank 0's over all of them."""
+    from digit_ds.training import engine
+
+    read = engine.read_deepspeed_config
+    engine.Mpu = lambda: None
+    engine.read_deepspeed_config = lambda recipe, _data_size: read(recipe, 2)  # what it takes the ranks for
+    train(values)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_overwritten_slices_are_noticed(precision, tmp_path):
+    values = recipe(
+        tmp_path / "run", write_shards(tmp_path / "shards"), parallel__tensor=2, training__precision=precision
+    )
+    group = start(train_without_mpu, (values,), 2, tmp_path / "log")
+    assert 0 not in group.wait()
+    assert "deepspeed.initialize changed this rank's weights" in group.output()

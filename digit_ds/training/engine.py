@@ -55,7 +55,8 @@ class Engine:
             spec, recipe.model.dropout, recipe.training.recompute, recipe.training.label_smoothing
         )
         model.load_state_dict(_first_weights(recipe, spec, topology), strict=False)
-        before = fingerprint(model) if topology.world_size > 1 else None
+        dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+        before = fingerprint(model, dtype) if topology.world_size > 1 and self.stage < 3 else None
         if recipe.training.compile:
             model.compile_layers()
         settings = recipe.optimizer
@@ -78,12 +79,7 @@ class Engine:
         self.model: MegatronTransformer = model
         self._zero: Any = self._deepspeed.optimizer
         self.optimizer.global_norm = self._stage_zero_norm if self.stage == 0 else lambda: self._zero._global_grad_norm
-        if (
-            before is not None
-            and self.stage < 3
-            and recipe.training.precision == "fp32"
-            and fingerprint(model) != before
-        ):
+        if before is not None and fingerprint(model, dtype) != before:
             raise RuntimeError("deepspeed.initialize changed this rank's weights")
         self.kernels = _kernels(recipe, device)
 
@@ -224,12 +220,16 @@ def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) ->
     return {name: value.float() for name, value in state.items()}
 
 
-def fingerprint(model: torch.nn.Module) -> list[float]:
-    """Two sums of every parameter: changes when any value does."""
+def fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> list[int]:
+    """Two sums of every parameter's bits in ``dtype``: changes when any value does.
+
+    Whole numbers, since a sum of floats would differ between CPU and GPU, which add in another order.
+    """
+    pattern = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
     sums = []
     for parameter in model.parameters():
-        flat = parameter.detach().double().reshape(-1)
-        sums += [float(flat.sum()), float(flat.square().sum())]
+        bits = parameter.detach().to(dtype).contiguous().view(pattern).long()
+        sums += [int(bits.sum()), int((bits * bits).sum())]  # products beyond 64 bits wrap around, equally everywhere
     return sums
 
 

@@ -1,7 +1,9 @@
 """Training over NCCL on two GPUs: layouts, signals and dead ranks, as tests/ holds them over gloo."""
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -31,10 +33,20 @@ def token_shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"))
 
 
-def train_all(recipes: list[Recipe]) -> None:
-    """Several runs in the same processes: each start of PyTorch on a GPU takes its time."""
-    for values in recipes:
+def train_all(recipes: list[Recipe], ports: list[int]) -> None:
+    """Several runs in the same processes (a start of PyTorch on a GPU takes its time), each with a store of its own."""
+    for values, port in zip(recipes, ports):
+        os.environ["MASTER_PORT"] = str(port)
         train(values)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +68,7 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
         for name, (tensor, file, compiled) in BFLOAT16.items()
     }
     values = [recipe(folder / name, token_shards, **SIZES, **options) for name, options in recipes.items()]
-    launch(train_all, (values,), 2, folder / "log", timeout=500)
+    launch(train_all, (values, free_ports(len(values))), 2, folder / "log", timeout=500)
     return {name: metrics(folder / name) for name in ("alone", *recipes)}
 
 
@@ -82,7 +94,7 @@ def steps_logged(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGKILL, signal.SIGSTOP], ids=["USR1", "KILL", "STOP"])
 def test_a_signal_to_one_rank(how, token_shards, tmp_path):
     """USR1: both save the same step and leave with 75. Killed or stopped for good: the other ends by itself."""
     values = recipe(tmp_path / "run", token_shards, training__steps=100_000, training__timeout_seconds=10.0, **SIZES)
