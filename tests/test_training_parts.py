@@ -247,6 +247,13 @@ def test_another_recipes_results_are_refused(tmp_path):
     runs.check_run_directory(run, recipe(run, tmp_path, training__steps=30, parallel__tensor=2, deepspeed="zero3.json"))
     with pytest.raises(UserError, match=r"training\.seed is 1 there and 2 here"):
         runs.check_run_directory(run, recipe(run, tmp_path, training__seed=2))
+    other = {"model__kind": "nar", "model__class_conditional": False, "schedule__name": "cosine"}
+    with pytest.raises(UserError, match=r"model\.kind is prior there and nar here"):  # what matters most
+        runs.check_run_directory(run, recipe(run, tmp_path, training__seed=2, **other))
+    cosine = tmp_path / "cosine"
+    runs.write_recipe(cosine, recipe(cosine, tmp_path, schedule__name="cosine"))
+    with pytest.raises(UserError, match=r"training\.steps was 20, and a cosine schedule cannot change its end"):
+        runs.check_run_directory(cosine, recipe(cosine, tmp_path, schedule__name="cosine", training__steps=30))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"recipe\.yaml"):

@@ -49,16 +49,16 @@ def check_run_directory(run: Path, recipe: Recipe) -> None:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{stored}: cannot be read ({' '.join(str(error).split())})") from error
     old, new = _flat(before), _flat(recipe.model_dump(mode="json"))
-    if old.get("schedule.name") == "cosine" and old.get("training.steps") != new["training.steps"]:
-        raise UserError(
-            f"{run}: training.steps was {old['training.steps']}, and a cosine schedule cannot change its end"
-        )
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "model.kind", key)):
         if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE):
             raise UserError(
                 f"{run}: holds the results of another recipe ({key} is {old.get(key)} there and {new.get(key)} here), "
                 "choose another run directory"
             )
+    if old.get("schedule.name") == "cosine" and old.get("training.steps") != new["training.steps"]:
+        raise UserError(
+            f"{run}: training.steps was {old['training.steps']}, and a cosine schedule cannot change its end"
+        )
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
