@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 PROGRAM = """
 import torch
-from digit_ds.model.decoder import KeyValueCache
+from digit_ds.model.decoder import Decoder, KeyValueCache
 from digit_ds.model.fused_cache import FusedCache
 from digit_ds.model.spec import TransformerSpec
 
@@ -31,6 +31,14 @@ for width, heads, prompt in ((64, 2, 60), (48, 2, 95), (48, 2, 0)):  # head widt
         torch.testing.assert_close(fused, plain, atol=2e-6, rtol=1e-5)
         place += part.shape[1]
     assert torch.equal(caches[0].keys[0], caches[1].keys[0]) and torch.equal(caches[0].values[0], caches[1].values[0])
+
+options = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
+spec = TransformerSpec("ar", 2, 32, 2, 16, "pre", 1, 9, 7, 0, grid=(2, 3), **options)
+model, tokens = Decoder(spec).eval(), torch.randint(14, (2, 12))
+with torch.inference_mode():
+    cache = FusedCache(spec, 2, 12, torch.device("cpu"), torch.float32)
+    steps = [model.step(part, cache) for part in tokens.split((6, 1, 1, 1, 1, 1, 1), dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
 print("equal")
 """
 

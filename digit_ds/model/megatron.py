@@ -116,8 +116,9 @@ class _Attention(nn.Module):
         if turn is not None:
             # Megatron-core's own function would turn in the activations' precision, bfloat16, and wants [T, B, ...].
             qk = rotate(qk, turn)
-        query, key, value = (part.transpose(1, 2) for part in (*qk.unbind(3), value.squeeze(3)))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)  # [B, heads, T, D / H]
+        query, key = qk.transpose(1, 2).unbind(3)  # [B, heads, T, D / H] each
+        value = value.squeeze(3).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
