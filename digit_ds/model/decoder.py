@@ -45,10 +45,14 @@ class KeyValueCache:
         """Forget all tokens; the memory is used again."""
         self.position.zero_()
 
+    def ready(self, qkv: Tensor, qk_norm: "QkNorm | None", turn: Tensor | None) -> Tensor:
+        """:func:`ready`, which may write into ``qkv``."""
+        return ready(qkv, self.heads, qk_norm, turn)
+
     def attend(self, layer: int, qkv: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Let new tokens join a layer's cache at ``positions`` [t] and see ``visible`` [t, length] of it.
 
-        ``qkv`` [B, t, 3D], rows grouped by head, from :meth:`Attention.project` -> what the heads saw, [B, t, D].
+        ``qkv`` [B, t, 3D], rows grouped by head, from :meth:`ready` -> what the heads saw, [B, t, D].
         """
         query, key, value = split_heads(qkv, self.heads)
         self.keys[layer].index_copy_(2, positions, key)
@@ -86,6 +90,21 @@ class QkNorm(nn.Module):
         return functional.rms_norm(qk, qk.shape[-1:], eps=NORM_EPSILON) * self.weight
 
 
+def ready(qkv: Tensor, heads: int, qk_norm: QkNorm | None, turn: Tensor | None) -> Tensor:
+    """Make queries and keys ready to be compared, and to be kept: [B, T, 3D], grouped by head, to the same.
+
+    ``turn`` is :func:`digit_ds.model.rotary.rotation` of these T positions.
+    """
+    if qk_norm is None and turn is None:
+        return qkv
+    qk, value = qkv.unflatten(-1, (heads, 3, -1)).split((2, 1), dim=-2)  # [B, T, H, 2 and 1, D / H]
+    if qk_norm is not None:
+        qk = qk_norm(qk)
+    if turn is not None:
+        qk = rotate(qk, turn)
+    return torch.cat([qk, value], dim=-2).flatten(2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; the rows of ``qkv`` are grouped by head (q, k, v of head 0, then of head 1, ...)."""
 
@@ -98,8 +117,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(spec.width, spec.width)
 
     def forward(self, hidden: Tensor, turn: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, T, D] over all positions; ``turn`` as in :meth:`project`."""
-        query, key, value = split_heads(self.project(hidden, turn), self.heads)
+        """[B, T, D] -> [B, T, D] over all positions; ``turn`` as in :func:`ready`."""
+        qkv = ready(self.qkv(hidden), self.heads, self.qk_norm, turn)
+        query, key, value = split_heads(qkv, self.heads)
         return self.out(join_heads(functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)))
 
     def step(
@@ -112,22 +132,8 @@ class Attention(nn.Module):
         visible: Tensor,
     ) -> Tensor:
         """[B, t, D] -> [B, t, D]: new tokens of this layer; the rest as in :meth:`KeyValueCache.attend`."""
-        return self.out(cache.attend(layer, self.project(hidden, turn), positions, visible))
-
-    def project(self, hidden: Tensor, turn: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, T, 3D], queries and keys ready to be compared, whatever holds the keys from here on.
-
-        ``turn`` is :func:`digit_ds.model.rotary.rotation` of these T positions.
-        """
-        qkv = self.qkv(hidden)
-        if self.qk_norm is None and turn is None:
-            return qkv
-        qk, value = qkv.unflatten(-1, (self.heads, 3, -1)).split((2, 1), dim=-2)  # [B, T, H, 2 and 1, D / H]
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
-        if turn is not None:
-            qk = rotate(qk, turn)
-        return torch.cat([qk, value], dim=-2).flatten(2)
+        qkv = cache.ready(self.qkv(hidden), self.qk_norm, turn)
+        return self.out(cache.attend(layer, qkv, positions, visible))
 
 
 class FeedForward(nn.Module):
@@ -169,7 +175,7 @@ class Layer(nn.Module):
         self.ffn = FeedForward(spec) if spec.activation == "gelu" else GatedFeedForward(spec)
 
     def forward(self, hidden: Tensor, turn: Tensor | None, *cached: Any) -> Tensor:
-        """[B, T, D] -> [B, T, D]; ``turn`` as in :meth:`Attention.project`.
+        """[B, T, D] -> [B, T, D]; ``turn`` as in :func:`ready`.
 
         ``cached`` are :meth:`Attention.step`'s other arguments, none for a full pass.
         """
