@@ -17,13 +17,15 @@ _CHOICES: dict[str, Any] = {
     "activation": Activation,
 }
 _MODERN = ("normalization", "positions", "activation", "qk_norm")
+"""Choices whose defaults are all that published models have."""
 
 
 @dataclass(frozen=True)
 class TransformerSpec:
     """Sizes and choices of one transformer; the choices' defaults are the published architecture.
 
-    Two models with equal specs have state dicts of equal names and shapes."""
+    Two models with equal specs have state dicts of equal names and shapes.
+    """
 
     kind: Kind
     layers: int
