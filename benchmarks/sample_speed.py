@@ -3,6 +3,7 @@
     python benchmarks/sample_speed.py                         # base at 1,024 images a batch, large at 512, prior only
     python benchmarks/sample_speed.py --pipeline              # base and large with AR and NAR decoder, VQGAN and PNGs
     python benchmarks/sample_speed.py --profile               # kernels of one batch of the prior, by time
+    python benchmarks/sample_speed.py --modern                # the layers of ds_configs/modern_base_prior.yaml
 
 Random weights at full size (16 x 16 tokens, bfloat16, top-k 200 / 400, a VQGAN of MAGE's size): the numbers drawn mean
 nothing, the work is that of the real models. Prints one JSON object a measurement.
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from os import cpu_count
 from pathlib import Path
 
@@ -30,19 +32,22 @@ from digit_ds.tokenizer.vqgan_network import VqganNetwork
 
 SIZES = {"base": (16, 1024, 8192, 200, 1024), "large": (24, 1536, 16384, 400, 512)}
 """Layers, width, codes, top-k, images a batch."""
+MODERN = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
 
 
-def random_model(kind: str, size: str) -> Decoder:
+def random_model(kind: str, size: str, modern: bool = False) -> Decoder:
     """A model of full size on the GPU; pixel decoders are of base size for both priors."""
     codes = SIZES[size][2]
     layers, width = SIZES[size if kind == "prior" else "base"][:2]
     vq_codes = 0 if kind == "prior" else 1024
     norm = "post" if kind == "prior" else "pre"
     spec = TransformerSpec(kind, layers, width, 16, 4 * width, norm, 1024, codes, vq_codes, 0)
+    if modern:
+        spec = replace(spec, norm_position="pre", ffn_width=round(width / 48) * 128, **MODERN)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Decoder(spec)
-    for table in (model.embedding, model.positions):
+    for table in (module for module in model.modules() if isinstance(module, torch.nn.Embedding)):
         torch.nn.init.normal_(table.weight, 0.0, width**-0.5)
     return model.bfloat16().eval().requires_grad_(False)
 
@@ -69,12 +74,12 @@ def report(**values: object) -> None:
     )
 
 
-def measure_prior(size: str, batch: int, profile: bool) -> None:
+def measure_prior(size: str, batch: int, modern: bool, profile: bool) -> None:
     """Images per second of the prior's 256 tokens."""
-    sampler = make_sampler(random_model("prior", size), Decoding(top_k=SIZES[size][3]), seed=0, rows=batch)
+    sampler = make_sampler(random_model("prior", size, modern), Decoding(top_k=SIZES[size][3]), seed=0, rows=batch)
     images = torch.arange(batch)
     taken = seconds(lambda: sampler(images))
-    report(measured="prior", size=size, batch=batch, images_per_second=round(batch / taken, 1))
+    report(measured="prior", size=size, modern=modern, batch=batch, images_per_second=round(batch / taken, 1))
     if profile:
         with torch.profiler.profile() as profiler:
             sampler(images)
@@ -132,11 +137,12 @@ def main() -> None:
     parser.add_argument("--pixel-batch", type=int, default=256, help="images a batch of the pixel decoder")
     parser.add_argument("--pipeline", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--modern", action="store_true", help="modern layers (of the prior alone)")
     options = parser.parse_args()
     for size in options.sizes:
         batch = options.batch or SIZES[size][4]
         if not options.pipeline:
-            measure_prior(size, batch, options.profile)
+            measure_prior(size, batch, options.modern, options.profile)
         else:
             for kind, dtype in (("ar", torch.float32), ("nar", torch.float32), ("nar", torch.bfloat16)):
                 measure_pipeline(size, kind, batch, options.pixel_batch, dtype)

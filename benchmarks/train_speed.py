@@ -6,10 +6,12 @@ random tokens already on the device. Same sizes, same dropout, same images a ste
 
     python benchmarks/train_speed.py                              # base at 256 images a step, large at 128
     python benchmarks/train_speed.py --sizes base --variants zero2 compile=false
+    python benchmarks/train_speed.py --sizes base --variants zero1 modern
     python benchmarks/train_speed.py --sizes base --no-plain --profile
     python benchmarks/train_speed.py --sizes base --no-plain --gpus 1 2    # weak scaling: as many images a GPU
 
-A variant is a DeepSpeed configuration (``zero1``, ``zero2``, ...) or an override of ``training.`` for ZeRO 1.
+A variant is a DeepSpeed configuration (``zero1``, ``zero2``, ...), an override of ``training.`` for ZeRO 1, or
+``modern``: the layers of ``ds_configs/modern_base_prior.yaml`` at the same size (feed-forward 8/3 x width).
 """
 
 import argparse
@@ -146,6 +148,10 @@ def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, g
     }
     if (ROOT / "ds_configs" / f"{variant}.json").is_file():
         recipe["deepspeed"] = f"{variant}.json"
+    elif variant == "modern":
+        shipped = yaml.safe_load((ROOT / "ds_configs" / "modern_base_prior.yaml").read_text())["model"]
+        names = ("norm_position", "normalization", "positions", "activation", "qk_norm")
+        recipe["model"] |= {name: shipped[name] for name in names}
     else:
         key, _, value = variant.partition("=")
         recipe["training"][key] = yaml.safe_load(value)
@@ -210,7 +216,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Training speed beside a plain PyTorch GPT of the same size.")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base", "large"])
-    parser.add_argument("--variants", nargs="+", default=["zero1"], help="zero1, zero2, compile=false, ...")
+    parser.add_argument("--variants", nargs="+", default=["zero1"], help="zero1, compile=false, modern, ...")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
     parser.add_argument("--batch", type=int, help="images a step (default: 256 base, 128 large)")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="GPUs of ours, data-parallel")

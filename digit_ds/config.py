@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from digit_ds.errors import UserError
+from digit_ds.model.spec import Activation, Normalization, NormPosition, Positions
 from digit_ds.vocabulary import Kind
 
 
@@ -43,16 +44,31 @@ class ModelConfig(Section):
     """Model width D; base 1024, large 1536."""
     heads: int = Field(16, ge=1)
     """Attention heads; must divide the width."""
-    ffn_width: int | None = None
-    """Feed-forward width; unset: 4 x width."""
-    norm_position: Literal["post", "pre"] = "post"
-    """Where LayerNorm sits: published stage 1 is ``post``, stage 2 and the VQ baseline are ``pre``."""
+    ffn_width: int | None = Field(None, ge=1)
+    """Feed-forward width; unset: 4 x width, or with ``swiglu`` 8/3 x width (as many weights) to a multiple of 128."""
+    norm_position: NormPosition = "post"
+    """Where the norms sit: published stage 1 is ``post``, stage 2 and the VQ baseline are ``pre``."""
+    normalization: Normalization = "layer"
+    """``layer`` (published) or ``rms``: RMSNorm, which subtracts no mean and adds no bias."""
+    positions: Positions = "learned"
+    """``learned`` tables (published) or ``rotary2d``: queries and keys turn by the token's row and column."""
+    activation: Activation = "gelu"
+    """``gelu`` (published) or ``swiglu``: a third feed-forward matrix gates the first."""
+    qk_norm: bool = False
+    """RMSNorm of each head's query and key (published: none)."""
     max_positions: int = Field(1024, ge=1)
     """Rows of each learned position table (without the two that fairseq reserves)."""
     class_conditional: bool = False
     """Whether a class token takes BOS's place (prior and vq only)."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout on the embeddings and on both residual branches; attention and activations have none, as published."""
+
+    @property
+    def feed_forward(self) -> int:
+        """The feed-forward width, stated or not."""
+        if self.ffn_width is not None:
+            return self.ffn_width
+        return 4 * self.width if self.activation == "gelu" else max(1, round(8 * self.width / 3 / 128)) * 128
 
 
 class DataConfig(Section):
@@ -267,10 +283,14 @@ def _first_problem(error: ValidationError) -> str:
 def _check_combinations(recipe: Recipe, path: Path) -> None:
     """Refuse what each field allows but the whole does not."""
     model, training, tensor = recipe.model, recipe.training, recipe.parallel.tensor
-    ffn_width = model.ffn_width or 4 * model.width
     if model.width % model.heads:
         raise UserError(f"{path}: model.width {model.width} is not divisible by model.heads {model.heads}")
-    for name, size in (("model.heads", model.heads), ("model.ffn_width", ffn_width)):
+    if model.positions == "rotary2d" and (head_width := model.width // model.heads) % 4:
+        raise UserError(
+            f"{path}: model.positions rotary2d turns pairs of numbers along two axes, but a head's width {head_width} "
+            f"(model.width {model.width} / model.heads {model.heads}) is not divisible by 4"
+        )
+    for name, size in (("model.heads", model.heads), ("model.ffn_width", model.feed_forward)):
         if size % tensor:
             raise UserError(f"{path}: {name} {size} is not divisible by parallel.tensor {tensor}")
     if model.class_conditional and model.kind in ("ar", "nar"):

@@ -21,9 +21,26 @@ def test_defaults_are_the_published_base_prior(recipe_file):
     recipe = load_recipe(recipe_file)
     assert (recipe.model.layers, recipe.model.width, recipe.model.heads) == (16, 1024, 16)
     assert recipe.model.norm_position == "post"
+    modern = (recipe.model.normalization, recipe.model.positions, recipe.model.activation, recipe.model.qk_norm)
+    assert modern == ("layer", "learned", "gelu", False)
     assert recipe.optimizer.betas == (0.9, 0.98)
     assert recipe.schedule.warmup_steps == 6250
     assert recipe.training.label_smoothing == 0.1
+
+
+@pytest.mark.parametrize(
+    ("width", "activation", "stated", "expected"),
+    [
+        (1024, "gelu", "null", 4096),
+        (1024, "swiglu", "null", 2688),
+        (16, "swiglu", "null", 128),
+        (64, "swiglu", "24", 24),
+    ],
+)
+def test_feed_forward_width_keeps_the_number_of_weights(recipe_file, width, activation, stated, expected):
+    """Three matrices of 8/3 x width hold what two of 4 x width do: 2,730.7 for 1,024, and 21 x 128 is the nearest."""
+    overrides = [f"model.width={width}", f"model.activation={activation}", f"model.ffn_width={stated}"]
+    assert load_recipe(recipe_file, overrides).model.feed_forward == expected
 
 
 def test_overrides_reach_their_field_with_yaml_types(recipe_file):
@@ -50,6 +67,10 @@ def test_overrides_reach_their_field_with_yaml_types(recipe_file):
         (["steps"], ["'steps'", "section.key=value"]),
         (["model.heads=3"], ["model.heads 3", "model.width 1024"]),
         (["parallel.tensor=3"], ["parallel.tensor 3", "model.heads 16"]),
+        (["model.positions=rotary2d", "model.width=96"], ["rotary2d", "head's width 6", "not divisible by 4"]),
+        (["model.normalization=rmsnorm"], ["model.normalization", "'rmsnorm'", "'rms'"]),
+        (["model.qk_norm=1"], ["model.qk_norm", "1", "boolean"]),
+        (["model.activation=swiglu", "parallel.tensor=16", "model.ffn_width=2744"], ["ffn_width 2744", "tensor 16"]),
         (["model.kind=ar", "model.class_conditional=true"], ["class_conditional", "ar"]),
         (["training.class_dropout=0.1"], ["training.class_dropout", "class_conditional"]),
         (["training.global_batch=100"], ["training.global_batch 100", "training.micro_batch 64"]),

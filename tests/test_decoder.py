@@ -167,11 +167,16 @@ def test_the_criterion_alone(positions, smoothing):
 SPEC = TransformerSpec("prior", 2, 24, 3, 40, "pre", 30, 11, 0, 4, grid=(3, 4))
 
 
+MODERN = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
+
+
 @pytest.mark.parametrize("kind", ["prior", "ar", "vq"])
 @pytest.mark.parametrize("chunks", [(5, 1, 1, 3), (1, 9)])
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["published", "modern"])
 @torch.inference_mode()
-def test_the_cache_equals_a_full_pass_in_any_chunks(kind, chunks):
-    spec = TransformerSpec(kind, 2, 24, 3, 40, "post", 30, 11, 7, 0, grid=(2, 3))
+def test_the_cache_equals_a_full_pass_in_any_chunks(kind, chunks, options):
+    grid = (2, 3) if kind == "ar" or not options else (3, 4)  # rotary positions end with the grid
+    spec = TransformerSpec(kind, 2, 24, 3, 40, "post", 30, 11, 7, 0, grid=grid, **options)
     model = Decoder(spec).eval()
     model.load_state_dict(initial_state(spec, 3))
     tokens = torch.randint(spec.vocabulary.embedding_rows, (2, sum(chunks)))
@@ -191,6 +196,9 @@ def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
         model(torch.tensor([[2, 20]]))
     with pytest.raises(UserError, match="31 tokens was given, this prior model takes at most 30"):
         model(torch.zeros(1, 31, dtype=torch.int64))
+    turning = Decoder(TransformerSpec("ar", 1, 8, 2, 16, "pre", 1, 9, 7, 0, grid=(3, 4), positions="rotary2d"))
+    with pytest.raises(UserError, match="26 tokens was given, this ar model takes at most 25"):
+        turning(torch.zeros(1, 26, dtype=torch.int64))
     far = Decoder(TransformerSpec("ar", 1, 8, 2, 16, "pre", 11, 9, 7, 0, grid=(3, 4)))
     with pytest.raises(UserError, match="12 tokens was given, this ar model takes at most 11"):
         far(torch.zeros(1, 12, dtype=torch.int64))

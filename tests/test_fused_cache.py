@@ -1,4 +1,4 @@
-"""The GPU cache's kernel, in Triton's interpreter where there is no GPU."""
+"""The GPU cache's kernels, in Triton's interpreter where there is no GPU."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 PROGRAM = """
 import torch
-from digit_ds.model.decoder import KeyValueCache
+from digit_ds.model.decoder import Decoder, KeyValueCache
 from digit_ds.model.fused_cache import FusedCache
 from digit_ds.model.spec import TransformerSpec
 
@@ -31,11 +31,23 @@ for width, heads, prompt in ((64, 2, 60), (48, 2, 95), (48, 2, 0)):  # head widt
         torch.testing.assert_close(fused, plain, atol=2e-6, rtol=1e-5)
         place += part.shape[1]
     assert torch.equal(caches[0].keys[0], caches[1].keys[0]) and torch.equal(caches[0].values[0], caches[1].values[0])
+
+for width, options in ((48, {"positions": "rotary2d", "qk_norm": True}), (16, {"positions": "rotary2d"}),
+                       (12, {"qk_norm": True}), (10, {"qk_norm": True})):  # the last head width is odd
+    spec = TransformerSpec("ar", 1, width, 2, 16, "pre", 12, 9, 7, 0, grid=(2, 3), **options)
+    model, tokens = Decoder(spec).eval(), torch.randint(14, (2, 10))
+    for name, parameter in model.named_parameters():
+        if "qk_norm" in name:
+            torch.nn.init.normal_(parameter)
+    with torch.inference_mode():
+        cache = FusedCache(spec, 2, 10, torch.device("cpu"), torch.float32)
+        steps = [model.step(part, cache) for part in tokens.split((6, 1, 1, 1, 1), dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
 print("equal")
 """
 
 
-def test_kernel_equals_pytorchs_attention():
+def test_kernels_equal_pytorch():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr

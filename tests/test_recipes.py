@@ -1,12 +1,16 @@
-"""The recipes of the paper's models: they read, they are of the published size and length, DeepSpeed's file fits."""
+"""The recipes: they read, they are of the published or stated size and length, DeepSpeed's file fits."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from digit_ds.config import load_recipe
+from digit_ds.data.shards import ShardManifest
+from digit_ds.model.decoder import Decoder
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import parameter_count
+from digit_ds.training.runs import model_spec
 
 RECIPES = Path(__file__).parents[1] / "ds_configs"
 IMAGES = 1_281_167
@@ -23,42 +27,70 @@ PUBLISHED = {
     "vq_baseline": (0, 200, None),
     "class_conditional_vq_baseline": (0, 300, None),
 }
+OURS = {"modern_base_prior": (8192, 200, 216_220_672)}
+RECIPE_FACTS = PUBLISHED | OURS
+
+
+def spec_of(name: str) -> TransformerSpec:
+    """The model of a recipe over ImageNet's token shards."""
+    manifest = ShardManifest(
+        images=IMAGES,
+        views=1,
+        classes=[f"n{number:08d}" for number in range(1000)],
+        grid=[16, 16],
+        image_size=256,
+        discriminative_codes=RECIPE_FACTS[name][0],
+        vq_codes=1024,
+        crops="random",
+        provenance={},
+        skipped=0,
+        index_sha256="i",
+    )
+    return model_spec(load_recipe(RECIPES / f"{name}.yaml"), manifest)
 
 
 def test_every_recipe_is_known():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(PUBLISHED)
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(RECIPE_FACTS)
+
+
+@pytest.mark.parametrize("name", RECIPE_FACTS)
+def test_size_and_length_are_those_stated(name):
+    """Of the whole model, made at full size without memory."""
+    recipe, spec = load_recipe(RECIPES / f"{name}.yaml"), spec_of(name)
+    _, epochs, expected = RECIPE_FACTS[name]
+    with torch.device("meta"):
+        model = Decoder(spec)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == parameter_count(spec)
+    if expected is not None:
+        assert count - spec.classes * spec.width == expected
+    assert recipe.training.global_batch == 1024
+    assert recipe.training.steps * 1024 / IMAGES == pytest.approx(epochs, abs=0.001)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_size_and_length_are_the_published_ones(name):
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
-    codes, epochs, expected = PUBLISHED[name]
-    model = recipe.model
-    spec = TransformerSpec(
-        kind=model.kind,
-        layers=model.layers,
-        width=model.width,
-        heads=model.heads,
-        ffn_width=model.ffn_width or 4 * model.width,
-        norm_position=model.norm_position,
-        max_positions=model.max_positions,
-        discriminative_codes=codes,
-        vq_codes=0 if model.kind == "prior" else 1024,
-        classes=1000 if model.class_conditional else 0,
-    )
-    if expected is not None:
-        assert parameter_count(spec) - spec.classes * spec.width == expected
-    assert model.norm_position == ("post" if model.kind == "prior" else "pre")
-    assert recipe.training.global_batch == 1024
-    assert recipe.training.steps * 1024 / IMAGES == pytest.approx(epochs, abs=0.001)
-    assert recipe.optimizer.learning_rate == (3e-4 if model.kind == "prior" else 5e-4)
+def test_published_recipes_have_the_published_choices(name):
+    recipe, spec = load_recipe(RECIPES / f"{name}.yaml"), spec_of(name)
+    assert spec.unpublished == []
+    assert spec.norm_position == ("post" if spec.kind == "prior" else "pre")
+    assert recipe.optimizer.learning_rate == (3e-4 if spec.kind == "prior" else 5e-4)
+
+
+def test_the_modern_recipe_differs_from_the_published_one_in_the_layers_alone():
+    published, modern = (load_recipe(RECIPES / f"{name}.yaml") for name in ("base_prior", "modern_base_prior"))
+    layers = {"norm_position": "pre", "normalization": "rms", "positions": "rotary2d", "activation": "swiglu"}
+    expected = published.model.model_copy(update={**layers, "qk_norm": True, "ffn_width": 2688})
+    assert modern == published.model_copy(update={"model": expected, "run": "runs/modern_base_prior"})
+    assert modern.model.feed_forward % 8 == 0  # up to 8 tensor-parallel ranks
+    stated = (RECIPES / "modern_base_prior.yaml").read_text()
+    assert f"{parameter_count(spec_of('modern_base_prior')):,} parameters" in stated
 
 
 @pytest.mark.parametrize("data_size", [1, 8, 16])
 def test_deepspeed_takes_them_on_whole_nodes(data_size):
     from digit_ds.training.deepspeed_config import read_deepspeed_config
 
-    for name in PUBLISHED:
+    for name in RECIPE_FACTS:
         config = read_deepspeed_config(load_recipe(RECIPES / f"{name}.yaml"), data_size)
         assert config["gradient_accumulation_steps"] * config["train_micro_batch_size_per_gpu"] * data_size == 1024
         assert config["bf16"]["enabled"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,11 @@ def test_another_recipes_results_are_refused(tmp_path):
     run = tmp_path / "run"
     runs.write_recipe(run, recipe(run, tmp_path))
     runs.check_run_directory(run, recipe(run, tmp_path, training__steps=30, parallel__tensor=2, deepspeed="zero3.json"))
+    stored = run / "recipe.yaml"
+    stored.write_text("".join(line for line in stored.open() if "qk_norm" not in line))  # from before it was a choice
+    runs.check_run_directory(run, recipe(run, tmp_path))
+    with pytest.raises(UserError, match=r"model\.qk_norm is False there and True here"):
+        runs.check_run_directory(run, recipe(run, tmp_path, model__qk_norm=True))
     with pytest.raises(UserError, match=r"training\.seed is 1 there and 2 here"):
         runs.check_run_directory(run, recipe(run, tmp_path, training__seed=2))
     other = {"model__kind": "nar", "model__class_conditional": False, "schedule__name": "cosine"}
@@ -305,3 +311,24 @@ def test_flops_of_the_base_prior():
     spec = TransformerSpec("prior", 16, 1024, 16, 4096, "post", 1024, 8192, 0, 0)
     matrices = 16 * (4 * 1024**2 + 2 * 1024 * 4096) + 8197 * 1024
     assert flops_per_image(spec) == 257 * (6 * matrices + 12 * 16 * 1024 * 257)
+    gated = replace(spec, ffn_width=2688, activation="swiglu", qk_norm=True, positions="rotary2d", normalization="rms")
+    matrices = 16 * (4 * 1024**2 + 3 * 1024 * 2688) + 8197 * 1024
+    assert flops_per_image(gated) == 257 * (6 * matrices + 12 * 16 * 1024 * 257)
+
+
+def test_activations_of_the_options(tmp_path):
+    """SwiGLU keeps three times its width, QK-norm or rotary positions keep queries and keys once more."""
+    from digit_ds.model.spec import TransformerSpec
+
+    values = recipe(tmp_path, tmp_path, parallel__tensor=2)
+    rows = values.training.micro_batch * 17
+    spec = TransformerSpec("prior", 3, 16, 4, 48, "pre", 40, 27, 0, 0, grid=(4, 4))
+
+    def activations(**options) -> float:
+        return memory_by_part(values, replace(spec, **options), 1, 1, False)["activations"] * 2**30
+
+    plain = activations()
+    assert activations(normalization="rms") == plain
+    assert activations(activation="swiglu") - plain == pytest.approx(3 * rows * 48 * 4 / 2)
+    for options in ({"qk_norm": True}, {"positions": "rotary2d"}, {"qk_norm": True, "positions": "rotary2d"}):
+        assert activations(**options) - plain == pytest.approx(3 * rows * 2 * 16 * 4 / 2)

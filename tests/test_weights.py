@@ -36,6 +36,11 @@ SMALL = [
     TransformerSpec("nar", 1, 16, 4, 24, "post", 30, 12, 123, 0),
     TransformerSpec("vq", 2, 24, 4, 48, "pre", 30, 0, 19, 3),
 ]
+OPTIONS = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
+MODERN = [
+    TransformerSpec("prior", 2, 32, 8, 24, "pre", 30, 11, 0, 7, **OPTIONS),
+    TransformerSpec("nar", 1, 16, 4, 20, "post", 30, 12, 123, 0, **OPTIONS),
+]
 
 
 def same(left, right) -> bool:
@@ -57,7 +62,7 @@ def test_full_sizes_have_the_published_parameter_counts(spec, count):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(spec) == count
 
 
-@pytest.mark.parametrize("spec", SMALL)
+@pytest.mark.parametrize("spec", SMALL + MODERN)
 def test_each_parameter_matches_exactly_one_rule(spec):
     with torch.device("meta"):
         state = Decoder(spec).state_dict()
@@ -83,7 +88,7 @@ def test_official_names_and_back_is_bit_exact(spec, dtype):
     assert same(from_official_names(official, spec, "x"), state)
 
 
-@pytest.mark.parametrize("spec", SMALL)
+@pytest.mark.parametrize("spec", SMALL + MODERN)
 @pytest.mark.parametrize("tensor_size", [1, 2, 4])
 def test_tensor_parallel_parts_and_back_is_bit_exact(spec, tensor_size):
     state = initial_state(spec, 1)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from digit_ds.errors import UserError
 from digit_ds.model.released import read_model, save_model
+from digit_ds.model.rotary import rotate, rotation
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import POSITION_OFFSET
 
@@ -31,21 +32,27 @@ class KeyValueCache:
     """
 
     def __init__(self, spec: TransformerSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, spec.heads, length, spec.width // spec.heads)
+        shape = (batch, spec.heads, length, spec.head_width)
         self.length, self.heads = length, spec.heads
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         """int64 [1]: how many tokens were seen, that is the position of the next one."""
+        self.rotation = rotation(spec, torch.arange(length, device=device), dtype)
+        """Of every position of the cache, as :meth:`Decoder.append` needs it; None: the model has position tables."""
 
     def reset(self) -> None:
         """Forget all tokens; the memory is used again."""
         self.position.zero_()
 
+    def ready(self, qkv: Tensor, qk_norm: "QkNorm | None", turn: Tensor | None) -> Tensor:
+        """:func:`ready`, which may write into ``qkv``."""
+        return ready(qkv, self.heads, qk_norm, turn)
+
     def attend(self, layer: int, qkv: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Let new tokens join a layer's cache at ``positions`` [t] and see ``visible`` [t, length] of it.
 
-        ``qkv`` [B, t, 3D], rows grouped by head -> what the heads saw, [B, t, D].
+        ``qkv`` [B, t, 3D], rows grouped by head, from :meth:`ready` -> what the heads saw, [B, t, D].
         """
         query, key, value = split_heads(qkv, self.heads)
         self.keys[layer].index_copy_(2, positions, key)
@@ -65,6 +72,39 @@ def join_heads(attended: Tensor) -> Tensor:
     return attended.transpose(1, 2).flatten(2)
 
 
+def make_norm(spec: TransformerSpec) -> nn.Module:
+    """LayerNorm or RMSNorm over the width."""
+    kind = nn.LayerNorm if spec.normalization == "layer" else nn.RMSNorm
+    return kind(spec.width, NORM_EPSILON)
+
+
+class QkNorm(nn.Module):
+    """RMSNorm of each head's query and key; row 0 of the weight scales queries, row 1 keys, of all heads alike."""
+
+    def __init__(self, spec: TransformerSpec):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, spec.head_width))
+
+    def forward(self, qk: Tensor) -> Tensor:
+        """[B, T, H, 2, D / H], queries and keys, to the same shape."""
+        return functional.rms_norm(qk, qk.shape[-1:], eps=NORM_EPSILON) * self.weight
+
+
+def ready(qkv: Tensor, heads: int, qk_norm: QkNorm | None, turn: Tensor | None) -> Tensor:
+    """Make queries and keys ready to be compared, and to be kept: [B, T, 3D], grouped by head, to the same.
+
+    ``turn`` is :func:`digit_ds.model.rotary.rotation` of these T positions.
+    """
+    if qk_norm is None and turn is None:
+        return qkv
+    qk, value = qkv.unflatten(-1, (heads, 3, -1)).split((2, 1), dim=-2)  # [B, T, H, 2 and 1, D / H]
+    if qk_norm is not None:
+        qk = qk_norm(qk)
+    if turn is not None:
+        qk = rotate(qk, turn)
+    return torch.cat([qk, value], dim=-2).flatten(2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; the rows of ``qkv`` are grouped by head (q, k, v of head 0, then of head 1, ...)."""
 
@@ -73,16 +113,27 @@ class Attention(nn.Module):
         self.heads = spec.heads
         self.causal = spec.causal
         self.qkv = nn.Linear(spec.width, 3 * spec.width)
+        self.qk_norm = QkNorm(spec) if spec.qk_norm else None
         self.out = nn.Linear(spec.width, spec.width)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D] over all positions."""
-        query, key, value = split_heads(self.qkv(hidden), self.heads)
+    def forward(self, hidden: Tensor, turn: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, T, D] over all positions; ``turn`` as in :func:`ready`."""
+        qkv = ready(self.qkv(hidden), self.heads, self.qk_norm, turn)
+        query, key, value = split_heads(qkv, self.heads)
         return self.out(join_heads(functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)))
 
-    def step(self, hidden: Tensor, layer: int, cache: KeyValueCache, positions: Tensor, visible: Tensor) -> Tensor:
+    def step(
+        self,
+        hidden: Tensor,
+        turn: Tensor | None,
+        layer: int,
+        cache: KeyValueCache,
+        positions: Tensor,
+        visible: Tensor,
+    ) -> Tensor:
         """[B, t, D] -> [B, t, D]: new tokens of this layer; the rest as in :meth:`KeyValueCache.attend`."""
-        return self.out(cache.attend(layer, self.qkv(hidden), positions, visible))
+        qkv = cache.ready(self.qkv(hidden), self.qk_norm, turn)
+        return self.out(cache.attend(layer, qkv, positions, visible))
 
 
 class FeedForward(nn.Module):
@@ -98,24 +149,41 @@ class FeedForward(nn.Module):
         return self.down(functional.gelu(self.up(hidden)))
 
 
+class GatedFeedForward(nn.Module):
+    """SwiGLU; the rows of ``gate_up`` lie in pairs (gate and up of number 0, then of number 1, ...)."""
+
+    def __init__(self, spec: TransformerSpec):
+        super().__init__()
+        self.gate_up = nn.Linear(spec.width, 2 * spec.ffn_width)
+        self.down = nn.Linear(spec.ffn_width, spec.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        gate, up = self.gate_up(hidden).unflatten(-1, (-1, 2)).unbind(-1)
+        return self.down(functional.silu(gate) * up)
+
+
 class Layer(nn.Module):
-    """Attention and feed-forward, each with a residual connection and a LayerNorm before or after it."""
+    """Attention and feed-forward, each with a residual connection and a norm before or after it."""
 
     def __init__(self, spec: TransformerSpec):
         super().__init__()
         self.pre_norm = spec.norm_position == "pre"
-        self.attention_norm = nn.LayerNorm(spec.width, NORM_EPSILON)
+        self.attention_norm = make_norm(spec)
         self.attention = Attention(spec)
-        self.ffn_norm = nn.LayerNorm(spec.width, NORM_EPSILON)
-        self.ffn = FeedForward(spec)
+        self.ffn_norm = make_norm(spec)
+        self.ffn = FeedForward(spec) if spec.activation == "gelu" else GatedFeedForward(spec)
 
-    def forward(self, hidden: Tensor, *cached: Any) -> Tensor:
-        """[B, T, D] -> [B, T, D]; ``cached`` are :meth:`Attention.step`'s other arguments, none for a full pass."""
+    def forward(self, hidden: Tensor, turn: Tensor | None, *cached: Any) -> Tensor:
+        """[B, T, D] -> [B, T, D]; ``turn`` as in :func:`ready`.
+
+        ``cached`` are :meth:`Attention.step`'s other arguments, none for a full pass.
+        """
         attention = self.attention.step if cached else self.attention
         if self.pre_norm:
-            hidden = hidden + attention(self.attention_norm(hidden), *cached)
+            hidden = hidden + attention(self.attention_norm(hidden), turn, *cached)
             return hidden + self.ffn(self.ffn_norm(hidden))
-        hidden = self.attention_norm(hidden + attention(hidden, *cached))
+        hidden = self.attention_norm(hidden + attention(hidden, turn, *cached))
         return self.ffn_norm(hidden + self.ffn(hidden))
 
 
@@ -123,7 +191,7 @@ class Decoder(nn.Module):
     """One of the four transformers; ids as in ``vocabulary``, parameters as in ``weights.SCHEMA``.
 
     Causal, but for the NAR decoder, which attends in both directions. A pixel decoder's sequence begins with
-    ``spec.prefix_length`` discriminative tokens, which have a position table of their own.
+    ``spec.prefix_length`` discriminative tokens, which have a position table of their own where positions are learned.
     """
 
     def __init__(self, spec: TransformerSpec):
@@ -131,11 +199,12 @@ class Decoder(nn.Module):
         self.spec = spec
         vocabulary = spec.vocabulary
         self.embedding = nn.Embedding(vocabulary.embedding_rows, spec.width)
-        self.positions = nn.Embedding(spec.max_positions + POSITION_OFFSET, spec.width)
-        if vocabulary.has_prefix:
-            self.prefix_positions = nn.Embedding(spec.max_positions + POSITION_OFFSET, spec.width)
+        if spec.positions == "learned":
+            self.positions = nn.Embedding(spec.max_positions + POSITION_OFFSET, spec.width)
+            if vocabulary.has_prefix:
+                self.prefix_positions = nn.Embedding(spec.max_positions + POSITION_OFFSET, spec.width)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
-        self.norm = nn.LayerNorm(spec.width, NORM_EPSILON) if spec.norm_position == "pre" else nn.Identity()
+        self.norm = make_norm(spec) if spec.norm_position == "pre" else nn.Identity()
         self.output = nn.Linear(spec.width, vocabulary.output_size, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -148,7 +217,7 @@ class Decoder(nn.Module):
             [B, T, V] in the model's dtype.
 
         Raises:
-            UserError: an id is outside the input table (checked on the CPU only) or T exceeds the position tables.
+            UserError: an id is outside the input table (checked on the CPU only) or T exceeds the positions there are.
         """
         return self._logits(self.hidden_states(tokens)[-1])
 
@@ -157,9 +226,10 @@ class Decoder(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         self._check_ids(tokens)
         self._check_length(tokens.shape[1])
+        turn = rotation(self.spec, positions, self.output.weight.dtype)
         states = [self._embed(tokens, positions)]
         for layer in self.layers:
-            states.append(layer(states[-1]))
+            states.append(layer(states[-1], turn))
         return states
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
@@ -198,20 +268,24 @@ class Decoder(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens after {int(cache.position)} exceed the cache of {cache.length}")
         positions = cache.position + torch.arange(tokens.shape[1], device=tokens.device)  # [t]
         visible = torch.arange(cache.length, device=tokens.device) <= positions.unsqueeze(1)  # [t, length]
+        turn = None if cache.rotation is None else cache.rotation.index_select(1, positions)
         hidden = self._embed(tokens, positions)
         for number, layer in enumerate(self.layers):
-            hidden = layer(hidden, number, cache, positions, visible)
+            hidden = layer(hidden, turn, number, cache, positions, visible)
         cache.position += tokens.shape[1]
         return self.norm(hidden)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[B, T] ids at ``positions`` [T] of the whole sequence -> [B, T, D]."""
+        scaled = math.sqrt(self.spec.width) * self.embedding(tokens)
+        if self.spec.positions != "learned":
+            return scaled
         own = positions - self.spec.prefix_length  # each table counts from its own first row
         position = self.positions((own + POSITION_OFFSET).clamp(min=POSITION_OFFSET))  # [T, D]
         if self.spec.prefix_length:
             in_prefix = (positions + POSITION_OFFSET).clamp(max=self.prefix_positions.num_embeddings - 1)
             position = torch.where((own < 0).unsqueeze(1), self.prefix_positions(in_prefix), position)
-        return math.sqrt(self.spec.width) * self.embedding(tokens) + position
+        return scaled + position
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.output(self.norm(hidden))
@@ -226,11 +300,10 @@ class Decoder(nn.Module):
                 raise UserError(f"token id {found} is outside 0..{rows - 1} of this {self.spec.kind} model")
 
     def _check_length(self, length: int) -> None:
-        prefix, own = self.spec.prefix_length, self.spec.max_positions  # two tables, each of max_positions
-        longest = prefix + own if prefix <= own else own
-        if length > longest:
+        if length > self.spec.longest:
             raise UserError(
-                f"a sequence of {length} tokens was given, this {self.spec.kind} model takes at most {longest}"
+                f"a sequence of {length} tokens was given, this {self.spec.kind} model takes at most "
+                f"{self.spec.longest}"
             )
 
 

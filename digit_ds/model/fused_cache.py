@@ -1,7 +1,8 @@
-"""The key/value cache on a GPU: one kernel appends a token and attends to those before it.
+"""The key/value cache on a GPU: one kernel appends a token and attends to those before it, one norms and turns heads.
 
 Decoding reads the whole cache once per token and does little with it, so the time is that of the memory traffic.
-PyTorch's attention would read the unused end of the cache as well, and spend a tile of 64 or 128 queries on one.
+PyTorch's attention would read the unused end of the cache as well, and spend a tile of 64 or 128 queries on one; its
+element-wise operations would take a dozen passes over queries and keys for QK-norm and rotary positions.
 
 Shapes: ``B`` images, ``H`` heads, ``D`` width.
 """
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from digit_ds.model.decoder import KeyValueCache
+from digit_ds.model.decoder import NORM_EPSILON, KeyValueCache, QkNorm
 
 
 class Launch(NamedTuple):
@@ -117,8 +118,64 @@ def append_and_attend(qkv: Tensor, keys: Tensor, values: Tensor, position: Tenso
     return out
 
 
+@triton.jit
+def _norm_and_turn(
+    qkv, scale, turn, heads, tokens, epsilon,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """One program for each image, token and head.
+
+    ``qkv`` [B, T, 3D] grouped by head, changed; ``scale`` [2, WIDTH]; ``turn`` [2, T, HALF], cosines and sines.
+    Numbers j and j + HALF make a pair, which one thread reads and writes: none needs what another has overwritten.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    token = (row // heads) % tokens
+    lane = tl.arange(0, PADDED)
+    inside = lane < HALF
+    for part in tl.static_range(2):  # query, key
+        own = qkv + (row * 3 + part) * WIDTH + lane
+        first = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(own + HALF, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            inverse = tl.rsqrt(tl.sum(first * first + second * second) / WIDTH + epsilon)
+            first_scale = tl.load(scale + part * WIDTH + lane, mask=inside, other=0.0).to(tl.float32)
+            second_scale = tl.load(scale + part * WIDTH + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+            first = first * inverse * first_scale
+            second = second * inverse * second_scale
+        if TURN:
+            cosine = tl.load(turn + token * HALF + lane, mask=inside, other=0.0)
+            sine = tl.load(turn + (tokens + token) * HALF + lane, mask=inside, other=0.0)
+            turned = first * cosine - second * sine
+            second = second * cosine + first * sine
+            first = turned
+        tl.store(own, first.to(qkv.dtype.element_ty), mask=inside)
+        tl.store(own + HALF, second.to(qkv.dtype.element_ty), mask=inside)
+
+
 class FusedCache(KeyValueCache):
-    """A cache whose single steps run as one kernel a layer; prompts of several tokens take the general way."""
+    """A cache whose single steps run as one kernel a layer; prompts of several tokens attend in the general way."""
+
+    def ready(self, qkv: Tensor, qk_norm: QkNorm | None, turn: Tensor | None) -> Tensor:
+        """See :func:`digit_ds.model.decoder.ready`; ``qkv`` itself is changed."""
+        batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // (3 * self.heads)
+        if (qk_norm is None and turn is None) or width % 2:  # an odd width has no halves
+            return super().ready(qkv, qk_norm, turn)
+        qkv = qkv.contiguous()
+        _norm_and_turn[(batch * tokens * self.heads,)](
+            qkv,
+            qkv if qk_norm is None else qk_norm.weight,
+            qkv if turn is None else turn,
+            self.heads,
+            tokens,
+            NORM_EPSILON,
+            WIDTH=width,
+            HALF=width // 2,
+            PADDED=triton.next_power_of_2(width // 2),
+            NORM=qk_norm is not None,
+            TURN=turn is not None,
+            num_warps=1,
+        )
+        return qkv
 
     def attend(self, layer: int, qkv: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """See :meth:`KeyValueCache.attend`."""

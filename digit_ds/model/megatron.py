@@ -14,10 +14,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from digit_ds.model.rotary import rotate, rotation
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.vocabulary_loss import vocabulary_parallel_loss
 from digit_ds.model.weights import POSITION_OFFSET, check_tensor_size, padded_rows
@@ -61,23 +67,58 @@ class _Row(RowParallelLinear):
         return super().forward(x.contiguous())[0]
 
 
+def _norm(spec: TransformerSpec) -> nn.Module:
+    """LayerNorm or RMSNorm over the width.
+
+    PyTorch's RMSNorm is what Megatron-core's own wrapper returns without apex and Transformer Engine, for a
+    configuration object that nothing here has; torch.compile fuses it.
+    """
+    if spec.normalization == "rms":
+        return nn.RMSNorm(spec.width, eps=NORM_EPSILON)
+    return LayerNorm(spec.width, eps=NORM_EPSILON)
+
+
+class _QkNorm(nn.Module):
+    """RMSNorm of this rank's queries and keys; the weight's two rows scale queries and keys, of all heads alike."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, spec.head_width))
+        self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+
+    def forward(self, qk: Tensor) -> Tensor:
+        """[B, T, heads, 2, D / H] to the same shape."""
+        weight = self.weight
+        if self.tensor_size > 1:
+            # Every rank holds the whole weight but sees its own heads alone: the gradient is the sum over the ranks.
+            weight = copy_to_tensor_model_parallel_region(weight)
+        return F.rms_norm(qk, qk.shape[-1:], eps=NORM_EPSILON) * weight
+
+
 class _Attention(nn.Module):
     """Self-attention over this rank's heads."""
 
     def __init__(self, spec: TransformerSpec, config: ModelParallelConfig) -> None:
         super().__init__()
-        self.head_width = spec.width // spec.heads
+        self.head_width = spec.head_width
         self.causal = spec.causal
         options = {"config": config, "init_method": nn.init.zeros_, "bias": True, "skip_bias_add": False}
         self.qkv = _Column(spec.width, 3 * spec.width, gather_output=False, **options)
+        self.qk_norm = _QkNorm(spec) if spec.qk_norm else None
         self.out = _Row(spec.width, spec.width, input_is_parallel=True, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor | None) -> Tensor:
         batch, length, _ = x.shape
         # Rows of the fused matrix are grouped by head: for each head its q, k and v.
-        qkv = self.qkv(x).view(batch, length, -1, 3, self.head_width).transpose(1, 2)  # [B, heads, T, 3, D / H]
-        query, key, value = qkv.unbind(3)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)  # [B, heads, T, D / H]
+        qk, value = self.qkv(x).view(batch, length, -1, 3, self.head_width).split((2, 1), dim=3)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        if turn is not None:
+            # Megatron-core's own function would turn in the activations' precision, bfloat16, and wants [T, B, ...].
+            qk = rotate(qk, turn)
+        query, key = qk.transpose(1, 2).unbind(3)  # [B, heads, T, D / H] each
+        value = value.squeeze(3).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -94,23 +135,37 @@ class _FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+class _GatedFeedForward(nn.Module):
+    """SwiGLU; the rows of ``gate_up`` lie in pairs, so that a rank's slice has the gates of its own numbers."""
+
+    def __init__(self, spec: TransformerSpec, config: ModelParallelConfig) -> None:
+        super().__init__()
+        options = {"config": config, "init_method": nn.init.zeros_, "bias": True, "skip_bias_add": False}
+        self.gate_up = _Column(spec.width, 2 * spec.ffn_width, gather_output=False, **options)
+        self.down = _Row(spec.ffn_width, spec.width, input_is_parallel=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)
+        return self.down(F.silu(gate) * up)
+
+
 class _Layer(nn.Module):
-    """Attention and feed-forward, each a residual branch with its LayerNorm before (pre) or after the sum (post)."""
+    """Attention and feed-forward, each a residual branch with its norm before (pre) or after the sum (post)."""
 
     def __init__(self, spec: TransformerSpec, config: ModelParallelConfig, dropout: float) -> None:
         super().__init__()
         self.attention = _Attention(spec, config)
-        self.attention_norm = LayerNorm(spec.width, eps=NORM_EPSILON)
-        self.ffn = _FeedForward(spec, config)
-        self.ffn_norm = LayerNorm(spec.width, eps=NORM_EPSILON)
+        self.attention_norm = _norm(spec)
+        self.ffn = (_FeedForward if spec.activation == "gelu" else _GatedFeedForward)(spec, config)
+        self.ffn_norm = _norm(spec)
         self.pre_norm = spec.norm_position == "pre"
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor | None) -> Tensor:
         if self.pre_norm:
-            x = x + self._drop(self.attention(self.attention_norm(x)))
+            x = x + self._drop(self.attention(self.attention_norm(x), turn))
             return x + self._drop(self.ffn(self.ffn_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x)))
+        x = self.attention_norm(x + self._drop(self.attention(x, turn)))
         return self.ffn_norm(x + self._drop(self.ffn(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -146,11 +201,11 @@ class MegatronTransformer(nn.Module):
         self.embedding = VocabParallelEmbedding(
             padded_rows(vocabulary.embedding_rows), spec.width, init_method=nn.init.zeros_, config=config
         )
-        rows = spec.max_positions + POSITION_OFFSET
-        self.positions = nn.Embedding(rows, spec.width)
-        self.prefix_positions = nn.Embedding(rows, spec.width) if vocabulary.has_prefix else None
+        rows, learned = spec.max_positions + POSITION_OFFSET, spec.positions == "learned"
+        self.positions = nn.Embedding(rows, spec.width) if learned else None
+        self.prefix_positions = nn.Embedding(rows, spec.width) if learned and vocabulary.has_prefix else None
         self.layers = nn.ModuleList(_Layer(spec, config, dropout) for _ in range(spec.layers))
-        self.norm = LayerNorm(spec.width, eps=NORM_EPSILON) if spec.norm_position == "pre" else None
+        self.norm = _norm(spec) if spec.norm_position == "pre" else None
         self.output = _Column(
             spec.width,
             padded_rows(vocabulary.output_size),
@@ -195,11 +250,12 @@ class MegatronTransformer(nn.Module):
             label-smoothed loss and the plain negative log-likelihood, both means in nats over the true vocabulary.
         """
         x = self._embed(tokens)
+        turn = rotation(self.spec, torch.arange(tokens.shape[1], device=tokens.device), x.dtype)
         for layer in self.layers:
             if self.recompute and self.training:
-                x = checkpoint(layer, x, use_reentrant=False)
+                x = checkpoint(layer, x, turn, use_reentrant=False)
             else:
-                x = layer(x)
+                x = layer(x, turn)
         if self.norm is not None:
             x = self.norm(x)
         if target is None:
@@ -209,14 +265,20 @@ class MegatronTransformer(nn.Module):
         return vocabulary_parallel_loss(logits, target, size, self.smoothing, mask)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """Scaled token embedding + position -> [B, T, D]; prefix and image count their positions separately."""
+        """Scaled token embedding -> [B, T, D], learned positions added; prefix and image count theirs separately."""
+        x = math.sqrt(self.spec.width) * self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self._learned_positions(tokens)
+        return F.dropout(x, self.dropout, self.training)
+
+    def _learned_positions(self, tokens: Tensor) -> Tensor:
+        """[T, D] for ids [B, T]."""
         prefix = self.spec.prefix_length
         place = torch.arange(POSITION_OFFSET, tokens.shape[1] + POSITION_OFFSET, device=tokens.device)
         positions = self.positions(place[: tokens.shape[1] - prefix])
         if self.prefix_positions is not None:
-            positions = torch.cat([self.prefix_positions(place[:prefix]), positions])  # [T, D]
-        x = math.sqrt(self.spec.width) * self.embedding(tokens) + positions
-        return F.dropout(x, self.dropout, self.training)
+            positions = torch.cat([self.prefix_positions(place[:prefix]), positions])
+        return positions
 
     def compile_layers(self) -> None:
         """Compile each layer; all layers have one shape, so the first compilation serves the others."""

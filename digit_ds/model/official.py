@@ -97,11 +97,19 @@ def to_official(
 
     Returns:
         Names of the parts that the checkpoint lacks, without which fairseq will not load it strictly; empty when whole.
+
+    Raises:
+        UserError: ``out`` exists, a file cannot be read, or the model has choices that no published model has.
     """
     model_dir, out = Path(model_dir), Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already, expected a new file")
     spec, state, provenance = read_model(model_dir)
+    if spec.unpublished:
+        raise UserError(
+            f"{model_dir}: has {', '.join(spec.unpublished)}, which the published architecture lacks, so no checkpoint "
+            "of its layout can hold the model"
+        )
     decoder = to_official_names(state, spec)
     dtype = state["embedding.weight"].dtype  # fairseq's fp16 keeps everything in half precision
     model: State = {VERSION: torch.tensor([3.0], dtype=dtype)}

@@ -1,40 +1,95 @@
 """What defines a released model: the sizes and choices written to ``config.json``."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from digit_ds.errors import UserError
 from digit_ds.vocabulary import Kind, Vocabulary
 
+NormPosition = Literal["post", "pre"]
+Normalization = Literal["layer", "rms"]
+Positions = Literal["learned", "rotary2d"]
+Activation = Literal["gelu", "swiglu"]
+_CHOICES: dict[str, Any] = {
+    "norm_position": NormPosition,
+    "normalization": Normalization,
+    "positions": Positions,
+    "activation": Activation,
+}
+_MODERN = ("normalization", "positions", "activation", "qk_norm")
+"""Choices whose defaults are all that published models have."""
+
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """Sizes of one transformer. Two models with equal specs have state dicts of equal names and shapes."""
+    """Sizes and choices of one transformer; the choices' defaults are the published architecture.
+
+    Two models with equal specs have state dicts of equal names and shapes.
+    """
 
     kind: Kind
     layers: int
     width: int
     heads: int
     ffn_width: int
-    norm_position: Literal["post", "pre"]
+    norm_position: NormPosition
     max_positions: int
+    """Rows of each learned position table; without meaning for rotary positions."""
     discriminative_codes: int
     vq_codes: int
     classes: int
     grid: tuple[int, int] = (16, 16)
     """Rows and columns of the token grid; an image is rows x columns tokens in row-major order."""
+    normalization: Normalization = "layer"
+    """LayerNorm, or RMSNorm (arXiv 1910.07467): no mean is subtracted, no bias added."""
+    positions: Positions = "learned"
+    """Learned tables, or rotation of queries and keys by row and column (:mod:`digit_ds.model.rotary`)."""
+    activation: Activation = "gelu"
+    """``down(gelu(up(x)))``, or SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``."""
+    qk_norm: bool = False
+    """Whether each head's query and key go through RMSNorm before they are compared (arXiv 2302.05442)."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise UserError(f"width {self.width} is not divisible by heads {self.heads}")
-        if self.norm_position not in ("post", "pre"):
-            raise UserError(f"norm_position is {self.norm_position!r}, expected 'post' or 'pre'")
+        for name, choices in _CHOICES.items():
+            if (found := getattr(self, name)) not in get_args(choices):
+                raise UserError(f"{name} is {found!r}, expected {' or '.join(map(repr, get_args(choices)))}")
+        if not isinstance(self.qk_norm, bool):
+            raise UserError(f"qk_norm is {self.qk_norm!r}, expected true or false")
+        if self.positions == "rotary2d" and self.head_width % 4:
+            raise UserError(
+                f"positions is 'rotary2d', which turns pairs of numbers along two axes, but a head's width "
+                f"{self.head_width} (width {self.width} / heads {self.heads}) is not divisible by 4"
+            )
         object.__setattr__(self, "grid", tuple(self.grid))
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The token-id layout of this model."""
         return Vocabulary(self.kind, self.discriminative_codes, self.vq_codes, self.classes)
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that has positions, prefix included."""
+        if self.positions == "rotary2d":
+            return self.sequence_length
+        prefix, own = self.prefix_length, self.max_positions  # two tables, each of max_positions
+        return prefix + own if prefix <= own else own
+
+    @property
+    def unpublished(self) -> list[str]:
+        """Choices that the published architecture does not know, as ``name value``."""
+        return [
+            f"{field.name} {getattr(self, field.name)}"
+            for field in fields(self)
+            if field.name in _MODERN and getattr(self, field.name) != field.default
+        ]
 
     @property
     def tokens(self) -> int:
@@ -62,10 +117,14 @@ class TransformerSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config.json") -> "TransformerSpec":
-        """Inverse of :meth:`to_dict`; unknown or missing keys are errors that name ``source``."""
+        """Inverse of :meth:`to_dict`; unknown or missing keys are errors that name ``source``.
+
+        Keys that have a default may be missing: files that were written before there was a choice lack them.
+        """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"{source}: unknown key {unknown[0]!r}, expected {', '.join(sorted(known))}")
-        if missing := sorted(known - set(values) - {"grid"}):
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if missing := sorted(required - set(values)):
             raise UserError(f"{source}: key {missing[0]!r} is missing")
         return cls(**values)

@@ -37,7 +37,8 @@ class Rule:
 
     ``name`` and ``official`` hold ``{i}`` for the layer number. ``shape`` names sizes (see :func:`_sizes`). Three
     official names mean that q, k and v are fused: rows grouped by head, for each head its q, k and v rows (Megatron's
-    order), so that a tensor-parallel slice is a plain slice.
+    order), so that a tensor-parallel slice is a plain slice. None at all: no published
+    model has the parameter.
     """
 
     name: str
@@ -54,33 +55,55 @@ def _pre_norm(spec: TransformerSpec) -> bool:
     return spec.norm_position == "pre"
 
 
-def _has_prefix(spec: TransformerSpec) -> bool:
-    return spec.vocabulary.has_prefix
+def _learned(spec: TransformerSpec) -> bool:
+    return spec.positions == "learned"
+
+
+def _layer_norm(spec: TransformerSpec) -> bool:
+    return spec.normalization == "layer"
+
+
+def _gelu(spec: TransformerSpec) -> bool:
+    return spec.activation == "gelu"
 
 
 _QKV = tuple(f"layers.{{i}}.self_attn.{letter}_proj" for letter in "qkv")
 
-# D width, F feed-forward width, V logits, R rows of the input table, P rows of a position table.
+# D width, W width of a head, F feed-forward width, V logits, R rows of the input table, P rows of a position table.
+# The rows of gate_up lie in pairs, gate and up of one feed-forward number after the other: as with the heads of qkv, a
+# slice of the fused matrix holds both halves of what a rank computes, at any tensor-parallel size.
 SCHEMA: tuple[Rule, ...] = (
     Rule("embedding.weight", ("R", "D"), "vocabulary", "table", ("embed_tokens.weight",)),
-    Rule("positions.weight", ("P", "D"), "replicated", "position", ("embed_positions.weight",)),
-    Rule("prefix_positions.weight", ("P", "D"), "replicated", "position", ("embed_positions_1.weight",), _has_prefix),
+    Rule("positions.weight", ("P", "D"), "replicated", "position", ("embed_positions.weight",), _learned),
+    Rule(
+        "prefix_positions.weight", ("P", "D"), "replicated", "position", ("embed_positions_1.weight",),
+        lambda spec: spec.vocabulary.has_prefix and _learned(spec),
+    ),
     Rule("layers.{i}.attention_norm.weight", ("D",), "replicated", "one", ("layers.{i}.self_attn_layer_norm.weight",)),
-    Rule("layers.{i}.attention_norm.bias", ("D",), "replicated", "zero", ("layers.{i}.self_attn_layer_norm.bias",)),
+    Rule(
+        "layers.{i}.attention_norm.bias", ("D",), "replicated", "zero", ("layers.{i}.self_attn_layer_norm.bias",),
+        _layer_norm,
+    ),
     Rule("layers.{i}.attention.qkv.weight", ("3D", "D"), "column", "attention", tuple(f"{n}.weight" for n in _QKV)),
     Rule("layers.{i}.attention.qkv.bias", ("3D",), "column", "linear", tuple(f"{n}.bias" for n in _QKV)),
+    Rule("layers.{i}.attention.qk_norm.weight", ("2", "W"), "replicated", "one", (), lambda spec: spec.qk_norm),
     Rule("layers.{i}.attention.out.weight", ("D", "D"), "row", "xavier", ("layers.{i}.self_attn.out_proj.weight",)),
     Rule("layers.{i}.attention.out.bias", ("D",), "replicated", "zero", ("layers.{i}.self_attn.out_proj.bias",)),
     Rule("layers.{i}.ffn_norm.weight", ("D",), "replicated", "one", ("layers.{i}.final_layer_norm.weight",)),
-    Rule("layers.{i}.ffn_norm.bias", ("D",), "replicated", "zero", ("layers.{i}.final_layer_norm.bias",)),
-    Rule("layers.{i}.ffn.up.weight", ("F", "D"), "column", "linear", ("layers.{i}.fc1.weight",)),
-    Rule("layers.{i}.ffn.up.bias", ("F",), "column", "linear", ("layers.{i}.fc1.bias",)),
+    Rule("layers.{i}.ffn_norm.bias", ("D",), "replicated", "zero", ("layers.{i}.final_layer_norm.bias",), _layer_norm),
+    Rule("layers.{i}.ffn.up.weight", ("F", "D"), "column", "linear", ("layers.{i}.fc1.weight",), _gelu),
+    Rule("layers.{i}.ffn.up.bias", ("F",), "column", "linear", ("layers.{i}.fc1.bias",), _gelu),
+    Rule("layers.{i}.ffn.gate_up.weight", ("2F", "D"), "column", "linear", (), lambda spec: not _gelu(spec)),
+    Rule("layers.{i}.ffn.gate_up.bias", ("2F",), "column", "linear", (), lambda spec: not _gelu(spec)),
     Rule("layers.{i}.ffn.down.weight", ("D", "F"), "row", "linear", ("layers.{i}.fc2.weight",), inputs="F"),
     Rule("layers.{i}.ffn.down.bias", ("D",), "replicated", "linear", ("layers.{i}.fc2.bias",), inputs="F"),
     Rule("norm.weight", ("D",), "replicated", "one", ("layer_norm.weight",), _pre_norm),
-    Rule("norm.bias", ("D",), "replicated", "zero", ("layer_norm.bias",), _pre_norm),
+    Rule(
+        "norm.bias", ("D",), "replicated", "zero", ("layer_norm.bias",),
+        lambda spec: _pre_norm(spec) and _layer_norm(spec),
+    ),
     Rule("output.weight", ("V", "D"), "vocabulary", "output", ("output_projection.weight",)),
-)
+)  # fmt: skip
 
 
 def _sizes(spec: TransformerSpec) -> dict[str, int]:
@@ -89,7 +112,10 @@ def _sizes(spec: TransformerSpec) -> dict[str, int]:
     return {
         "D": spec.width,
         "3D": 3 * spec.width,
+        "2": 2,
+        "W": spec.head_width,
         "F": spec.ffn_width,
+        "2F": 2 * spec.ffn_width,
         "V": vocabulary.output_size,
         "R": vocabulary.embedding_rows,
         "P": spec.max_positions + POSITION_OFFSET,

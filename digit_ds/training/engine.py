@@ -237,7 +237,8 @@ def _kernels(recipe: Recipe, device: torch.device) -> str:
     """Which implementations this run uses, for the log."""
     attention = "SDPA (flash or cuDNN)" if device.type == "cuda" else "SDPA"
     compiled = "layers and loss compiled" if recipe.training.compile else "layers not compiled"
-    return f"{attention}, {NORM_KERNEL}, fused AdamW, {compiled}"
+    norm = NORM_KERNEL if recipe.model.normalization == "layer" else "torch RMSNorm"
+    return f"{attention}, {norm}, fused AdamW, {compiled}"
 
 
 def check_start() -> None:

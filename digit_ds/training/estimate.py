@@ -26,8 +26,9 @@ def memory_by_part(
     """GiB of one device by part; ``data_size`` data-parallel ranks share what the ZeRO stage partitions.
 
     Activations are those kept for the backward pass: a layer's input, both norms, q, k, v and the mixed values, both
-    branches' outputs and dropout masks, the feed-forward before and after GELU; with recomputation inputs alone and
-    one layer's worth of the rest. Replicated parts count whole, those between the parallel matrices by tensor size.
+    branches' outputs and dropout masks, the feed-forward before and after GELU (SwiGLU: gate, up and their product), q
+    and k once more where they are normalised or turned; with recomputation inputs alone and one layer's worth of the
+    rest. Replicated parts count whole, those between the parallel matrices by tensor size.
     """
     count, tensor = device_parameters(spec, recipe.parallel.tensor), recipe.parallel.tensor
     low = 2 if recipe.training.precision == "bf16" else 4
@@ -39,7 +40,8 @@ def memory_by_part(
     parts["optimizer"] = 0.0 if offload else count * 4 * states / share[1]
     rows, width = recipe.training.micro_batch * spec.sequence_length, spec.width
     replicated = rows * width * (6 * low + 2)
-    split = rows * (4 * width + 2 * spec.ffn_width) * low / tensor
+    heads = (6 if spec.qk_norm or spec.positions == "rotary2d" else 4) * width
+    split = rows * (heads + (2 if spec.activation == "gelu" else 3) * spec.ffn_width) * low / tensor
     if recipe.training.recompute:
         parts["activations"] = spec.layers * rows * width * low + replicated + split
     else:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from digit_ds.config import Recipe
+from digit_ds.config import Recipe, load_recipe
 from digit_ds.data.shards import ShardManifest
 from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
@@ -44,11 +44,8 @@ def check_run_directory(run: Path, recipe: Recipe) -> None:
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise UserError(f"{run}: exists and holds no recipe.yaml, expected a new directory or a run to continue")
         return
-    try:
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{stored}: cannot be read ({' '.join(str(error).split())})") from error
-    old, new = _flat(before), _flat(recipe.model_dump(mode="json"))
+    before = load_recipe(stored)  # a key that is younger than the run takes its default, which is what the run did
+    old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "model.kind", key)):
         if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE):
             raise UserError(
@@ -91,15 +88,19 @@ def model_spec(recipe: Recipe, manifest: ShardManifest) -> TransformerSpec:
         layers=model.layers,
         width=model.width,
         heads=model.heads,
-        ffn_width=model.ffn_width or 4 * model.width,
+        ffn_width=model.feed_forward,
         norm_position=model.norm_position,
         max_positions=model.max_positions,
         discriminative_codes=manifest.discriminative_codes if model.kind != "vq" else 0,
         vq_codes=manifest.vq_codes if model.kind != "prior" else 0,
         classes=len(manifest.classes) if model.class_conditional else 0,
         grid=(manifest.grid[0], manifest.grid[1]),
+        normalization=model.normalization,
+        positions=model.positions,
+        activation=model.activation,
+        qk_norm=model.qk_norm,
     )
-    if spec.max_positions < spec.tokens + 1:
+    if spec.positions == "learned" and spec.max_positions < spec.tokens + 1:
         raise UserError(
             f"model.max_positions is {spec.max_positions}, expected at least {spec.tokens + 1} for the shards' grid"
         )

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from digit_ds.model.decoder import load_model
+from digit_ds.model.decoder import Decoder, load_model
 from digit_ds.model.official import from_official
+from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.weights import initial_state
 from digit_ds.vocabulary import EOS, SPECIALS
 
 pytestmark = [
@@ -108,3 +110,36 @@ def test_a_step_captured_in_a_cuda_graph_decodes_token_for_token(released, varia
         tokens.append(token.clone())
     assert torch.equal(torch.cat(tokens, 1).cpu(), want["greedy_tokens"])
     assert (torch.stack(seen, 1).cpu() - want["greedy_logits"]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("kind", "width"), [("prior", 128), ("ar", 96)])  # heads of 32 and of 24 numbers
+@torch.inference_mode()
+def test_rotary_positions_and_qk_norm_reach_the_kernel(kind, width):
+    """A prompt, then single tokens, through the fused cache, beside a full pass in float64 on the CPU."""
+    from digit_ds.model.fused_cache import FusedCache
+
+    options = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
+    vq_codes = 0 if kind == "prior" else 32
+    spec = TransformerSpec(kind, 3, width, 4, 2 * width, "pre", 1, 40, vq_codes, 0, grid=(5, 6), **options)
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in initial_state(spec, 1).items()
+    }
+    tokens = torch.randint(spec.vocabulary.embedding_rows, (3, spec.sequence_length), generator=generator)
+    exact, rounded = Decoder(spec).double().eval(), Decoder(spec).double().eval()
+    exact.load_state_dict(state)
+    rounded.load_state_dict({name: value.bfloat16() for name, value in state.items()})
+    wanted = exact(tokens)
+    floor = (rounded(tokens) - wanted).square().mean().sqrt()  # as above: what storing weights in bfloat16 costs
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3 * float(floor))):
+        model = Decoder(spec).to("cuda", dtype).eval()
+        model.load_state_dict(state)
+        cache = model.new_cache(3, spec.sequence_length)
+        assert isinstance(cache, FusedCache)
+        prompt = spec.prefix_length or 4
+        parts = [tokens[:, :prompt], *tokens[:, prompt:].split(1, dim=1)]
+        found = torch.cat([model.step(part.cuda(), cache) for part in parts], dim=1).double().cpu()
+        rms = (found - wanted).square().mean().sqrt()
+        print(f"{kind} {dtype}: rms {rms:.2g}, bfloat16's floor {floor:.2g}, spread {wanted.std():.2f}")
+        assert rms <= tolerance

@@ -22,8 +22,22 @@ pytestmark = [
 ]
 
 SIZES = {"model__width": 128, "optimizer__learning_rate": 2e-3}
-FLOAT32 = {"2x1-zero1": (2, "zero1"), "1x2-zero2": (1, "zero2"), "2x1-zero3": (2, "zero3"), "1x2-zero3": (1, "zero3")}
-"""Tensor size x data size, DeepSpeed file."""
+MODERN = {
+    "model__norm_position": "pre",
+    "model__normalization": "rms",
+    "model__positions": "rotary2d",
+    "model__activation": "swiglu",
+    "model__qk_norm": True,
+}
+FLOAT32 = {
+    "2x1-zero1": (2, "zero1"),
+    "1x2-zero2": (1, "zero2"),
+    "2x1-zero3": (2, "zero3"),
+    "1x2-zero3": (1, "zero3"),
+    "modern-2x1-zero1": (2, "zero1"),
+    "modern-2x1-zero3": (2, "zero3"),
+}
+"""Tensor size x data size, DeepSpeed file; published layers or modern ones."""
 BFLOAT16 = {"2x1-zero1": (2, "zero1", False), "1x2-zero1": (1, "zero1", True), "1x2-zero2": (1, "zero2", True)}
 """The same, and whether the layers are compiled."""
 
@@ -53,10 +67,15 @@ def free_ports(count: int) -> list[int]:
 def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     """Metrics of 20 steps at every layout, and of one GPU alone."""
     folder = tmp_path_factory.mktemp("runs")
-    alone = recipe(folder / "alone", token_shards, deepspeed="zero0.json", **SIZES)
-    launch(train, (alone,), 1, folder / "log-alone", timeout=300)
+    single = {"alone": {}, "modern-alone": MODERN}
+    alone = [
+        recipe(folder / name, token_shards, deepspeed="zero0.json", **SIZES, **options)
+        for name, options in single.items()
+    ]
+    launch(train_all, (alone, free_ports(len(alone))), 1, folder / "log-alone", timeout=300)
     recipes = {
         f"fp32-{name}": {"deepspeed": f"{file}.json", "parallel__tensor": tensor}
+        | (MODERN if name.startswith("modern") else {})
         for name, (tensor, file) in FLOAT32.items()
     } | {
         f"bf16-{name}": {
@@ -69,17 +88,18 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     }
     values = [recipe(folder / name, token_shards, **SIZES, **options) for name, options in recipes.items()]
     launch(train_all, (values, free_ports(len(values))), 2, folder / "log", timeout=500)
-    return {name: metrics(folder / name) for name in ("alone", *recipes)}
+    return {name: metrics(folder / name) for name in (*single, *recipes)}
 
 
 @pytest.mark.parametrize("name", FLOAT32)
 def test_float32_layouts_agree(name, runs):
     """NCCL adds in another order than one GPU: ten times the tolerance of the CPUs' 1e-5."""
-    for line, expected in zip(runs[f"fp32-{name}"], runs["alone"], strict=True):
+    alone = runs["modern-alone" if name.startswith("modern") else "alone"]
+    for line, expected in zip(runs[f"fp32-{name}"], alone, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4), line["step"]
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3), line["step"]
         assert line["sample_ids_hash"] == expected["sample_ids_hash"]
-    assert runs["alone"][-1]["loss"] < runs["alone"][0]["loss"] - 0.3
+    assert alone[-1]["loss"] < alone[0]["loss"] - 0.3
 
 
 @pytest.mark.parametrize("name", BFLOAT16)
