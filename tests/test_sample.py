@@ -19,7 +19,7 @@ from small_models import CLASSES, CODES, VQ_CODES, small_spec, write_models
 from digit_ds.data.images import Crops, decode, walk
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
-from digit_ds.generation.preview import sample_grid
+from digit_ds.generation.preview import Preview
 from digit_ds.generation.sample import sample
 from digit_ds.generation.settings import Decoding, Guidance
 from digit_ds.model.released import save_model
@@ -206,14 +206,19 @@ def test_pictures_are_reconstructed_or_completed(tmp_path, monkeypatch):
         sample(tmp_path / "broken", **common)
 
 
-def test_preview_of_a_model_in_training(models):
-    painter = {"vqgan": models["vqgan.ckpt"], "vqgan_config": models["vqgan.yaml"], "rows": 3, "columns": 4}
-    grid = sample_grid(models["prior"], partner=models["nar"], **painter)
-    assert torch.equal(grid, sample_grid(models["nar"], partner=models["prior"], **painter))
+def test_preview_of_a_model_in_training(models, tmp_path):
+    painter = {"vqgan": models["vqgan.ckpt"], "vqgan_config": models["vqgan.yaml"]}
+    with_nar = Preview(partner=models["nar"], **painter)
+    grid = with_nar.grid(models["prior"], 3, 4)
+    assert torch.equal(grid, Preview(partner=models["prior"], **painter).grid(models["nar"], 3, 4))
     assert grid.dtype == torch.uint8 and grid.shape[0] == 3 and grid.shape[2] > 4 * 64
-    assert sample_grid(models["vq"], **painter).shape[0] == 3
+    assert Preview(**painter).grid(models["vq"]).shape[0] == 3
     with pytest.raises(UserError, match="cannot be previewed"):
-        sample_grid(models["prior"], **painter)
+        Preview(**painter).grid(models["prior"])
+    # The pictures of a score are those that a sampling job of that many draws.
+    run(models, tmp_path / "job", pixel_decoder="nar", count=21, batch=21, precision="float32")
+    drawn = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "job/images").iterdir())])
+    assert np.array_equal(with_nar.pictures(models["prior"], 21), drawn)
 
 
 @pytest.mark.parametrize(
