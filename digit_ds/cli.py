@@ -81,6 +81,7 @@ def _sample(options: argparse.Namespace) -> None:
         batch=options.batch,
         precision=options.precision,
         vqgan_precision=options.vqgan_precision,
+        vqgan_compile=options.vqgan_compile,
         adm_array=options.npz,
         from_images=options.from_images,
         encoder=options.encoder,
@@ -160,7 +161,14 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures a process computes together (in float64, the CPU's default, it changes no picture)",
     )
     parser.add_argument("--precision", choices=["float64", "float32", "bfloat16"], help="of the transformers")
-    parser.add_argument("--vqgan-precision", choices=["float32", "bfloat16"], default="float32", help="of the VQGAN")
+    parser.add_argument(
+        "--vqgan-precision", choices=["float32", "float16", "bfloat16"], default="float32", help="of the VQGAN"
+    )
+    parser.add_argument(
+        "--vqgan-compile",
+        action="store_true",
+        help="compile its decoder, for thousands of pictures on a GPU",
+    )
     parser.add_argument("--npz", action="store_true", help="also write samples.npz in the layout of ADM's evaluator")
 
     prior = parser.add_argument_group("drawing from the prior (published: top-k 200 for base, 400 for large)")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,21 @@ def test_preview_of_a_model_in_training(models, tmp_path):
     run(models, tmp_path / "job", pixel_decoder="nar", count=21, batch=21, precision="float32")
     drawn = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "job/images").iterdir())])
     assert np.array_equal(with_nar.pictures(models["prior"], 21), drawn)
+
+
+def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
+    state = torch.load(models["vqgan.ckpt"], weights_only=True)
+    state["state_dict"]["decoder.conv_out.weight"] *= 1e6  # beyond float16's 65,504
+    torch.save(state, tmp_path / "large.ckpt")
+    prior = tmp_path / "vq"
+    shutil.copytree(models["vq"], prior)
+    config = json.loads((prior / "config.json").read_text())
+    (prior / "config.json").write_text(json.dumps({**config, "provenance": {}}))
+    changed = {**models, "vq": prior, "vqgan.ckpt": tmp_path / "large.ckpt"}
+    run(changed, tmp_path / "float32", prior="vq", pixel_decoder=None, count=3)
+    with pytest.raises(UserError, match="not finite"):
+        run(changed, tmp_path / "out", prior="vq", pixel_decoder=None, count=3, vqgan_precision="float16")
+    assert not list((tmp_path / "out" / "images").iterdir())
 
 
 @pytest.mark.parametrize(
