@@ -2,8 +2,8 @@
 
     python benchmarks/recipe_hours.py       # rewrites the lines "# Time: ..."
 
-A recipe takes ``images x operations an image / (peak x MFU)``, with the MFU measured on the model of its width, or on the
-base prior where that was not measured. A new figure goes into MEASURED (and into docs/results.md), nowhere else.
+A recipe takes ``images x operations an image / (peak x MFU)``, with the MFU measured on the model of its width, or on
+the base prior where that was not measured. A new figure goes into MEASURED (and into docs/results.md), nowhere else.
 """
 
 import re

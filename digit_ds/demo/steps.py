@@ -107,7 +107,7 @@ def run_steps(steps: Sequence[Step], jobs: int = 1) -> bool:
     waiting = [step for step in steps if step.name not in done]
     count, started = len(waiting), 0
     running: dict[Step, tuple[subprocess.Popen, float]] = {}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             ready = [step for step in waiting if done.issuperset(step.needs)]
@@ -137,6 +137,8 @@ def run_steps(steps: Sequence[Step], jobs: int = 1) -> bool:
     except UserError:
         _stop([process for process, _ in running.values()])
         raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     return count > 0
 
 
