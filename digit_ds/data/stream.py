@@ -213,7 +213,8 @@ def _one_job_at_a_time() -> Iterator[None]:
     """Keep other jobs of this user on this node from opening a dataset meanwhile.
 
     Each process of a job looks for the first free number in shared memory, then one takes it: of jobs that start
-    together some take the same one and fail. A job on several nodes takes no lock, since two such jobs could hold one node each.
+    together some take the same one and fail. A job on several nodes takes no lock: two such jobs could hold one node
+    each.
     """
     if launch.world_size() != launch.local_world_size():
         yield
