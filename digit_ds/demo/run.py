@@ -7,7 +7,7 @@ repeated; an interrupted one continues as its command does.
 import shlex
 from pathlib import Path
 
-from digit_ds.demo.stages import FULL, SMALL, TOOLS, VIEW_RESIZE, Scale, Stages
+from digit_ds.demo.stages import FULL, SMALL, TOOLS, Scale, Stages
 from digit_ds.demo.steps import Step, claim, run_steps
 from digit_ds.errors import UserError
 
@@ -48,7 +48,6 @@ def steps(out: Path, scale: Scale) -> list[Step]:
     stages = Stages(out, scale)
     prior, pixel_decoder = out / "models" / "prior", out / "models" / "pixel_ar"
     pixel_sampling = ("--decoder", pixel_decoder, "--decoder-top-p", 0.8)
-    rebuild = ("--encoder", stages.encoder, "--codebook", stages.codebook, "--resize", VIEW_RESIZE)
     return [
         *stages.shared(),
         stages.train("prior", "prior", out / "prior"),
@@ -59,11 +58,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
             *("sample", out / "samples", "--prior", prior, *pixel_sampling, "--temperature", 0.9, "--guidance", 2.5),
             needs=("export_prior", "export_pixel_ar"),
         ),
-        stages.verb(
-            *("reconstruct", "sample", *pixel_sampling, *stages.painter, "--out", out / "reconstructions"),
-            *("--from-images", stages.held_out_images, *rebuild),
-            needs=("export_pixel_ar",),
-        ),
+        stages.rebuild("reconstruct", out / "reconstructions", *pixel_sampling, needs=("export_pixel_ar",)),
         stages.evaluate("evaluate", out / "samples" / "images", out / "fidelity.json", needs=("sample",)),
         stages.probe("probe", prior, out / "probe", needs=("export_prior",)),
         stages.module("report", "report", out, needs=("reconstruct", "evaluate", "probe", "judge")),

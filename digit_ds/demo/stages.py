@@ -124,6 +124,12 @@ class Stages:
             name, "sample", *words, *self.painter, "--out", out, "--per-class", self.scale.per_class, needs=needs
         )
 
+    def rebuild(self, name: str, out: Path, *words: object, needs: Sequence[str]) -> Step:
+        """Held-out pictures -> discriminative tokens -> a pixel decoder, which ``words`` name."""
+        given = ("--from-images", self.held_out_images, "--resize", VIEW_RESIZE)
+        made = ("--encoder", self.encoder, "--codebook", self.codebook)
+        return self.verb(name, "sample", *words, *self.painter, "--out", out, *given, *made, needs=needs)
+
     def evaluate(self, name: str, pictures: Path, scores: Path, *, needs: Sequence[str]) -> Step:
         """FID and Inception Score against the training images, with the features of the judge's network."""
         words = ("--generated", pictures, "--reference", self.train_images, "--features", self.judge, "--out", scores)

@@ -11,6 +11,7 @@ Writes OUT/table.json and OUT/table.md: mean and standard deviation over the see
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,44 @@ MODELS = {
 }
 """Recipes of this folder, which are the models of one seed, and what the table calls them."""
 PROBED = ("prior", "vq_baseline")
-WRITERS = {"prior_ar": ("prior", "pixel_ar"), "prior_nar": ("prior", "pixel_nar"), "vq": ("vq_baseline",)}
-"""Who writes the pictures of a row: a prior and its pixel decoder, or the baseline alone."""
-GUIDANCE = {"guided": 2.5, "unguided": 1.0}
-"""Scales of classifier-free guidance; the demo's and none."""
 TEMPERATURE = 0.9
 """Of the first stage, in every row, as in the demo."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pictures of the table and who makes them."""
+
+    name: str
+    prior: str | None
+    """Writes the first stage; None: held-out pictures are rebuilt from their discriminative tokens."""
+    pixels: str | None
+    """The pixel decoder; None after the VQ baseline."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1: none."""
+
+    @property
+    def models(self) -> list[str]:
+        """Everything that is trained for this row."""
+        return [model for model in (self.prior, self.pixels) if model is not None]
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        names = " + ".join(MODELS[model] for model in self.models)
+        return names if self.prior else f"held-out digits, rebuilt by the {names}"
+
+
+ROWS = (
+    Row("prior_ar-guided", "prior", "pixel_ar", 2.5),
+    Row("prior_ar-unguided", "prior", "pixel_ar"),
+    Row("prior_nar-guided", "prior", "pixel_nar", 2.5),
+    Row("prior_nar-unguided", "prior", "pixel_nar"),
+    Row("vq-guided", "vq_baseline", None, 2.5),
+    Row("vq-unguided", "vq_baseline", None),
+    Row("rebuilt_ar", None, "pixel_ar"),
+    Row("rebuilt_nar", None, "pixel_nar"),
+)
 
 
 def steps(out: Path, scale: Scale, seeds: list[int]) -> list[Step]:
@@ -56,7 +89,7 @@ def steps(out: Path, scale: Scale, seeds: list[int]) -> list[Step]:
             drawn = (f"training.seed={seed}", f"data.shuffle_seed={seed}")
             trainings.append(stages.train(name, model, run, *drawn))
             rest.append(stages.verb(f"export-{name}", "export", run, out / "models" / name, needs=(name,)))
-        for row in _rows():
+        for row in ROWS:
             rest += _row_steps(stages, row, seed)
         for model in PROBED:
             name = f"{model}-{seed}"
@@ -66,30 +99,24 @@ def steps(out: Path, scale: Scale, seeds: list[int]) -> list[Step]:
     return [*stages.shared(), *trainings, *rest, real]
 
 
-def _rows() -> list[tuple[str, str]]:
-    """Writer and guidance of each row."""
-    return [(writer, guidance) for writer in WRITERS for guidance in GUIDANCE]
-
-
-def _row_steps(stages: Stages, row: tuple[str, str], seed: int) -> list[Step]:
+def _row_steps(stages: Stages, row: Row, seed: int) -> list[Step]:
     """Pictures of a row and their scores."""
-    writer, guidance = row
-    out, name = stages.out, f"{writer}-{guidance}-{seed}"
-    models = [f"{model}-{seed}" for model in WRITERS[writer]]
-    words: list[Any] = ["--prior", out / "models" / models[0]]
-    if len(models) > 1:
-        words += ["--decoder", out / "models" / models[1]]
-    if writer == "prior_ar":
+    out, name = stages.out, f"{row.name}-{seed}"
+    samples, models = out / "samples" / name, out / "models"
+    needs = tuple(f"export-{model}-{seed}" for model in row.models)
+    words: list[object] = []
+    if row.pixels:
+        words += ["--decoder", models / f"{row.pixels}-{seed}"]
+    if row.pixels == "pixel_ar":
         words += ["--decoder-top-p", 0.8]
-    words += ["--temperature", TEMPERATURE, "--guidance", GUIDANCE[guidance], "--seed", seed]
-    samples = out / "samples" / name
-    return [
-        stages.sample(f"sample-{name}", samples, *words, needs=tuple(f"export-{model}" for model in models)),
-        stages.evaluate(
-            *(f"evaluate-{name}", samples / "images", out / "scores" / f"{name}.json"),
-            needs=(f"sample-{name}", "judge"),
-        ),
-    ]
+    if row.prior:
+        words = ["--prior", models / f"{row.prior}-{seed}", *words, "--temperature", TEMPERATURE]
+        words += ["--guidance", row.guidance, "--seed", seed]
+        drawn = stages.sample(f"sample-{name}", samples, *words, needs=needs)
+    else:
+        drawn = stages.rebuild(f"sample-{name}", samples, *words, "--seed", seed, needs=needs)
+    scores = out / "scores" / f"{name}.json"
+    return [drawn, stages.evaluate(f"evaluate-{name}", samples / "images", scores, needs=(drawn.name, "judge"))]
 
 
 def make_table(out: Path | str, seeds: list[int], jobs: int, small: bool = False, prepare: bool = False) -> None:
@@ -133,9 +160,8 @@ def measure(out: Path, scale: Scale, seeds: list[int]) -> dict[str, Any]:
         "seeds": seeds,
         "samples_per_seed": 10 * scale.per_class,
         "temperature": TEMPERATURE,
-        "guidance": GUIDANCE,
         "models": {model: _described(out, model, seeds) for model in MODELS},
-        "rows": {name: _over_seeds(seeds, partial(_row, out, name, judge)) for name in map("-".join, _rows())},
+        "rows": {row.name: _over_seeds(seeds, partial(_row, out, row.name, judge)) for row in ROWS},
         "probe": {model: _over_seeds(seeds, partial(_probe, out, model)) for model in PROBED},
         "real_held_out": {
             "class_accuracy": judge.score(held_out, read_labels(stages.held_out_images)),
@@ -204,18 +230,16 @@ def as_markdown(table: dict[str, Any]) -> str:
         "| pictures written by | guidance | class accuracy, % | FID, digit features | probe, top-1 % |",
         "|---|---|---|---|---|",
     ]
-    for writer, guidance in _rows():
-        row, first = table["rows"][f"{writer}-{guidance}"], WRITERS[writer][0]
-        name = " + ".join(MODELS[model] for model in WRITERS[writer])
-        scale = "none" if table["guidance"][guidance] == 1 else f"{table['guidance'][guidance]:g}"
-        accuracy, probe = row["class_accuracy"], table["probe"][first]["accuracy"]
-        figures = (shown(accuracy, 1, 100), shown(row["fid"], 1), shown(probe, 1, 100))
-        lines.append(f"| {name} | {scale} | {' | '.join(figures)} |")
+    for row in ROWS:
+        found, scale = table["rows"][row.name], "none" if row.guidance == 1 else f"{row.guidance:g}"
+        probe = shown(table["probe"][row.prior]["accuracy"], 1, 100) if row.prior else ""
+        figures = (shown(found["class_accuracy"], 1, 100), shown(found["fid"], 1), probe)
+        lines.append(f"| {row.title} | {scale if row.prior else ''} | {' | '.join(figures)} |")
     lines += [
         f"| real held-out digits | | {real['class_accuracy'] * 100:.1f} | {real['fid']:.1f} | |",
         "",
         f"Seeds {', '.join(map(str, table['seeds']))}: mean ± standard deviation; {table['samples_per_seed']} pictures "
-        f"a row and seed ({real['samples']} real ones), temperature {table['temperature']:g}.",
+        f"drawn for a row and seed ({real['samples']} held out), temperature {table['temperature']:g}.",
         "",
         "| model | parameters | layers x width | steps x images | learning rate |",
         "|---|---|---|---|---|",
