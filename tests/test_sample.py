@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,21 +93,31 @@ def test_batch_size_changes_no_byte(models, tmp_path):
 
 
 COMMAND = """
-import sys, torch
+import os, signal, sys, torch
+from digit_ds.generation.job import Job
 from digit_ds.generation.sample import sample
-models, out, count = sys.argv[1:]
+models, out, count, last = sys.argv[1:]
+write = Job.write_block
+
+def write_and_die(self, block, pictures, tokens):  # while other threads write and the next tokens are drawn
+    write(self, block, pictures, tokens)
+    if block == int(last):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Job.write_block = write_and_die
 torch.set_num_threads(1)
 sample(out, vqgan=f"{models}/vqgan.ckpt", vqgan_config=f"{models}/vqgan.yaml", prior=f"{models}/prior",
        pixel_decoder=f"{models}/nar", count=int(count), batch=16)
 """
 
 
-def start(models, out: Path, count: int, processes: int) -> subprocess.Popen:
+def start(models, out: Path, count: int, processes: int, last: int = -1) -> subprocess.Popen:
+    """A job of its own, killed when block ``last`` is written."""
     script = out.parent / "job.py"
     script.write_text(COMMAND)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, script, models["prior"].parent, out, str(count)],
+        [sys.executable, *launcher, script, models["prior"].parent, out, str(count), str(last)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -128,17 +137,13 @@ def test_the_number_of_processes_changes_no_byte(models, tmp_path):
 def test_a_killed_job_continues_and_refuses_other_settings(models, tmp_path):
     run(models, tmp_path / "whole", pixel_decoder="nar", count=300, batch=128)
     out = tmp_path / "killed"
-    job = start(models, out, 300, processes=1)
-    while len(list(out.glob("parts/[0-9]*.npz"))) < 3:
-        assert job.poll() is None, job.stderr.read()
-        time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    job.stderr.close()
+    job = start(models, out, 300, processes=1, last=7)
+    _, errors = job.communicate(timeout=300)
+    assert job.returncode == -signal.SIGKILL, errors
     assert not json.loads((out / "manifest.json").read_text())["complete"]
     done = {path.stem: path.stat().st_mtime_ns for path in out.glob("images/[0-9]*.png")}
     finished = len(list(out.glob("parts/[0-9]*.npz")))
-    assert finished < 19
+    assert 1 <= finished < 19
     with pytest.raises(UserError, match="holds a job whose count is 300, but this one's is 96"):
         run(models, out, pixel_decoder="nar", count=96)
     with pytest.raises(UserError, match="holds a job whose seed is 0, but this one's is 1"):
