@@ -17,24 +17,26 @@ def _train(options: argparse.Namespace) -> None:
 
     from digit_ds.training.loop import train
 
-    train(recipe, _sample_grid(recipe))
+    train(recipe, *_preview(recipe))
 
 
-def _sample_grid(recipe):
-    """What training calls for a grid of samples; rooms on one floor do not know each other."""
-    preview = recipe.preview
-    if preview.vqgan is None:
-        return None
-    from digit_ds.generation.preview import sample_grid
+def _preview(recipe):
+    """What training calls for a grid of samples and for figures; rooms on one floor do not know each other."""
+    wanted = recipe.preview
+    if wanted.vqgan is None:
+        return None, None
+    from digit_ds.generation.preview import Preview
+    from digit_ds.generation.settings import Decoding
 
-    return partial(
-        sample_grid,
-        vqgan=preview.vqgan,
-        vqgan_config=preview.vqgan_config,
-        partner=preview.partner,
-        rows=preview.rows,
-        columns=preview.columns,
-    )
+    decodings = Decoding(top_k=wanted.top_k), Decoding(top_p=wanted.decoder_top_p)
+    preview = Preview(wanted.vqgan, wanted.vqgan_config, wanted.partner, *decodings)
+    grid = partial(preview.grid, rows=wanted.rows, columns=wanted.columns)
+    if not wanted.fid_samples:
+        return grid, None
+    from digit_ds.evaluation.fidelity import OnlineFid
+
+    fid = OnlineFid(wanted.fid_reference, inception_weights=wanted.fid_inception_weights, features=wanted.fid_features)
+    return grid, lambda model: fid.figures(preview.pictures(model, wanted.fid_samples))
 
 
 def _estimate(options: argparse.Namespace) -> None:
@@ -79,6 +81,7 @@ def _sample(options: argparse.Namespace) -> None:
         batch=options.batch,
         precision=options.precision,
         vqgan_precision=options.vqgan_precision,
+        vqgan_compile=options.vqgan_compile,
         adm_array=options.npz,
         from_images=options.from_images,
         encoder=options.encoder,
@@ -158,7 +161,14 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures a process computes together (in float64, the CPU's default, it changes no picture)",
     )
     parser.add_argument("--precision", choices=["float64", "float32", "bfloat16"], help="of the transformers")
-    parser.add_argument("--vqgan-precision", choices=["float32", "bfloat16"], default="float32", help="of the VQGAN")
+    parser.add_argument(
+        "--vqgan-precision", choices=["float32", "float16", "bfloat16"], default="float32", help="of the VQGAN"
+    )
+    parser.add_argument(
+        "--vqgan-compile",
+        action="store_true",
+        help="compile its decoder, for thousands of pictures on a GPU",
+    )
     parser.add_argument("--npz", action="store_true", help="also write samples.npz in the layout of ADM's evaluator")
 
     prior = parser.add_argument_group("drawing from the prior (published: top-k 200 for base, 400 for large)")

@@ -179,10 +179,12 @@ class MonitorConfig(Section):
 
 
 class PreviewConfig(Section):
-    """A grid of samples for TensorBoard, drawn on rank 0 at each checkpoint."""
+    """Pictures of a model in training, drawn on rank 0 at each checkpoint while the other ranks wait: a grid for
+    TensorBoard, and an FID of few samples. What cannot be drawn is a warning and no end of the run.
+    """
 
     vqgan: str | None = None
-    """VQGAN checkpoint that paints; unset: no grid."""
+    """VQGAN checkpoint that paints; unset: no pictures."""
     vqgan_config: str | None = None
     """Its taming-style YAML; unset: MAGE's."""
     partner: str | None = None
@@ -191,6 +193,20 @@ class PreviewConfig(Section):
     """Rows of the grid; with a class-conditional prior the first classes, one a row."""
     columns: int = Field(8, ge=1)
     """Pictures of a row."""
+    top_k: int | None = Field(None, ge=1)
+    """First-stage codes are drawn from the k most probable; published: 200 (base), 400 (large); unset: from all."""
+    decoder_top_p: float | None = Field(None, gt=0)
+    """An ``ar`` decoder's codes are drawn from the most probable of this mass; published: 0.8; unset: from all."""
+    fid_samples: int = Field(0, ge=0)
+    """N: the FID of N pictures, classes in turn, is logged as ``online_fid_N``; 0: none. It compares checkpoints of
+    a run and is no published figure (those are of 50,000). Must take less than ``training.timeout_seconds``."""
+    fid_reference: str | None = None
+    """Its reference: ``.npz`` of statistics (``mu``, ``sigma``) or of pictures (``arr_0``), or a folder, which is read
+    at the first checkpoint."""
+    fid_inception_weights: str | None = None
+    """Local file of torch-fidelity's Inception weights; or"""
+    fid_features: str | None = None
+    """a feature network (safetensors) in their place."""
 
 
 class Recipe(Section):
@@ -282,6 +298,7 @@ def _first_problem(error: ValidationError) -> str:
 
 def _check_combinations(recipe: Recipe, path: Path) -> None:
     """Refuse what each field allows but the whole does not."""
+    _check_preview(recipe.preview, path)
     model, training, tensor = recipe.model, recipe.training, recipe.parallel.tensor
     if model.width % model.heads:
         raise UserError(f"{path}: model.width {model.width} is not divisible by model.heads {model.heads}")
@@ -303,4 +320,20 @@ def _check_combinations(recipe: Recipe, path: Path) -> None:
         raise UserError(
             f"{path}: training.global_batch {training.global_batch} is not a multiple of "
             f"training.micro_batch {training.micro_batch}"
+        )
+
+
+def _check_preview(preview: PreviewConfig, path: Path) -> None:
+    """An FID needs pictures, something to compare them with, and one network to see them with."""
+    if not preview.fid_samples:
+        return
+    if preview.fid_samples == 1:
+        raise UserError(f"{path}: preview.fid_samples is 1, expected at least 2 (0: no FID)")
+    for key in ("vqgan", "fid_reference"):
+        if getattr(preview, key) is None:
+            raise UserError(f"{path}: preview.fid_samples is {preview.fid_samples}, but preview.{key} is not set")
+    if (preview.fid_inception_weights is None) == (preview.fid_features is None):
+        raise UserError(
+            f"{path}: preview.fid_samples is {preview.fid_samples}, expected either preview.fid_inception_weights or "
+            "preview.fid_features"
         )

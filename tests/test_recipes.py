@@ -1,5 +1,6 @@
 """The recipes: they read, they are of the published or stated size and length, DeepSpeed's file fits."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,21 @@ def test_the_modern_recipe_differs_from_the_published_one_in_the_layers_alone():
     assert modern.model.feed_forward % 8 == 0  # up to 8 tensor-parallel ranks
     stated = (RECIPES / "modern_base_prior.yaml").read_text()
     assert f"{parameter_count(spec_of('modern_base_prior')):,} parameters" in stated
+
+
+def test_headers_say_command_and_hours():
+    specification = importlib.util.spec_from_file_location(
+        "recipe_hours", RECIPES.parent / "benchmarks/recipe_hours.py"
+    )
+    hours = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(hours)
+    for name in PUBLISHED:
+        header = (RECIPES / f"{name}.yaml").read_text()
+        assert f"digit-ds train ds_configs/{name}.yaml\n" in header
+        assert hours.time_line(RECIPES / f"{name}.yaml") in header, "run benchmarks/recipe_hours.py"
+    base = load_recipe(RECIPES / "base_prior.yaml").training
+    expected = base.steps * base.global_batch / hours.MEASURED[1024].images_per_second / 3600
+    assert f"about {expected:.0f} H200-hours" in (RECIPES / "base_prior.yaml").read_text()
 
 
 @pytest.mark.parametrize("data_size", [1, 8, 16])

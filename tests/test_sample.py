@@ -2,10 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from small_models import CLASSES, CODES, VQ_CODES, small_spec, write_models
 from digit_ds.data.images import Crops, decode, walk
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
-from digit_ds.generation.preview import sample_grid
+from digit_ds.generation.preview import Preview
 from digit_ds.generation.sample import sample
 from digit_ds.generation.settings import Decoding, Guidance
 from digit_ds.model.released import save_model
@@ -93,21 +93,31 @@ def test_batch_size_changes_no_byte(models, tmp_path):
 
 
 COMMAND = """
-import sys, torch
+import os, signal, sys, torch
+from digit_ds.generation.job import Job
 from digit_ds.generation.sample import sample
-models, out, count = sys.argv[1:]
+models, out, count, last = sys.argv[1:]
+write = Job.write_block
+
+def write_and_die(self, block, pictures, tokens):  # while other threads write and the next tokens are drawn
+    write(self, block, pictures, tokens)
+    if block == int(last):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Job.write_block = write_and_die
 torch.set_num_threads(1)
 sample(out, vqgan=f"{models}/vqgan.ckpt", vqgan_config=f"{models}/vqgan.yaml", prior=f"{models}/prior",
        pixel_decoder=f"{models}/nar", count=int(count), batch=16)
 """
 
 
-def start(models, out: Path, count: int, processes: int) -> subprocess.Popen:
+def start(models, out: Path, count: int, processes: int, last: int = -1) -> subprocess.Popen:
+    """A job of its own, killed when block ``last`` is written."""
     script = out.parent / "job.py"
     script.write_text(COMMAND)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, script, models["prior"].parent, out, str(count)],
+        [sys.executable, *launcher, script, models["prior"].parent, out, str(count), str(last)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -127,17 +137,13 @@ def test_the_number_of_processes_changes_no_byte(models, tmp_path):
 def test_a_killed_job_continues_and_refuses_other_settings(models, tmp_path):
     run(models, tmp_path / "whole", pixel_decoder="nar", count=300, batch=128)
     out = tmp_path / "killed"
-    job = start(models, out, 300, processes=1)
-    while len(list(out.glob("parts/[0-9]*.npz"))) < 3:
-        assert job.poll() is None, job.stderr.read()
-        time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    job.stderr.close()
+    job = start(models, out, 300, processes=1, last=7)
+    _, errors = job.communicate(timeout=300)
+    assert job.returncode == -signal.SIGKILL, errors
     assert not json.loads((out / "manifest.json").read_text())["complete"]
     done = {path.stem: path.stat().st_mtime_ns for path in out.glob("images/[0-9]*.png")}
     finished = len(list(out.glob("parts/[0-9]*.npz")))
-    assert finished < 19
+    assert 1 <= finished < 19
     with pytest.raises(UserError, match="holds a job whose count is 300, but this one's is 96"):
         run(models, out, pixel_decoder="nar", count=96)
     with pytest.raises(UserError, match="holds a job whose seed is 0, but this one's is 1"):
@@ -206,14 +212,34 @@ def test_pictures_are_reconstructed_or_completed(tmp_path, monkeypatch):
         sample(tmp_path / "broken", **common)
 
 
-def test_preview_of_a_model_in_training(models):
-    painter = {"vqgan": models["vqgan.ckpt"], "vqgan_config": models["vqgan.yaml"], "rows": 3, "columns": 4}
-    grid = sample_grid(models["prior"], partner=models["nar"], **painter)
-    assert torch.equal(grid, sample_grid(models["nar"], partner=models["prior"], **painter))
+def test_preview_of_a_model_in_training(models, tmp_path):
+    painter = {"vqgan": models["vqgan.ckpt"], "vqgan_config": models["vqgan.yaml"]}
+    with_nar = Preview(partner=models["nar"], **painter)
+    grid = with_nar.grid(models["prior"], 3, 4)
+    assert torch.equal(grid, Preview(partner=models["prior"], **painter).grid(models["nar"], 3, 4))
     assert grid.dtype == torch.uint8 and grid.shape[0] == 3 and grid.shape[2] > 4 * 64
-    assert sample_grid(models["vq"], **painter).shape[0] == 3
+    assert Preview(**painter).grid(models["vq"]).shape[0] == 3
     with pytest.raises(UserError, match="cannot be previewed"):
-        sample_grid(models["prior"], **painter)
+        Preview(**painter).grid(models["prior"])
+    # The pictures of a score are those that a sampling job of that many draws.
+    run(models, tmp_path / "job", pixel_decoder="nar", count=21, batch=21, precision="float32")
+    drawn = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "job/images").iterdir())])
+    assert np.array_equal(with_nar.pictures(models["prior"], 21), drawn)
+
+
+def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
+    state = torch.load(models["vqgan.ckpt"], weights_only=True)
+    state["state_dict"]["decoder.conv_out.weight"] *= 1e6  # beyond float16's 65,504
+    torch.save(state, tmp_path / "large.ckpt")
+    prior = tmp_path / "vq"
+    shutil.copytree(models["vq"], prior)
+    config = json.loads((prior / "config.json").read_text())
+    (prior / "config.json").write_text(json.dumps({**config, "provenance": {}}))
+    changed = {**models, "vq": prior, "vqgan.ckpt": tmp_path / "large.ckpt"}
+    run(changed, tmp_path / "float32", prior="vq", pixel_decoder=None, count=3)
+    with pytest.raises(UserError, match="not finite"):
+        run(changed, tmp_path / "out", prior="vq", pixel_decoder=None, count=3, vqgan_precision="float16")
+    assert not list((tmp_path / "out" / "images").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pieces of training that need one process at most."""
 
+import fcntl
 import json
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from training_parts import launch, recipe, write_shards
 
+from digit_ds.data import stream
 from digit_ds.data.stream import Chunks, TokenStream
 from digit_ds.errors import UserError
 from digit_ds.model import weights
@@ -185,6 +187,22 @@ def test_flipped_byte_is_refused(tmp_path):
     victim.write_bytes(data)
     launch(read_damaged, (shards, tmp_path / "error"), 1, tmp_path)
     assert "shard cannot be read" in (tmp_path / "error").read_text()
+
+
+def test_jobs_of_one_node_open_their_shards_one_after_the_other(monkeypatch):
+    """Streaming looks for a free number in shared memory and takes it later; 3 of 12 jobs at once failed."""
+
+    def is_locked() -> bool:
+        with stream._lock_file().open("a") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+    monkeypatch.setattr(stream, "StreamingDataset", lambda **_: is_locked())
+    assert stream._open("shards", "cache") is True
+    assert not is_locked()
 
 
 # --- the DeepSpeed file ------------------------------------------------------------------------------------------

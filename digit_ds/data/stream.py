@@ -8,10 +8,12 @@ order is not used, because it pads epochs to the number of ranks, workers and ca
 (1 KB a sample), so that samples in any order cost no more than in shard order once a shard is in the local cache.
 """
 
+import fcntl
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,9 +202,33 @@ def _open(shards: str, cache: str) -> StreamingDataset:
     remote = shards if "://" in shards else str(Path(shards).absolute())
     _forget_killed(cache)
     try:
-        return StreamingDataset(remote=remote, local=cache, shuffle=False, validate_hash=HASH, batch_size=1)
+        with _one_job_at_a_time():
+            return StreamingDataset(remote=remote, local=cache, shuffle=False, validate_hash=HASH, batch_size=1)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{shards}: cannot be opened as token shards ({' '.join(str(error).split())})") from error
+
+
+@contextmanager
+def _one_job_at_a_time() -> Iterator[None]:
+    """Keep other jobs of this user on this node from opening a dataset meanwhile.
+
+    Each process of a job looks for the first free number in shared memory, then one takes it: of jobs that start
+    together some take the same one and fail. A job on several nodes takes no lock: two such jobs could hold one node
+    each.
+    """
+    if launch.world_size() != launch.local_world_size():
+        yield
+        return
+    with _lock_file().open("a") as lock:
+        if launch.local_rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, by whatever ends the process
+        launch.barrier()
+        yield
+
+
+def _lock_file() -> Path:
+    """What :func:`_one_job_at_a_time` locks."""
+    return _TEMPORARY / f"digit_ds-{os.getuid()}.lock"
 
 
 def _forget_killed(cache: str) -> None:

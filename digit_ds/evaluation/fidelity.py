@@ -14,13 +14,15 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 from digit_ds.data.feature_network import load_feature_network
 from digit_ds.errors import UserError
 from digit_ds.evaluation.extractors import Extractor, feature_network, inception
-from digit_ds.evaluation.pictures import Pictures, Preparation, Statistics, open_pictures
+from digit_ds.evaluation.pictures import Array, Pictures, Preparation, Statistics, open_pictures
 from digit_ds.files import read_json, write_atomically, write_json
 
 ENOUGH = 50_000
 """Samples below which FID is biased upwards too much to be compared with published figures."""
 SPLITS = 10
 """Parts over which the Inception Score is averaged."""
+BATCH = 64
+"""Pictures of one forward pass unless told."""
 FEW = 5_000
 """Below this many pictures, starting loader processes takes longer than decoding."""
 
@@ -38,7 +40,7 @@ def evaluate(
     classifier: Path | str | None = None,
     labels: Path | str | None = None,
     cache: Path | str | None = None,
-    batch: int = 64,
+    batch: int = BATCH,
 ) -> dict[str, Any]:
     """Score generated pictures against a reference, print the figures and write them to ``out_json``.
 
@@ -98,18 +100,50 @@ def save_statistics(
     features: Path | str | None = None,
     preparation: Preparation = "none",
     size: int | None = None,
-    batch: int = 64,
+    batch: int = BATCH,
 ) -> None:
     """Write mean and covariance of a reference's features to an ``.npz``, for ``evaluate(reference=...)``."""
     pictures = open_pictures(reference, preparation, size)
     if isinstance(pictures, Statistics):
         raise UserError(f"{reference}: holds statistics already, expected pictures")
     extractor = inception(inception_weights) if features is None else feature_network(features)
-    found = _statistics(_features(pictures, extractor, ["fid"], None, batch), extractor)
-    write_atomically(out, lambda temporary: np.savez(temporary, mu=found["mu"], sigma=found["sigma"]))
+    found = _reference_statistics(pictures, extractor, batch)
+    write_atomically(out, lambda temporary: np.savez(temporary, **found))
 
 
-def class_accuracy(pictures: Pictures, classifier: Path | str, labels: np.ndarray, batch: int = 64) -> float:
+class OnlineFid:
+    """FID of pictures of a model in training against one reference, whose statistics are computed once.
+
+    Args:
+        reference: folder or ``.npz`` of pictures, or ``.npz`` of statistics (``mu``, ``sigma``).
+        inception_weights: local file of torch-fidelity's Inception weights; or
+        features: a feature network.
+
+    Raises:
+        UserError: a file is missing or does not fit.
+    """
+
+    def __init__(
+        self,
+        reference: Path | str,
+        *,
+        inception_weights: Path | str | None = None,
+        features: Path | str | None = None,
+    ):
+        self._reference = open_pictures(reference)
+        self._extractor = inception(inception_weights) if features is None else feature_network(features)
+        self._statistics: dict[str, np.ndarray] | None = None
+
+    def figures(self, pictures: np.ndarray) -> dict[str, float]:
+        """``online_fid_N`` of N pictures uint8 [N, H, W, 3]: the number is in the name, since FID grows as N falls."""
+        if self._statistics is None:
+            self._statistics = _reference_statistics(self._reference, self._extractor, BATCH)
+        samples = Array(pictures, "pictures of a model in training")
+        fid = _fid(samples, self._statistics, self._reference.name, self._extractor, None, BATCH)
+        return {f"online_fid_{len(samples)}": fid}
+
+
+def class_accuracy(pictures: Pictures, classifier: Path | str, labels: np.ndarray, batch: int = BATCH) -> float:
     """Share of pictures that a feature network assigns to the class that was asked for."""
     network = load_feature_network(classifier)
     if int(labels.max()) >= network.classes:
@@ -133,13 +167,8 @@ def _figures(
     if isinstance(against, Statistics):
         if precision_recall:
             raise UserError(f"{against.name}: holds statistics, but precision and recall need the reference's pictures")
-        ours = _statistics(_features(samples, extractor, ["fid"], cache, batch), extractor)
-        theirs = {"mu": against.mean.astype(np.float64), "sigma": against.covariance.astype(np.float64)}
-        if theirs["mu"].shape != ours["mu"].shape or theirs["sigma"].shape != ours["sigma"].shape:
-            raise UserError(
-                f"{against.name}: mu is {list(theirs['mu'].shape)}, but the features are {list(ours['mu'].shape)}"
-            )
-        metrics = fid_statistics_to_metric(ours, theirs, verbose=False)
+        theirs = _reference_statistics(against, extractor, batch)
+        metrics = {names["fid"]: _fid(samples, theirs, against.name, extractor, cache, batch)}
         metrics |= calculate_metrics(**_settings(samples, None, extractor, cache, batch), isc=True)
     else:
         settings = _settings(samples, against, extractor, cache, batch)
@@ -147,6 +176,30 @@ def _figures(
         if precision_recall:
             names |= {"precision": "precision", "recall": "recall"}
     return {ours: float(metrics[theirs]) for ours, theirs in names.items()}
+
+
+def _reference_statistics(reference: Pictures | Statistics, extractor: Extractor, batch: int) -> dict[str, np.ndarray]:
+    """Mean and covariance of a reference, saved or computed."""
+    if isinstance(reference, Statistics):
+        return {"mu": reference.mean.astype(np.float64), "sigma": reference.covariance.astype(np.float64)}
+    return _statistics(_features(reference, extractor, ["fid"], None, batch), extractor)
+
+
+def _fid(
+    samples: Pictures,
+    reference: dict[str, np.ndarray],
+    reference_name: str,
+    extractor: Extractor,
+    cache: Path | str | None,
+    batch: int,
+) -> float:
+    """FID of pictures against a reference's mean and covariance."""
+    ours = _statistics(_features(samples, extractor, ["fid"], cache, batch), extractor)
+    for name, value in reference.items():
+        found, expected = list(value.shape), list(ours[name].shape)
+        if found != expected:
+            raise UserError(f"{reference_name}: {name} is {found}, but that of {extractor.name} is {expected}")
+    return float(fid_statistics_to_metric(ours, reference, verbose=False)["frechet_inception_distance"])
 
 
 def _settings(

@@ -67,15 +67,10 @@ class Folder(Dataset):
 
 
 class Array(Dataset):
-    """``arr_0`` uint8 [N, H, W, 3] of an ``.npz`` in ADM's layout."""
+    """Pictures uint8 [N, H, W, 3] in memory."""
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self.pictures = _array(self.path, "arr_0")
-        if self.pictures.ndim != 4 or self.pictures.shape[-1] != 3 or self.pictures.dtype != np.uint8:
-            shape = list(self.pictures.shape)
-            raise UserError(f"{path}: arr_0 is {self.pictures.dtype} {shape}, expected uint8 [N, H, W, 3]")
-        self.name = str(path)
+    def __init__(self, pictures: np.ndarray, name: str):
+        self.pictures, self.name = pictures, name
 
     @property
     def content_hash(self) -> str:
@@ -118,7 +113,7 @@ def open_pictures(
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error}), expected an .npz file") from error
     if "arr_0.npy" in names:
-        return Array(path)
+        return _adm_array(path)
     if {"mu.npy", "sigma.npy"} <= names:
         return Statistics(path)
     raise UserError(f"{path}: holds {', '.join(sorted(names))}, expected arr_0 (pictures) or mu and sigma (statistics)")
@@ -140,6 +135,14 @@ def prepare(image: Image.Image, preparation: Preparation, size: int) -> Image.Im
     else:
         left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def _adm_array(path: Path) -> Array:
+    """``arr_0`` uint8 [N, H, W, 3] of an ``.npz`` in ADM's layout."""
+    pictures = _array(path, "arr_0")
+    if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != np.uint8:
+        raise UserError(f"{path}: arr_0 is {pictures.dtype} {list(pictures.shape)}, expected uint8 [N, H, W, 3]")
+    return Array(pictures, str(path))
 
 
 def _array(path: Path, name: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digit_ds.errors import UserError
 from digit_ds.generation.draws import PIXELS, PRIOR
 from digit_ds.generation.parallel import ParallelSampler
 from digit_ds.generation.samplers import AutoregressiveSampler, Sampler
@@ -63,7 +64,15 @@ class Pipeline:
 
     @torch.inference_mode()
     def paint(self, vq: Tensor) -> np.ndarray:
-        """VQ codes [B, G] of at most one block -> uint8 [B, H, W, 3]."""
+        """VQ codes [B, G] of at most one block -> uint8 [B, H, W, 3].
+
+        Raises:
+            UserError: the VQGAN's numbers overflow in its precision.
+        """
         padded = vq[torch.arange(BLOCK).clamp(max=len(vq) - 1)]
-        pixels = to_uint8(self.vqgan.decode(padded.unflatten(1, self.grid).to(self.device)))
-        return pixels[: len(vq)].permute(0, 2, 3, 1).cpu().numpy()
+        pixels = self.vqgan.decode(padded.unflatten(1, self.grid).to(self.device))
+        finite = pixels.isfinite().all()
+        pictures = to_uint8(pixels)[: len(vq)].permute(0, 2, 3, 1).cpu().numpy()
+        if not finite:
+            raise UserError("the VQGAN paints pixels that are not finite; if it runs in float16, use bfloat16")
+        return pictures

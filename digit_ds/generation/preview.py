@@ -1,5 +1,6 @@
-"""A grid of pictures of a model in training, for TensorBoard."""
+"""Pictures of a model in training: a grid for TensorBoard, a small sample for scores."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,54 +15,76 @@ from digit_ds.model.decoder import load_model
 from digit_ds.parallel import launch
 from digit_ds.tokenizer.vqgan import load_vqgan
 
+BATCH = 256
+"""Pictures of one model call at most: a training run leaves little memory."""
+PLAIN = Decoding()
 
-def sample_grid(
-    model_dir: Path | str,
-    *,
-    vqgan: Path | str,
-    vqgan_config: Path | str | None = None,
-    partner: Path | str | None = None,
-    rows: int = 8,
-    columns: int = 8,
-    prior_decoding: Decoding | None = None,
-    pixel_decoding: Decoding | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Draw ``rows`` x ``columns`` pictures in this process alone; the same seed shows the same images over a training
-    run.
 
-    Args:
-        model_dir: released model: a prior, a pixel decoder, or a VQ baseline.
-        vqgan: paints; ``vqgan_config`` as for ``load_vqgan``.
-        partner: the released model of the other stage; none for a VQ baseline.
-        rows: with a class-conditional prior, the first classes, one a row.
-        columns: pictures of a row.
-        prior_decoding: how first-stage tokens are drawn.
-        pixel_decoding: how VQ tokens are drawn.
-        seed: of the random numbers.
+@dataclass(frozen=True)
+class Preview:
+    """Draws in this process alone; the same seed shows the same images over a training run."""
 
-    Returns:
-        uint8 [3, H, W].
-    """
-    device = launch.device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    models = {}
-    for directory in (model_dir, partner):
-        if directory is not None:
-            model = load_model(directory, device, dtype)
-            models["pixels" if model.spec.vocabulary.has_prefix else "prior"] = model
-    if "prior" not in models or ("pixels" in models) == (models["prior"].spec.kind == "vq"):
-        raise UserError(
-            f"{model_dir}: cannot be previewed with {partner}, expected a prior and a pixel decoder, or a vq model"
-        )
-    count = rows * columns
-    decodings = {"prior": prior_decoding or Decoding(), "pixels": pixel_decoding or Decoding()}
-    samplers = {name: make_sampler(model, decodings[name], seed, count) for name, model in models.items()}
-    pipeline = Pipeline(samplers["prior"], samplers.get("pixels"), load_vqgan(vqgan, vqgan_config, device))
-    classes = models["prior"].spec.classes
-    labels = torch.arange(rows).repeat_interleave(columns) % classes if classes else None
+    vqgan: Path | str
+    """VQGAN checkpoint that paints; ``vqgan_config`` as for ``load_vqgan``."""
+    vqgan_config: Path | str | None = None
+    partner: Path | str | None = None
+    """The released model of the other stage; none for a VQ baseline."""
+    prior_decoding: Decoding = PLAIN
+    """How first-stage tokens are drawn."""
+    pixel_decoding: Decoding = PLAIN
+    """How VQ tokens are drawn."""
+    seed: int = 0
+
+    def grid(self, model_dir: Path | str, rows: int = 8, columns: int = 8) -> Tensor:
+        """A labelled grid, uint8 [3, H, W]; with a class-conditional prior the first classes, one a row.
+
+        Raises:
+            UserError: ``model_dir`` and ``partner`` do not make a pair.
+        """
+        pipeline = self._pipeline(model_dir, rows * columns)
+        classes = _classes(pipeline)
+        labels = torch.arange(rows).repeat_interleave(columns) % classes if classes else None
+        pictures = _paint(pipeline, rows * columns, labels)
+        names = [str(row % classes) if classes else "" for row in range(rows)]
+        grid = draw_grid([(name, pictures[row * columns : (row + 1) * columns]) for row, name in enumerate(names)])
+        return torch.from_numpy(np.array(grid)).permute(2, 0, 1)
+
+    def pictures(self, model_dir: Path | str, count: int) -> np.ndarray:
+        """``count`` pictures, classes in turn as ``digit-ds sample --count`` draws them: uint8 [N, H, W, 3].
+
+        Raises:
+            UserError: ``model_dir`` and ``partner`` do not make a pair.
+        """
+        pipeline = self._pipeline(model_dir, count)
+        classes = _classes(pipeline)
+        return _paint(pipeline, count, torch.arange(count) % classes if classes else None)
+
+    def _pipeline(self, model_dir: Path | str, count: int) -> Pipeline:
+        """Both models and the VQGAN, on this process's device."""
+        device = launch.device()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        models = {}
+        for directory in (model_dir, self.partner):
+            if directory is not None:
+                model = load_model(directory, device, dtype)
+                models["pixels" if model.spec.vocabulary.has_prefix else "prior"] = model
+        if "prior" not in models or ("pixels" in models) == (models["prior"].spec.kind == "vq"):
+            raise UserError(
+                f"{model_dir}: cannot be previewed with {self.partner}, expected a prior and a pixel decoder, or a vq "
+                "model"
+            )
+        decodings = {"prior": self.prior_decoding, "pixels": self.pixel_decoding}
+        samplers = {
+            name: make_sampler(model, decodings[name], self.seed, min(count, BATCH)) for name, model in models.items()
+        }
+        return Pipeline(samplers["prior"], samplers.get("pixels"), load_vqgan(self.vqgan, self.vqgan_config, device))
+
+
+def _classes(pipeline: Pipeline) -> int:
+    return pipeline.prior.spec.classes
+
+
+def _paint(pipeline: Pipeline, count: int, labels: Tensor | None) -> np.ndarray:
+    """Images 0 .. ``count`` - 1 as uint8 [N, H, W, 3]."""
     codes = pipeline.write(torch.arange(count), labels)
-    pictures = np.concatenate([pipeline.paint(block) for block in codes.vq.split(BLOCK)])
-    names = [str(row % classes) if classes else "" for row in range(rows)]
-    grid = draw_grid([(name, pictures[row * columns : (row + 1) * columns]) for row, name in enumerate(names)])
-    return torch.from_numpy(np.array(grid)).permute(2, 0, 1)
+    return np.concatenate([pipeline.paint(block) for block in codes.vq.split(BLOCK)])

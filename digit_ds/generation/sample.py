@@ -52,6 +52,7 @@ def sample(
     batch: int | None = None,
     precision: Precision | None = None,
     vqgan_precision: Literal["float32", "float16", "bfloat16"] = "float32",
+    vqgan_compile: bool = False,
     adm_array: bool = False,
     from_images: Path | str | None = None,
     encoder: Path | str | None = None,
@@ -79,7 +80,10 @@ def sample(
         seed: one seed for the job; every image derives its own from its number.
         batch: images that a process computes together; default 64 on CPUs, 512 on GPUs.
         precision: of the transformers; default float64 on CPUs (then no batch size changes a token), bfloat16 on GPUs.
-        vqgan_precision: of the painting; halves are faster on a GPU and change pixels by a level or two.
+        vqgan_precision: of the painting; halves are several times as fast on a GPU. Of 255 levels float16 changes
+            pixels by one at most, bfloat16 by half a level on average and a few at most (``tests/test_vqgan.py``).
+        vqgan_compile: compile the painting with torch.compile, which pays off for thousands of pictures; pixels may
+            then differ between processes by rounding.
         adm_array: also write ``samples.npz``.
         from_images: folder of pictures whose tokens are taken instead of drawn; with ``encoder`` (weights) and
             ``codebook`` unless the prior is a ``vq`` model; ``num_heads`` as for ``load_encoder``.
@@ -102,6 +106,8 @@ def sample(
     stages = _stages(prior, pixel_decoder, given, keep)
     first = stages.get("prior", stages.get("pixel_decoder"))
     painter = load_vqgan(vqgan, vqgan_config, device, getattr(torch, vqgan_precision))
+    if vqgan_compile:
+        painter.compile_decoder()
     source = None
     parts = [Part(f"model {model.directory}", model.provenance) for model in stages.values()]
     parts.append(Part(f"VQGAN {vqgan}", {"vqgan_sha256": painter.sha256}))
@@ -127,6 +133,7 @@ def sample(
         "seed": seed,
         "precision": precision,
         "vqgan_precision": vqgan_precision,
+        "vqgan_compiled": vqgan_compile or None,
         "source": None if source is None else {**source.identity, "keep": keep},
     }
     job = Job(out_dir, _jsonable(settings), labels, names)

@@ -1,5 +1,6 @@
 """The training run: from a recipe to metrics, checkpoints and a trained model."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +29,16 @@ from digit_ds.training.schedule import learning_rate
 
 SampleGrid = Callable[[Path], Tensor]
 """Draws samples of a released model directory as one picture [3, H, W]."""
+Figures = Callable[[Path], dict[str, float]]
+"""What to log of a released model directory."""
 
 
-def train(recipe: Recipe, sample_grid: SampleGrid | None = None) -> None:
+def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figures | None = None) -> None:
     """Train, from the newest complete checkpoint if the run directory has one.
 
-    Works alone and under torchrun, the deepspeed launcher and srun; every process calls it. ``sample_grid`` is called
-    on rank 0 after each checkpoint, and its picture goes to TensorBoard.
+    Works alone and under torchrun, the deepspeed launcher and srun; every process calls it. ``sample_grid`` and
+    ``figures`` are called on rank 0 after each checkpoint; the picture goes to TensorBoard, the figures there and to
+    ``metrics.jsonl``. They change nothing of the run, and when they fail it goes on.
 
     Raises:
         UserError: the recipe, the shards or the run directory cannot be used, or the run diverged.
@@ -45,7 +49,7 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None) -> None:
     place = topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
     try:
         check_start()
-        _Run(recipe, place, sample_grid).run()
+        _Run(recipe, place, sample_grid, figures).run()
     finally:
         topology.finish()
 
@@ -53,8 +57,11 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None) -> None:
 class _Run:
     """The parts of one run on this process, and the loop over its steps."""
 
-    def __init__(self, recipe: Recipe, place: topology.Topology, sample_grid: SampleGrid | None) -> None:
-        self.recipe, self.place, self.sample_grid = recipe, place, sample_grid
+    def __init__(
+        self, recipe: Recipe, place: topology.Topology, sample_grid: SampleGrid | None, figures: Figures | None
+    ) -> None:
+        self.recipe, self.place, self.sample_grid, self.figures = recipe, place, sample_grid, figures
+        self.unseen: list[Path] = []  # checkpoints that came to be in this step
         self.folder, self.device = Path(recipe.run), launch.device()
         data = recipe.data
         self.stream = TokenStream(data.shards, data.cache, data.shuffle_seed, owner=f"{recipe.run}/train")
@@ -108,6 +115,7 @@ class _Run:
                     self._validate()
                 if last or progress.step % recipe.checkpoint.every == 0:
                     self._save(wait=last)
+                self._look(stopped)
                 clock.pause()
         except Diverged as error:
             self._tell(error.messages)
@@ -155,7 +163,7 @@ class _Run:
         """Once a step, between hosts: has anyone been told to stop, who has written a checkpoint, which samples."""
         own = samples if self.place.tensor_rank == 0 else 0
         stopped, written, failed, samples = self.place.sum([int(bool(stop.received)), *self.checkpoints.news, own])
-        self._checkpoint_ready(self.checkpoints.hear(written, failed))
+        self._note(self.checkpoints.hear(written, failed))
         self.progress.samples_hash = (self.progress.samples_hash * 6364136223846793005 + samples) % 2**64
         return stopped > 0
 
@@ -211,22 +219,43 @@ class _Run:
     def _save(self, wait: bool) -> None:
         """Begin a checkpoint of this step; ``wait``: until it is complete."""
         self._tell(self.guard.read(keep=0))
-        self._checkpoint_ready(self.checkpoints.wait(self.place.sum))
+        self._note(self.checkpoints.wait(self.place.sum))
         provenance = {"provenance": self.stream.manifest.provenance}
         self.checkpoints.start(self.engine, self.spec, self.progress, provenance)
         if wait:
             final = self.checkpoints.wait(self.place.sum)
             if final is None:
                 raise UserError(f"{self.folder}: the checkpoint of step {self.progress.step} could not be written")
-            self._checkpoint_ready(final)
+            self._note(final)
 
-    def _checkpoint_ready(self, path: Path | None) -> None:
-        """A grid of samples of a new checkpoint, where there is someone to draw it."""
-        if path is None or self.sample_grid is None or not launch.is_main():
+    def _note(self, checkpoint_path: Path | None) -> None:
+        """Remember a new checkpoint until this step is done and timed."""
+        if checkpoint_path is not None:
+            self.unseen.append(checkpoint_path)
+
+    def _look(self, stopped: bool) -> None:
+        """Grid and figures of new checkpoints, on rank 0; not when the run was told to stop and has no time left.
+
+        No random number is drawn that training uses.
+        """
+        paths, self.unseen = self.unseen, []
+        if stopped or not launch.is_main() or (self.sample_grid is None and self.figures is None):
             return
-        model = self.folder / "samples" / path.name
-        export(path, model, ema=self.recipe.training.ema_decay > 0)
-        self.report.image("samples", self.sample_grid(model), self.progress.step)
+        model = self.folder / ".preview"
+        for path in paths:
+            step = int(path.name.removeprefix("step_"))
+            shutil.rmtree(model, ignore_errors=True)
+            try:
+                export(path, model, ema=self.recipe.training.ema_decay > 0)
+                if self.sample_grid is not None:
+                    self.report.image("samples", self.sample_grid(model), step)
+                if self.figures is not None:
+                    self.report.log({"step": step, **self.figures(model)})
+            except Exception as error:  # whatever it was: a run that trains well does not end for a picture
+                reason = " ".join(str(error).split())[:300]
+                self._tell([f"no preview of the checkpoint of step {step} ({type(error).__name__}: {reason})"])
+            finally:
+                shutil.rmtree(model, ignore_errors=True)
 
     def _tell(self, messages: list[str]) -> None:
         """Messages about this rank's data, from every rank that has any."""
