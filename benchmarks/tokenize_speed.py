@@ -6,6 +6,9 @@ DINOv2-B, 8,192 centroids and MAGE's VQGAN with random weights (speed does not d
 noise of natural smoothness, 500 x 375 pixels, JPEG quality 90. "encode": views already on the device. "decode": files
 to views on the device, nothing encoded. "end to end": files to token shards through the very conveyor that
 tools/tokenize_images.py runs; its ceiling is the slower of the two.
+
+With a GPU the parts of its decoding stand alone, to show which one limits it: "read" is the workers' share (files,
+headers, crops, the way into this process), "nvJPEG" and "views" what the GPU then does with one batch, again and again.
 """
 
 import argparse
@@ -90,16 +93,39 @@ def encode_speed(encode: Callable[[Tensor], object], batch: int, seconds: float)
     """Images a second with uint8 views already on the device."""
     views = torch.randint(0, 256, (batch, SIZE, SIZE, 3), dtype=torch.uint8, device=device()).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        for _ in range(3):
-            encode(views.float() / 255)
+        return batch * rate(lambda: encode(views.float() / 255), seconds)
+
+
+def rate(work: Callable[[], object], seconds: float) -> float:
+    """Calls of ``work`` a second, after some to warm up."""
+    for _ in range(3):
+        work()
+    synchronise()
+    started, calls = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        for _ in range(4):
+            work()
         synchronise()
-        started, rounds = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - started) < seconds:
-            for _ in range(4):
-                encode(views.float() / 255)
-            synchronise()
-            rounds += 4
-    return rounds * batch / elapsed
+        calls += 4
+    return calls / elapsed
+
+
+def decoding_parts(images: Path, loading: Loading, out: Path, seconds: float) -> dict[str, float]:
+    """Images a second of each part of decoding on the GPU, run alone."""
+    from digit_ds.preparation.gpu_views import cut_views, decode_jpegs
+
+    shutil.rmtree(out, ignore_errors=True)
+    job = Job(out, images, {}, 1024)
+    started = time.perf_counter()
+    for batch in loading.batches(job, list(range(job.blocks))):
+        jpegs, windows = [data.clone() for data in batch.data], torch.from_numpy(np.stack(batch.windows))
+    read = job.images / (time.perf_counter() - started)
+    pixels = decode_jpegs(jpegs, device())
+    return {
+        "read": read,
+        "nvJPEG": len(jpegs) * rate(lambda: decode_jpegs(jpegs, device()), seconds),
+        "views": len(jpegs) * rate(lambda: cut_views(pixels, windows, loading.crops.size), seconds),
+    }
 
 
 def first_pixels(pixels: Tensor) -> tuple[Tensor]:
@@ -178,6 +204,8 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
     for name, loading in loadings.items():
         if name == "gpu":  # the first call of nvJPEG takes its time
             conveyor_speed(images, loading, first_pixels, None, root / "out")
+            for part, speed in decoding_parts(images, loading, root / "out", options.seconds).items():
+                report(f"decode, gpu: {part} alone", speed)
         decode[name] = conveyor_speed(images, loading, first_pixels, None, root / "out")
         report(f"decode, {name}", decode[name])
 
