@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from timing import rate, synchronise
 from torch import Tensor
 
 from digit_ds.data.images import Crops
@@ -96,20 +97,6 @@ def encode_speed(encode: Callable[[Tensor], object], batch: int, seconds: float)
         return batch * rate(lambda: encode(views.float() / 255), seconds)
 
 
-def rate(work: Callable[[], object], seconds: float) -> float:
-    """Calls of ``work`` a second, after some to warm up."""
-    for _ in range(3):
-        work()
-    synchronise()
-    started, calls = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < seconds:
-        for _ in range(4):
-            work()
-        synchronise()
-        calls += 4
-    return calls / elapsed
-
-
 def decoding_parts(images: Path, loading: Loading, out: Path, seconds: float) -> dict[str, float]:
     """Images a second of each part of decoding on the GPU, run alone."""
     from digit_ds.preparation.gpu_views import cut_views, decode_jpegs
@@ -131,12 +118,6 @@ def decoding_parts(images: Path, loading: Loading, out: Path, seconds: float) ->
 def first_pixels(pixels: Tensor) -> tuple[Tensor]:
     """Nothing encoded: one number of each view."""
     return (pixels[:, 0, 0, 0],)
-
-
-def synchronise() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def conveyor_speed(

@@ -32,7 +32,7 @@ class _End(NamedTuple):
     failure: BaseException | None
 
 
-def stage(batches: Iterator[Batch], job: Job, loading: Loading, device: torch.device) -> Iterator[Staged]:
+def stage(batches: Iterator[Batch], job: Job, loading: Loading, device: torch.device) -> Generator[Staged, None, None]:
     """Batches in order, ``AHEAD`` of them ready on the device: one thread collects them, another one stages them."""
     # Of high priority: its kernels are short, and the next batch waits for them among the encoder's.
     stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
