@@ -5,7 +5,8 @@
 DINOv2-B, 8,192 centroids and MAGE's VQGAN with random weights (speed does not depend on them); photographs drawn as
 noise of natural smoothness, 500 x 375 pixels, JPEG quality 90. "encode": views already on the device. "decode": files
 to views on the device, nothing encoded. "end to end": files to token shards through the very conveyor that
-tools/tokenize_images.py runs; its ceiling is the slower of the two.
+tools/tokenize_images.py runs; its ceiling is the slower of the two. The last two count from the first batch on:
+starting the workers takes a second or two and is done once.
 
 With a GPU the parts of its decoding stand alone, to show which one limits it: "read" is the workers' share (files,
 headers, crops, the way into this process), "nvJPEG" and "views" what the GPU then does with one batch, again and again.
@@ -103,10 +104,12 @@ def decoding_parts(images: Path, loading: Loading, out: Path, seconds: float) ->
 
     shutil.rmtree(out, ignore_errors=True)
     job = Job(out, images, {}, 1024)
+    batches = loading.batches(job, list(range(job.blocks)))
+    next(batches)
     started = time.perf_counter()
-    for batch in loading.batches(job, list(range(job.blocks))):
+    for batch in batches:
         jpegs, windows = [data.clone() for data in batch.data], torch.from_numpy(np.stack(batch.windows))
-    read = job.images / (time.perf_counter() - started)
+    read = (job.images - loading.images_per_batch) / (time.perf_counter() - started)
     pixels = decode_jpegs(jpegs, device())
     return {
         "read": read,
@@ -123,15 +126,19 @@ def first_pixels(pixels: Tensor) -> tuple[Tensor]:
 def conveyor_speed(
     images: Path, loading: Loading, encode: Callable[[Tensor], tuple], tokenizer: Tokenizer | None, shards: Path
 ) -> float:
-    """Images a second from files; with ``tokenizer`` the tokens are written as shards."""
+    """Images a second from files, from the first batch on; with ``tokenizer`` the tokens are written as shards."""
     shutil.rmtree(shards, ignore_errors=True)
     job = Job(shards, images, {}, 1024)
-    started = time.perf_counter()
+    began: list[float] = []
+
+    def timed(pixels: Tensor, _extra: list) -> tuple:
+        began.append(time.perf_counter())
+        return encode(pixels)
+
     with BlockWriter(job, tokenizer, loading.crops) if tokenizer else nullcontext(lambda block, encoded: None) as write:
-        conveyor = Conveyor(loading, device(), lambda pixels, _extra: encode(pixels), write)
-        conveyor.run(job, list(range(job.blocks)), "benchmark")
+        Conveyor(loading, device(), timed, write).run(job, list(range(job.blocks)), "benchmark")
         synchronise()
-    return job.images / (time.perf_counter() - started)
+    return (job.images - loading.images_per_batch) / (time.perf_counter() - began[0])
 
 
 def main() -> None:
