@@ -44,10 +44,11 @@ def decode_jpegs(jpegs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def cut_views(images: Sequence[Tensor], windows: Tensor, size: int) -> Tensor:
-    """Cut and scale contiguous images, uint8 [3, H, W] of any sizes: uint8 [N, V, 3, S, S], channels last in memory.
+    """Cut and scale images, uint8 [3, H, W] of any sizes: uint8 [N, V, 3, S, S], channels last in memory.
 
     ``windows`` are the float32 [N, V, 5] of ``Crops.windows``, in host memory. Nothing waits for the GPU.
     """
+    images = [image.contiguous() for image in images]
     device, views = images[0].device, windows.shape[1]
     heights = [image.shape[1] for image in images]
     ends = list(accumulate(3 * views * height for height in heights))
