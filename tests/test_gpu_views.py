@@ -18,16 +18,16 @@ from digit_ds.preparation.gpu_views import cut_views
 
 random = np.random.default_rng(0)
 noise = [Image.fromarray(random.integers(64, 192, (height, width, 3)).astype(np.uint8)) for width, height in
-         [(60, 36), (16, 17), (50, 50)]]
+         [(60, 36), (16, 17)]]
 blobs = Image.fromarray(random.integers(0, 256, (5, 4, 3)).astype(np.uint8))
-smooth = blobs.resize((22, 130), Image.Resampling.BICUBIC)
-for kind, size, resize, views in (("training", 16, 16, 2), ("random", 14, 20, 2), ("random-resized-crop", 16, 16, 2)):
+smooth = blobs.resize((22, 70), Image.Resampling.BICUBIC)
+for kind, size, resize, views in (("random", 14, 20, 2), ("random-resized-crop", 16, 16, 2)):
     crops, images = Crops(kind, size, resize, views, 3), [*noise, smooth]
     windows = torch.from_numpy(np.stack([crops.windows(image.size, str(n)) for n, image in enumerate(images)]))
-    assert windows[..., 4].any() or kind == "training"
+    assert 0 < windows[..., 4].mean() < 1  # some are mirrored
     pixels = [torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()) for image in images]
     ours = cut_views(pixels, windows, size)
-    assert ours.shape == (4, views, 3, size, size)
+    assert ours.shape == (3, views, 3, size, size)
     expected = np.stack([crops.cut(image, str(n)) for n, image in enumerate(images)])
     difference = np.abs(ours.permute(0, 1, 3, 4, 2).numpy().astype(int) - expected)
     # Pillow goes down before it goes across where that costs less, and rounds in between.
