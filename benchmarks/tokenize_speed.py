@@ -5,7 +5,11 @@
 DINOv2-B, 8,192 centroids and MAGE's VQGAN with random weights (speed does not depend on them); photographs drawn as
 noise of natural smoothness, 500 x 375 pixels, JPEG quality 90. "encode": views already on the device. "decode": files
 to views on the device, nothing encoded. "end to end": files to token shards through the very conveyor that
-tools/tokenize_images.py runs; its ceiling is the slower of the two.
+tools/tokenize_images.py runs; its ceiling is the slower of the two. The last two count from the first batch on:
+starting the workers takes a second or two and is done once.
+
+With a GPU the parts of its decoding stand alone, to show which one limits it: "read" is the workers' share (files,
+headers, crops, the way into this process), "nvJPEG" and "views" what the GPU then does with one batch, again and again.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from timing import rate, synchronise
 from torch import Tensor
 
 from digit_ds.data.images import Crops
@@ -90,16 +95,27 @@ def encode_speed(encode: Callable[[Tensor], object], batch: int, seconds: float)
     """Images a second with uint8 views already on the device."""
     views = torch.randint(0, 256, (batch, SIZE, SIZE, 3), dtype=torch.uint8, device=device()).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        for _ in range(3):
-            encode(views.float() / 255)
-        synchronise()
-        started, rounds = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - started) < seconds:
-            for _ in range(4):
-                encode(views.float() / 255)
-            synchronise()
-            rounds += 4
-    return rounds * batch / elapsed
+        return batch * rate(lambda: encode(views.float() / 255), seconds)
+
+
+def decoding_parts(images: Path, loading: Loading, out: Path, seconds: float) -> dict[str, float]:
+    """Images a second of each part of decoding on the GPU, run alone."""
+    from digit_ds.preparation.gpu_views import cut_views, decode_jpegs
+
+    shutil.rmtree(out, ignore_errors=True)
+    job = Job(out, images, {}, 1024)
+    batches = loading.batches(job, list(range(job.blocks)))
+    next(batches)
+    started = time.perf_counter()
+    for batch in batches:
+        jpegs, windows = [data.clone() for data in batch.data], torch.from_numpy(np.stack(batch.windows))
+    read = (job.images - loading.images_per_batch) / (time.perf_counter() - started)
+    pixels = decode_jpegs(jpegs, device())
+    return {
+        "read": read,
+        "nvJPEG": len(jpegs) * rate(lambda: decode_jpegs(jpegs, device()), seconds),
+        "views": len(jpegs) * rate(lambda: cut_views(pixels, windows, loading.crops.size), seconds),
+    }
 
 
 def first_pixels(pixels: Tensor) -> tuple[Tensor]:
@@ -107,24 +123,22 @@ def first_pixels(pixels: Tensor) -> tuple[Tensor]:
     return (pixels[:, 0, 0, 0],)
 
 
-def synchronise() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def conveyor_speed(
     images: Path, loading: Loading, encode: Callable[[Tensor], tuple], tokenizer: Tokenizer | None, shards: Path
 ) -> float:
-    """Images a second from files; with ``tokenizer`` the tokens are written as shards."""
+    """Images a second from files, from the first batch on; with ``tokenizer`` the tokens are written as shards."""
     shutil.rmtree(shards, ignore_errors=True)
     job = Job(shards, images, {}, 1024)
-    started = time.perf_counter()
+    began: list[float] = []
+
+    def timed(pixels: Tensor, _extra: list) -> tuple:
+        began.append(time.perf_counter())
+        return encode(pixels)
+
     with BlockWriter(job, tokenizer, loading.crops) if tokenizer else nullcontext(lambda block, encoded: None) as write:
-        conveyor = Conveyor(loading, device(), lambda pixels, _extra: encode(pixels), write)
-        conveyor.run(job, list(range(job.blocks)), "benchmark")
+        Conveyor(loading, device(), timed, write).run(job, list(range(job.blocks)), "benchmark")
         synchronise()
-    return job.images / (time.perf_counter() - started)
+    return (job.images - loading.images_per_batch) / (time.perf_counter() - began[0])
 
 
 def main() -> None:
@@ -178,6 +192,8 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
     for name, loading in loadings.items():
         if name == "gpu":  # the first call of nvJPEG takes its time
             conveyor_speed(images, loading, first_pixels, None, root / "out")
+            for part, speed in decoding_parts(images, loading, root / "out", options.seconds).items():
+                report(f"decode, gpu: {part} alone", speed)
         decode[name] = conveyor_speed(images, loading, first_pixels, None, root / "out")
         report(f"decode, {name}", decode[name])
 

@@ -10,11 +10,10 @@ encoder's and the codebook's matrix products reach, each counted once.
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import rate
 
 from digit_ds import load_encoder
 from digit_ds.tokenizer.codebook import nearest
@@ -23,20 +22,6 @@ from digit_ds.tokenizer.vqgan_network import VqganNetwork
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tokenizer_reference import random_vit
-
-
-def images_per_second(run: Callable[[], object], batch: int, seconds: float = 3.0) -> float:
-    """Rate of ``run``, each call one batch, after a warm-up."""
-    for _ in range(5):
-        run()
-    torch.cuda.synchronize()
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        for _ in range(5):
-            run()
-        torch.cuda.synchronize()
-        calls += 5
-    return calls * batch / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -85,8 +70,8 @@ def main() -> None:
         ("VQGAN decode", lambda: vqgan.decode(ids), 0),
         ("encoder + codebook", lambda: nearest(encode(images), centroids), encoder_flops + codebook_flops),
     ):
-        rate = images_per_second(run, arguments.batch)
-        print(f"{name:30s} {rate:12,.0f} images/s  {rate * flops / arguments.peak_tflops / 1e10:6.1f} % of peak")
+        speed = arguments.batch * rate(run, seconds=3)
+        print(f"{name:30s} {speed:12,.0f} images/s  {speed * flops / arguments.peak_tflops / 1e10:6.1f} % of peak")
 
 
 if __name__ == "__main__":

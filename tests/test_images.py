@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision.transforms import v2
-from torchvision.transforms.functional import pil_to_tensor
 
 from digit_ds.data.images import Crops, UnreadableImageError, decode, uniforms, walk
 from digit_ds.errors import UserError
-from digit_ds.preparation.gpu_views import resample
 
 RED, GREY, WHITE = (200, 30, 40), (77, 77, 77), (255, 255, 255)
 
@@ -196,24 +193,6 @@ def test_stretched_image_is_cut_before_it_is_resized():
         expected = np.asarray(whole.crop((left, top, right, bottom)))
         expected = expected[:, ::-1] if mirrored else expected
         assert np.abs(pixels.astype(int) - expected).max() <= 1
-
-
-@pytest.mark.parametrize(
-    "kind, resize, views", [("training", 32, 4), ("ten-crop", 40, 10), ("random-resized-crop", 32, 4)]
-)
-def test_batched_resampling_gives_pillows_views(kind, resize, views):
-    crops = Crops(kind, 32, resize, views, 3)
-    images = [smooth(*size, seed) for seed, size in enumerate([(100, 60), (50, 90), (33, 32), (200, 200)])]
-    padded = torch.full((4, 3, 200, 200), 255.0)
-    for target, image in zip(padded, images):
-        target[:, : image.height, : image.width] = pil_to_tensor(image)
-    sides = torch.tensor([[image.height, image.width] for image in images])
-    windows = torch.from_numpy(np.stack([crops.windows(image.size, str(n)) for n, image in enumerate(images)]))
-    ours = resample(padded, sides, windows, 32).permute(0, 1, 3, 4, 2).numpy().astype(int)
-    for number, image in enumerate(images):
-        assert (
-            np.abs(ours[number] - crops.cut(image, str(number))).max() <= 2
-        )  # Pillow may scale down first, then across
 
 
 def test_impossible_crops_are_refused():

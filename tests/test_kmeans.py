@@ -12,6 +12,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digit_ds.clustering import points as points_module
 from digit_ds.clustering.fixed_point import add_points, scale_for
@@ -139,12 +140,16 @@ def test_features_directory_and_array_give_the_same_codebook(tmp_path):
     np.save(tmp_path / "points.npy", array)
     folder = write_features(tmp_path / "features", array, 3_333)
     train_kmeans(tmp_path / "points.npy", 12, tmp_path / "a.npy", iterations=3)
-    train_kmeans(folder, 12, tmp_path / "b.npy", iterations=3)
+    facts = train_kmeans(folder, 12, tmp_path / "b.npy", iterations=3)
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
     beside = json.loads((tmp_path / "b.json").read_text())
     assert beside["layer"] == 3 and beside["kmeans"]["points"] == 20_000
     assert (tmp_path / "b.run" / "usage.png").stat().st_size > 1000
-    assert list((tmp_path / "b.run" / "tb").iterdir())
+    curves = EventAccumulator(str(tmp_path / "b.run" / "tb")).Reload()
+    values = {name: [event.value for event in curves.Scalars(f"kmeans/{name}")] for name in ("inertia", "points")}
+    np.testing.assert_allclose(values["inertia"], facts["inertia"], rtol=1e-6)
+    assert values["points"] == [20_000] * 3
+    assert {"kmeans/dead_codes", "kmeans/perplexity", "kmeans/used_codes"} <= set(curves.Tags()["scalars"])
     assert not (tmp_path / "b.run" / "state.npz").exists()
 
 
@@ -183,16 +188,19 @@ def test_any_number_of_processes_gets_the_same_centroids(tmp_path, init, worlds)
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     array = blobs(60_000, 32, 50, seed=6)
     np.save(tmp_path / "points.npy", array)
-    out, state = tmp_path / "km.npy", tmp_path / "km.run" / "state.npz"
+    out, state, lock = (tmp_path / name for name in ("km.npy", "km.run/state.npz", "km.run/.lock"))
     arguments = ["--features", tmp_path / "points.npy", "--clusters", 256, "--iterations", 40, "--out", out]
     train_kmeans(tmp_path / "points.npy", 256, tmp_path / "whole.npy", iterations=40)
     random = np.random.default_rng(0)
     for victim in (1, 0):
         ranks = start_tool(arguments, 2)
         deadline = time.time() + 120
-        while not state.exists() and time.time() < deadline and ranks[0].poll() is None:
+        begun = f'"pid": {ranks[0].pid}}}'
+        while not (state.exists() and begun in lock.read_text()) and time.time() < deadline:
             time.sleep(0.02)
         time.sleep(random.uniform(0, 0.5))
+        with pytest.raises(UserError, match=f"process {ranks[0].pid} on .* is writing there"):
+            train_kmeans(tmp_path / "points.npy", 256, out, iterations=40)
         assert ranks[victim].poll() is None, "the run ended before it could be killed"
         ranks[victim].kill()
         for process in ranks:  # as a launcher does when a rank is gone
@@ -203,6 +211,31 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     assert "continuing after iteration" in output
     assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert out.with_suffix(".json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+MEMORY = """
+import resource, sys
+from digit_ds.clustering.kmeans import train_kmeans
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+train_kmeans(sys.argv[1] + "/small.npy", 8, sys.argv[1] + "/a.npy", iterations=1)  # imports, thread pools
+before = peak()
+train_kmeans(sys.argv[1] + "/large.npy", 8, sys.argv[1] + "/b.npy", iterations=1)
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_points(tmp_path):
+    array = np.random.default_rng(0).random((1 << 18, 128), np.float32).astype(np.float16)  # 64 MiB
+    np.save(tmp_path / "large.npy", array)
+    np.save(tmp_path / "small.npy", array[:20_000])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TOOL.parents[1])}
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split()[-1]) < 44  # MiB
 
 
 def test_a_second_run_does_nothing_and_another_run_is_refused(tmp_path, capsys):

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from preparation_parts import (
     call,
@@ -21,11 +22,11 @@ from preparation_parts import (
     start_ranks,
 )
 
-from digit_ds.data.images import Crops, uniforms, walk
+from digit_ds.data.images import Crops, decode, uniforms, walk
 from digit_ds.data.shards import write_block
-from digit_ds.errors import UserError
+from digit_ds.errors import UserError, run_command
 from digit_ds.files import read_json, sha256
-from digit_ds.preparation import features, tokens
+from digit_ds.preparation import features, loading, tokens
 from digit_ds.preparation.features import extract_features
 from digit_ds.preparation.tokens import tokenize_images
 from digit_ds.preparation.verify import verify_shards
@@ -106,10 +107,54 @@ def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name, monke
     assert contents(out) == whole[name]
 
 
-def _slowly(items):
+@pytest.mark.parametrize(
+    "name, child, sentence",
+    [
+        ("features", -1, "a process that decodes images ended"),
+        ("tokens", -1, "a process that decodes images ended"),
+        ("tokens", 0, "that writes blocks ended with status -9"),
+    ],
+)
+def test_a_killed_child_ends_the_job_with_a_sentence(jobs, whole, tmp_path, name, child, sentence, monkeypatch, capfd):
+    """The first child of a rank of ``tokens`` writes blocks, the last one decodes."""
+    monkeypatch.setattr(loading, "decode", lambda path: next(_slowly([decode(path)], 0.05)))
+    out = tmp_path / "out"
+    victim, other = start_ranks(2, lambda: run_command(lambda _: jobs[name](out), []))
+    while not _finished(out):
+        time.sleep(0.001)
+    children = sorted(psutil.Process(victim.pid).children(), key=lambda process: process.pid)
+    children[child].kill()
+    victim.join(60)
+    assert victim.exitcode == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and sentence in errors[0]
+    other.kill()  # as a launcher does
+    other.join()
+    assert not (out / "manifest.json").exists()
+    monkeypatch.undo()
+    run_ranks(2, lambda: jobs[name](out))
+    assert contents(out) == whole[name]
+
+
+def test_a_second_job_on_the_same_directory_is_refused(jobs, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "sha256", lambda path: next(_slowly([sha256(path)])))
+    out = tmp_path / "out"
+    ranks = start_ranks(2, lambda: jobs["features"](out))
+    while not (out / "catalogue.json").exists():
+        time.sleep(0.001)
+    with pytest.raises(UserError, match=rf"out: process {ranks[0].pid} on .* is writing there"):
+        jobs["features"](out)
+    for process in ranks:
+        process.kill()
+        process.join()
+    jobs["features"](out)  # at once: whatever the killed ones left behind
+    assert contents(out) == whole["features"]
+
+
+def _slowly(items, seconds=0.01):
     """The items, a hundredth of a second each."""
     for item in items:
-        time.sleep(0.01)
+        time.sleep(seconds)
         yield item
 
 
@@ -158,8 +203,6 @@ def test_refusal_ends_every_rank(jobs, tmp_path, capfd):
 
 def test_features_are_those_of_the_kept_patches(jobs, whole, tmp_path):
     import torch
-
-    from digit_ds.data.images import decode
 
     out = tmp_path / "out"
     out.mkdir()

@@ -1,7 +1,9 @@
 """Image folder -> token shards, by the commands that users type."""
 
 import json
+import os
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from preparation_parts import (
 from digit_ds.data.images import Crops, decode, walk
 from digit_ds.data.shards import COLUMNS, iterate, merge_blocks, read_manifest, write_block
 from digit_ds.errors import UserError
+from digit_ds.preparation import verify
 from digit_ds.preparation.tokens import Tokenizer, tokenize_images
 from digit_ds.preparation.verify import verify_shards
 
@@ -141,6 +144,17 @@ def test_missing_shard_is_found(shards, tmp_path):
     (tmp_path / "out" / "block-00001" / "shard.00000.mds.zstd").unlink()
     with pytest.raises(UserError, match=r"block-00001/shard\.00000\.mds\.zstd"):
         verify_shards(tmp_path / "out")
+
+
+def killed(*_arguments) -> None:
+    """What a process is that the kernel ends for want of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_reader_does_not_hang_the_verification(shards, monkeypatch):
+    monkeypatch.setattr(verify, "_check_shard", killed)
+    with pytest.raises(UserError, match="a process that read its shards was killed"):
+        verify_shards(shards, workers=2)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,16 @@ def train_kmeans(
         }
     )
     record = Record(out, settings)
+    from_main(record.lock)
+    try:
+        return _train(points, record, settings, backend, init)
+    finally:
+        record.unlock()
+
+
+def _train(points: Points, record: Record, settings: dict[str, Any], backend: str, init: str) -> dict[str, Any]:
+    """Cluster and write the codebook, or find it complete; see ``train_kmeans``."""
+    out, iterations = record.out, settings["iterations"]
     if finished := from_main(record.finished):
         if is_main():
             print(f"{out}: is complete already, nothing to do")
@@ -82,7 +92,7 @@ def train_kmeans(
     shard = Shard(points, rank(), world_size(), assigner.device)
     state = from_main(record.load)
     if state is None:
-        state = _start(points, shard, assigner, clusters, seed, init)
+        state = _start(points, shard, assigner, settings["clusters"], settings["seed"], init)
         record.save(state)
     elif is_main():
         print(f"{out}: continuing after iteration {state.iteration} of {iterations}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically
+from digit_ds.lock import DirectoryLock
 from digit_ds.parallel.launch import is_main
 
 
@@ -52,6 +53,16 @@ class Record:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._board: Any = None
+        self._lock: DirectoryLock | None = None
+
+    def lock(self) -> None:
+        """Keep other jobs out of the folder until ``unlock``; on rank 0."""
+        self._lock = DirectoryLock(self.folder)
+
+    def unlock(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.release()
 
     def finished(self) -> dict[str, Any] | None:
         """The facts of this very run when its codebook is complete; ``out`` of another run is refused."""
@@ -117,6 +128,7 @@ class Record:
 
             self._board = SummaryWriter(str(self.folder / "tb"), purge_step=state.iteration)
         values = usage(counts) | {
+            "points": counts.sum(),
             "inertia": state.inertia[-1],
             "inertia_per_point": state.inertia[-1] / counts.sum(),
             "empty_clusters_split": split,

@@ -21,6 +21,7 @@ from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.generation.pictures import draw_grid, read_png, write_adm_array, write_png
 from digit_ds.generation.pipeline import BLOCK
+from digit_ds.lock import DirectoryLock, is_empty
 
 FORMAT = 1
 GRID_ROWS, GRID_COLUMNS = 16, 10
@@ -39,6 +40,7 @@ class Job:
     def __init__(self, out: Path | str, settings: dict[str, Any], labels: list[int], class_names: list[str]):
         self.out, self.settings, self.labels, self.class_names = Path(out), settings, labels, class_names
         self.count = len(labels)
+        self._lock: DirectoryLock | None = None
 
     @property
     def blocks(self) -> int:
@@ -66,7 +68,7 @@ class Job:
         """
         path = self.out / "manifest.json"
         if not path.exists():
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if self.out.exists() and not (self.out.is_dir() and is_empty(self.out)):
                 raise UserError(
                     f"{self.out}: exists but is no sampling job (no manifest.json), expected a new or empty folder"
                 )
@@ -92,7 +94,13 @@ class Job:
         return True
 
     def begin(self) -> None:
-        """Make the directory and its manifest; an unfinished job's stays as it is."""
+        """Make the directory and its manifest, locked until the end; an unfinished job's stays as it is.
+
+        Raises:
+            UserError: another process is writing there, or came first with another job.
+        """
+        self._lock = DirectoryLock(self.out)
+        self.is_complete()
         (self.out / "images").mkdir(parents=True, exist_ok=True)
         (self.out / "parts").mkdir(exist_ok=True)
         if not (self.out / "manifest.json").exists():
@@ -110,7 +118,7 @@ class Job:
         write_atomically(self.part(block), lambda temporary: np.savez(temporary, **tokens))
 
     def finish(self, adm_array: bool) -> None:
-        """Join the parts and mark the job complete."""
+        """Join the parts, mark the job complete and let others in."""
         parts = defaultdict(list)
         for block in range(self.blocks):
             with np.load(self.part(block), allow_pickle=False) as part:
@@ -127,6 +135,7 @@ class Job:
         write_atomically(self.out / "grid.png", self._grid().save)
         self._write_manifest(complete=True)
         shutil.rmtree(self.out / "parts")
+        self._lock.release()
 
     def _write_manifest(self, complete: bool) -> None:
         manifest = {

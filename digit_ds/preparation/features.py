@@ -101,11 +101,6 @@ def extract_features(
         "decoder": decoder,
     }
     loading = Loading(crops, batch, default_workers() if workers is None else workers, decoder)
-    job = Job(out, images, settings, block_images)
-    if job.complete:
-        if is_main():
-            print(f"{out}: already complete, nothing to do")
-        return
 
     def annotate(name: str) -> np.ndarray:
         """Which patches of an image are kept: bool [G]."""
@@ -122,13 +117,18 @@ def extract_features(
         return (features.flatten(0, 1).index_select(0, kept).to(stored),)
 
     def write(block: int, encoded: list[Encoded]) -> None:
-        _write_chunk(job.out, block, encoded, model.width, np.float16 if dtype == "fp16" else np.float32)
+        _write_chunk(Path(out), block, encoded, model.width, np.float16 if dtype == "fp16" else np.float32)
 
-    missing = job.my_blocks(lambda block: _report_path(job.out, block).is_file())
-    Conveyor(loading, device(), encode, write, annotate).run(job, missing, "features")
-    job.barrier()
-    job.on_main(lambda: _merge(job, provenance, model.width, dtype, max_skipped))
-    job.barrier()
+    with Job(out, images, settings, block_images) as job:
+        if job.complete:
+            if is_main():
+                print(f"{out}: already complete, nothing to do")
+            return
+        missing = job.my_blocks(lambda block: _report_path(job.out, block).is_file())
+        Conveyor(loading, device(), encode, write, annotate).run(job, missing, "features")
+        job.barrier()
+        job.on_main(lambda: _merge(job, provenance, model.width, dtype, max_skipped))
+        job.barrier()
 
 
 def _report_path(out: Path, block: int) -> Path:

@@ -29,6 +29,8 @@ import torch.distributed as dist
 from digit_ds.data.images import class_name, walk
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
+from digit_ds.lock import NAME as LOCK
+from digit_ds.lock import DirectoryLock
 from digit_ds.parallel.launch import initialize, is_main, rank, world_size
 
 Result = TypeVar("Result")
@@ -45,12 +47,13 @@ class Block:
 
 
 class Job:
-    """The output directory of a job and what is left to do in it."""
+    """The output directory of a job and what is left to do in it; as a context manager, locked until the end."""
 
     def __init__(self, out: Path | str, images: Path | str, settings: dict[str, Any], block_images: int) -> None:
         self.out = Path(out)
         self.root = Path(images)
         self.block_images = block_images
+        self._lock: DirectoryLock | None = None
         initialize()
         # Waits last as long as the slowest rank's work or the listing of the folder: no ordinary timeout fits.
         self._group = None
@@ -61,6 +64,13 @@ class Job:
         self.images: int = catalogue["images"]
         self.classes: list[str] = catalogue["classes"]
         self._offsets: list[int] = catalogue["offsets"]
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def complete(self) -> bool:
@@ -95,19 +105,24 @@ class Job:
             dist.barrier(group=self._group)
 
     def _open(self, settings: dict[str, Any]) -> None:
-        """Make the directory, or check that what lies there is this very job, begun earlier."""
-        path = self.out / "settings.json"
-        begun = path.is_file()
-        if not begun and self.out.exists() and (not self.out.is_dir() or any(_foreign(self.out))):
-            raise UserError(f"{self.out}: already holds other files, expected an empty or a new directory")
-        if begun:
-            _check_same(self.out, read_json(path), settings)
+        """Make the directory, or check that what lies there is this very job, begun earlier; rank 0 locks it."""
+        _check_begun(self.out, settings)  # before the lock, which leaves its mark
         names = walk(self.root)
         first = next(names, None)
         if first is None:
             raise UserError(f"{self.root}: holds no images, expected files such as .jpg or .png")
-        write_json(path, settings)
-        names = self._list(chain([first], names))
+        self._lock = DirectoryLock(self.out)
+        try:
+            begun = _check_begun(self.out, settings)  # another job may have come first
+            self._begin(settings, chain([first], names), begun)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, settings: dict[str, Any], names: Iterator[str], begun: bool) -> None:
+        """Write the settings and the list of images, which must be that of the earlier run if there was one."""
+        write_json(self.out / "settings.json", settings)
+        names = self._list(names)
         if begun and (self.out / "catalogue.json").is_file():
             known = read_json(self.out / "catalogue.json")
             if known["sha256"] != names["sha256"]:
@@ -154,7 +169,7 @@ class Job:
         Raises:
             UserError: more than the share ``max_skipped`` of all images, or all of them, could not be read.
         """
-        for leftover in self.out.glob(".*"):  # of runs that were killed
+        for leftover in set(self.out.glob(".*")) - {self.out / LOCK}:  # of runs that were killed
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         skipped = [entry for report in reports for entry in sorted(report["skipped"], key=lambda entry: entry["image"])]
         write_json(self.out / "skipped.json", skipped)
@@ -165,6 +180,17 @@ class Job:
                 f"all are in {self.out / 'skipped.json'}"
             )
         return len(skipped)
+
+
+def _check_begun(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether this very job was begun in a directory; anything else that lies there is refused."""
+    path = out / "settings.json"
+    if path.is_file():
+        _check_same(out, read_json(path), settings)
+        return True
+    if out.exists() and (not out.is_dir() or any(_foreign(out))):
+        raise UserError(f"{out}: already holds other files, expected an empty or a new directory")
+    return False
 
 
 def _check_same(out: Path, begun: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -179,7 +205,7 @@ def _check_same(out: Path, begun: dict[str, Any], wanted: dict[str, Any]) -> Non
 
 def _foreign(out: Path) -> Iterator[Path]:
     """What lies in a directory, but for what a run leaves that is killed in its first moment."""
-    return (path for path in out.iterdir() if not path.name.startswith(".settings."))
+    return (path for path in out.iterdir() if path.name != LOCK and not path.name.startswith(".settings."))
 
 
 def default_workers() -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from digit_ds.data.images import STRETCHED, Crops, UnreadableImageError, decode
 from digit_ds.errors import UserError
 from digit_ds.preparation.jobs import Job
+from digit_ds.preparation.slab import Place, Slab
 
 Decoder = Literal["cpu", "gpu"]
 """``cpu``: Pillow in the workers, the same pixels on every machine; ``gpu``: JPEG files are decoded and cut on the GPU,
@@ -22,6 +24,10 @@ whose pixel values differ by a level or two here and there."""
 
 PIECE = 16
 """Images that a worker handles at a time: small, so that the workers share the load evenly."""
+HELD = 3
+"""Batches whose data are in use at a time: one is staged, one lies ready, one is being collected."""
+FILE_BYTES = 1 << 18
+"""Room in shared memory for one file that the GPU is to decode; a photograph of 500 x 375 pixels has half of it."""
 LONGEST_FOR_GPU = 2048
 """Images with a longer side are decoded by the workers."""
 
@@ -56,20 +62,26 @@ class Batch(Piece):
 class _Pieces(Dataset):
     """Item i = piece i: (block, first image inside it, images)."""
 
-    def __init__(self, job: Job, loading: "Loading", pieces: list[tuple[int, int, int]], annotate: Callable | None):
-        self._job, self._loading, self._pieces, self._annotate = job, loading, pieces, annotate
+    def __init__(
+        self,
+        job: Job,
+        loading: "Loading",
+        pieces: list[tuple[int, int, int]],
+        annotate: Callable | None,
+        slab: Slab,
+    ) -> None:
+        self._job, self._loading, self._pieces, self._annotate, self._slab = job, loading, pieces, annotate, slab
         self._block = None
 
     def __len__(self) -> int:
         return len(self._pieces)
 
-    def __getitem__(self, item: int) -> tuple[Piece, Tensor, list[torch.Size]]:
-        """The piece without its data, all its data in one tensor (one shared-memory file), and their shapes."""
+    def __getitem__(self, item: int) -> tuple[Piece, list[Place]]:
+        """The piece without its data, and where they lie in the item's slot."""
         piece = self._load(item)
-        shapes = [data.shape for data in piece.data]
-        packed = torch.cat([data.flatten() for data in piece.data]) if shapes else torch.empty(0, dtype=torch.uint8)
+        places = self._slab.put(item, piece.data)
         piece.data = []
-        return piece, packed, shapes
+        return piece, places
 
     def _load(self, item: int) -> Piece:
         number, first, count = self._pieces[item]
@@ -148,7 +160,10 @@ class Loading:
     def batches(
         self, job: Job, blocks: Sequence[int], annotate: Callable[[str], np.ndarray] | None = None
     ) -> Iterator[Batch]:
-        """Start the workers; batches of the given blocks in order. A block's batches depend on the block alone."""
+        """Start the workers; batches of the given blocks in order. A block's batches depend on the block alone.
+
+        The data of a batch are overwritten once ``HELD`` more have been asked for.
+        """
         plan, pieces = [], []
         for block in blocks:
             images = min(job.block_images, job.images - block * job.block_images)
@@ -157,29 +172,44 @@ class Loading:
                 starts = range(first, end, PIECE)
                 plan.append((block, end == images, len(starts)))
                 pieces.extend((block, start, min(PIECE, end - start)) for start in starts)
+        if not pieces:
+            return iter(())
         workers = min(self.workers, len(pieces))
+        # Enough for a batch and a half to lie ready.
+        ahead = max(2, -(-2 * self.images_per_batch // (PIECE * workers))) if workers else 0
+        # Neither the batches that are held nor the pieces ahead of them must be overwritten.
+        slab = Slab(workers * ahead + HELD * max(parts for _, _, parts in plan), self._piece_bytes)
         loader = DataLoader(
-            _Pieces(job, self, pieces, annotate),
+            _Pieces(job, self, pieces, annotate, slab),
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_one_thread,
-            # Enough for a batch and a half to lie ready.
-            prefetch_factor=max(2, -(-2 * self.images_per_batch // (PIECE * workers))) if workers else None,
+            prefetch_factor=ahead or None,
+            multiprocessing_context="fork" if workers else None,  # the slab's memory is inherited
         )
-        return _gather(iter(loader), plan)
+        return _gather(iter(loader), plan, slab)
+
+    @property
+    def _piece_bytes(self) -> int:
+        """Room for the data of a piece: what does not fit takes a slower way."""
+        views = self.crops.views * self.crops.size**2 * 3
+        return PIECE * (max(views, FILE_BYTES) if self.decoder == "gpu" else views)
 
 
 def _gather(
-    pieces: Iterator[tuple[Piece, Tensor, list[torch.Size]]], plan: list[tuple[int, bool, int]]
+    pieces: Iterator[tuple[Piece, list[Place]]], plan: list[tuple[int, bool, int]], slab: Slab
 ) -> Iterator[Batch]:
-    """Put pieces together to batches; ``plan`` holds (block, last, pieces) of each."""
-    for block, last, count in plan:
+    """Put pieces together to batches; ``plan`` holds (block, last, pieces) of each.
+
+    A batch's data are to be used before the ``HELD``-th one after it is asked for.
+    """
+    numbers = count()
+    for block, last, parts in plan:
         batch = Batch(block=block, last=last)
-        for _ in range(count):
-            piece, packed, shapes = next(pieces)
-            parts = packed.split([shape.numel() for shape in shapes])
-            piece.data = [part.view(shape) for part, shape in zip(parts, shapes)]
+        for _ in range(parts):
+            piece, places = next(pieces)
+            piece.data = slab.get(next(numbers), places)
             for name, values in vars(piece).items():
                 getattr(batch, name).extend(values)
         yield batch

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from digit_ds.errors import UserError
 from digit_ds.parallel.progress import progress
 from digit_ds.preparation.jobs import Job
 from digit_ds.preparation.loading import Batch, Loading
@@ -53,13 +55,32 @@ class Conveyor:
 
     @torch.inference_mode()
     def run(self, job: Job, blocks: list[int], description: str) -> None:
-        """Do the given blocks."""
+        """Do the given blocks.
+
+        Raises:
+            UserError: a decoding process was killed, or ``write`` raised it.
+        """
+        try:
+            self._run(job, blocks, description)
+        except RuntimeError as error:  # DataLoader's, who raises it wherever the main thread happens to be
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that decodes images ended ({str(error).partition('. ')[0]}), perhaps for want of memory; "
+                "expected it to stay; the same call again goes on"
+            ) from error
+
+    def _run(self, job: Job, blocks: list[int], description: str) -> None:
         images = sum(min(job.block_images, job.images - block * job.block_images) for block in blocks)
         encoded: list[Encoded] = []
         in_flight: list[torch.cuda.Event] = []
         writing: list[Future] = []
-        staged_batches = stage(self.loading.batches(job, blocks, self.annotate), job, self.loading, self.device)
-        with ThreadPoolExecutor(1) as writer, progress(total=images, description=description, unit="images") as bar:
+        batches = self.loading.batches(job, blocks, self.annotate)
+        with (
+            ThreadPoolExecutor(1) as writer,
+            progress(total=images, description=description, unit="images") as bar,
+            closing(stage(batches, job, self.loading, self.device)) as staged_batches,
+        ):
             for staged in staged_batches:
                 encoded.append(self._encode(staged))
                 if encoded[-1].ready:

@@ -1,21 +1,22 @@
-"""From loaded batches to images on the device, a step ahead of it: copies and GPU decoding in a thread of their own."""
+"""From loaded batches to images on the device, a step ahead of it: copies and GPU decoding in threads of their own."""
 
 import queue
 import threading
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from digit_ds.data.images import UnreadableImageError, decode
-from digit_ds.preparation.gpu_views import decode_views
 from digit_ds.preparation.jobs import Job
-from digit_ds.preparation.loading import Batch, Loading
+from digit_ds.preparation.loading import HELD, Batch, Loading
 
 AHEAD = 2
 """Batches that lie ready on the device."""
+Item = TypeVar("Item")
 
 
 class Staged(NamedTuple):
@@ -31,12 +32,26 @@ class _End(NamedTuple):
     failure: BaseException | None
 
 
-def stage(batches: Iterator[Batch], job: Job, loading: Loading, device: torch.device) -> Iterator[Staged]:
-    """Batches in order, staged by a thread that keeps ``AHEAD`` of them ready."""
-    ready: queue.Queue[Staged | _End] = queue.Queue(AHEAD)
+def stage(batches: Iterator[Batch], job: Job, loading: Loading, device: torch.device) -> Generator[Staged, None, None]:
+    """Batches in order, ``AHEAD`` of them ready on the device: one thread collects them, another one stages them."""
+    # Of high priority: its kernels are short, and the next batch waits for them among the encoder's.
+    stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+    collected = ahead(batches, HELD - 2, "collecting")
+    staged = ahead((_stage_on(stream, batch, job, loading, device) for batch in collected), AHEAD, "staging")
+    with closing(collected), closing(staged):
+        for item in staged:
+            if item.ready:
+                item.ready.wait(torch.cuda.current_stream(device))
+                item.views.record_stream(torch.cuda.current_stream(device))
+            yield item
+
+
+def ahead(items: Iterator[Item], depth: int, name: str) -> Generator[Item, None, None]:
+    """``items`` in order, taken by a thread that keeps ``depth`` of them ready; its exceptions are raised here."""
+    ready: queue.Queue[Item | _End] = queue.Queue(depth)
     stopped = threading.Event()
 
-    def put(item: Staged | _End) -> None:
+    def put(item: Item | _End) -> None:
         while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.2)
@@ -45,22 +60,18 @@ def stage(batches: Iterator[Batch], job: Job, loading: Loading, device: torch.de
 
     def work() -> None:
         try:
-            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-            for batch in batches:
+            for item in items:
+                put(item)
                 if stopped.is_set():
                     return
-                put(_stage_on(stream, batch, job, loading, device))
             put(_End(None))
         except BaseException as error:  # handed to the consumer, whoever it is
             put(_End(error))
 
-    thread = threading.Thread(target=work, name="staging", daemon=True)
+    thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     try:
         while not isinstance(item := ready.get(), _End):
-            if item.ready:
-                item.ready.wait(torch.cuda.current_stream(device))
-                item.views.record_stream(torch.cuda.current_stream(device))
             yield item
         if item.failure:
             raise item.failure
@@ -84,6 +95,8 @@ def _stage_on(
 
 def _gpu_views(batch: Batch, job: Job, loading: Loading, device: torch.device) -> Tensor:
     """Views of a batch on a GPU, from the workers' pixels and from JPEG files; unreadable images leave the batch."""
+    from digit_ds.preparation.gpu_views import decode_views  # needs Triton, which comes with PyTorch for GPUs
+
     size, views = loading.crops.size, loading.crops.views
     jpegs = [number for number, windows in enumerate(batch.windows) if windows is not None]
     decoded = torch.empty(0, views, 3, size, size, dtype=torch.uint8, device=device)

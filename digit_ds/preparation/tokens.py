@@ -189,17 +189,18 @@ def tokenize_images(
         "decoder": decoder,
     }
     loading = Loading(cut, batch, default_workers() if workers is None else workers, decoder)
-    job = Job(out, images, settings, block_images)
-    if job.complete:
-        if is_main():
-            print(f"{out}: already complete, nothing to do")
-        return
-    missing = job.my_blocks(lambda block: (job.out / _block_name(block)).is_dir())
-    with BlockWriter(job, tokenizer, cut) as write:
-        Conveyor(loading, device(), lambda pixels, _extra: tokenizer.encode(pixels), write).run(job, missing, "tokens")
-    job.barrier()
-    job.on_main(lambda: _merge(job, tokenizer, cut, max_skipped))
-    job.barrier()
+    with Job(out, images, settings, block_images) as job:
+        if job.complete:
+            if is_main():
+                print(f"{out}: already complete, nothing to do")
+            return
+        missing = job.my_blocks(lambda block: (job.out / _block_name(block)).is_dir())
+        with BlockWriter(job, tokenizer, cut) as write:
+            conveyor = Conveyor(loading, device(), lambda pixels, _extra: tokenizer.encode(pixels), write)
+            conveyor.run(job, missing, "tokens")
+        job.barrier()
+        job.on_main(lambda: _merge(job, tokenizer, cut, max_skipped))
+        job.barrier()
 
 
 class BlockWriter:

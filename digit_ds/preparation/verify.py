@@ -2,6 +2,9 @@
 
 import contextlib
 import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -83,7 +86,9 @@ def verify_shards(directory: Path | str, workers: int | None = None) -> Report:
         bar = stack.enter_context(progress(total=len(shards), description="verify", unit="shards"))
         check = partial(_check_shard, directory, manifest)
         if processes > 1:
-            found = stack.enter_context(multiprocessing.get_context("fork").Pool(processes)).imap(check, shards)
+            pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            found = _unless_killed(directory, pool.map(check, shards))
         else:
             found = map(check, shards)
         for shard, summary in zip(shards, found):
@@ -100,6 +105,16 @@ def verify_shards(directory: Path | str, workers: int | None = None) -> Report:
             f"{manifest.views} views) by manifest.json"
         )
     return Report(manifest, {kind: Usage(count) for kind, count in counts.items()}, labels)
+
+
+def _unless_killed(directory: Path, found: Iterator[_Shard]) -> Iterator[_Shard]:
+    """What the processes found; when one of them was killed, a sentence."""
+    try:
+        yield from found
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{directory}: a process that read its shards was killed, perhaps for want of memory; expected it to stay"
+        ) from error
 
 
 def _sizes(manifest: ShardManifest) -> dict[str, int]:

@@ -7,6 +7,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from digit_ds.errors import UserError
+
 
 class WriterProcess:
     """Calls ``write(*arguments)`` in a forked process, one call at a time, and hands its exceptions back.
@@ -22,9 +24,20 @@ class WriterProcess:
         other_end.close()
 
     def __call__(self, *arguments: Any) -> None:
-        """Write, and wait for it."""
-        self._connection.send(arguments)
-        failure = self._connection.recv()
+        """Write, and wait for it.
+
+        Raises:
+            UserError: the process was killed.
+        """
+        try:
+            self._connection.send(arguments)
+            failure = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise UserError(
+                f"the process {self._process.pid} that writes blocks ended with status {self._process.exitcode} "
+                "(-9: killed, perhaps for want of memory), expected it to stay; the same call again goes on"
+            ) from error
         if failure is not None:
             raise failure
 

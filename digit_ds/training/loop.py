@@ -14,6 +14,7 @@ from torch import Tensor
 from digit_ds.config import Recipe
 from digit_ds.data.stream import Chunks, TokenBatch, TokenStream, sample_hash
 from digit_ds.errors import UserError
+from digit_ds.lock import DirectoryLock
 from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
@@ -47,11 +48,32 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figure
     runs.check_run_directory(Path(recipe.run), recipe)
     read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
     place = topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
+    lock = None
     try:
+        lock = _lock(recipe, place)
         check_start()
         _Run(recipe, place, sample_grid, figures).run()
     finally:
+        if lock is not None:
+            lock.release()
         topology.finish()
+
+
+def _lock(recipe: Recipe, place: topology.Topology) -> DirectoryLock | None:
+    """Lock the run directory on rank 0, for all processes; when another run has it, all leave."""
+    lock, refusal = None, None
+    if launch.is_main():
+        try:
+            lock = DirectoryLock(recipe.run)
+            runs.check_run_directory(Path(recipe.run), recipe)  # another run may have come first
+        except UserError as error:
+            refusal = error
+    (refused,) = place.sum([int(refusal is not None)])
+    if refused:
+        if lock is not None:
+            lock.release()
+        raise refusal or SystemExit(2)  # rank 0 says why
+    return lock
 
 
 class _Run:

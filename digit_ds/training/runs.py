@@ -9,6 +9,7 @@ from digit_ds.config import Recipe, load_recipe
 from digit_ds.data.shards import ShardManifest
 from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
+from digit_ds.lock import is_empty
 from digit_ds.model.spec import TransformerSpec
 
 _MAY_CHANGE = (
@@ -41,7 +42,7 @@ def check_run_directory(run: Path, recipe: Recipe) -> None:
     """Refuse a directory that holds something else's or another recipe's results."""
     stored = run / "recipe.yaml"
     if not stored.exists():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and not (run.is_dir() and is_empty(run)):
             raise UserError(f"{run}: exists and holds no recipe.yaml, expected a new directory or a run to continue")
         return
     before = load_recipe(stored)  # a key that is younger than the run takes its default, which is what the run did

@@ -44,6 +44,34 @@ def test_views_are_pillows_within_few_levels(kind, resize, views):
     assert difference.mean() < 0.6 and difference.max() <= 6
 
 
+def test_the_next_batch_does_not_overwrite_the_one_that_is_being_cut():
+    """nvJPEG writes in a stream of its own, into memory that the batch before has just given back."""
+    crops, cuda = Crops("training", 256, 256, 1, 0), torch.device("cuda")
+    batches = []
+    for batch in range(4):
+        files = []
+        for number in range(64):
+            stream = io.BytesIO()
+            smooth(500, 375, 64 * batch + number).save(stream, "JPEG")
+            files.append(torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8))
+        windows = torch.from_numpy(np.stack([crops.windows((500, 375), str(number)) for number in range(64)]))
+        batches.append((files, windows))
+    alone = []
+    for files, windows in batches:
+        alone.append(decode_views(files, windows, 256, cuda))
+        torch.cuda.synchronize()
+    busy, again = torch.randn(8192, 8192, device=cuda), []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for round_ in range(24):
+            with torch.cuda.stream(torch.cuda.default_stream()):
+                for _ in range(3):
+                    busy @ busy  # an encoder that leaves the cutting kernels little room
+            again.append(decode_views(*batches[round_ % 4], 256, cuda))
+    torch.cuda.synchronize()
+    for round_, views in enumerate(again):
+        assert torch.equal(views, alone[round_ % 4]), round_
+
+
 @pytest.mark.parametrize("decoder", ["cpu", "gpu"])
 def test_job_on_a_gpu(decoder, tmp_path):
     images = make_images(tmp_path / "images", 40)

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from digit_ds.clustering import kernels
-from digit_ds.clustering.assignment import TorchAssigner
+from digit_ds.clustering.assignment import FaissAssigner, TorchAssigner
 from digit_ds.clustering.exact import ExactAssigner, nearest_in_fp64
 from digit_ds.clustering.fixed_point import scale_for
 
@@ -111,3 +111,17 @@ def test_lloyd_on_the_gpu_agrees_with_the_cpu(tmp_path, monkeypatch):
     np.testing.assert_allclose(on_gpu["inertia"], on_cpu["inertia"], rtol=1e-5)
     close = np.isclose(np.load(tmp_path / "gpu.npy"), np.load(tmp_path / "cpu.npy"), atol=1e-4).all(1)
     assert close.mean() > 0.95  # a point at equal distance in fp32 may go either way
+
+
+def test_faiss_on_the_gpu_is_exact_but_for_fp32s_rounding():
+    faiss = pytest.importorskip("faiss")
+    if not (hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus()):
+        pytest.skip("faiss has no GPU support here")
+    points, centroids = gaussian(20_000, 768), gaussian(8192, 768, 9)
+    assigner = FaissAssigner(CUDA)
+    assert assigner.device.type == "cuda"
+    assigner.set_centroids(centroids)
+    codes = assigner.assign(Batch(0, points))
+    exact = torch.cdist(points.double(), centroids.double())
+    chosen = exact.gather(1, codes[:, None])[:, 0]
+    assert (chosen - exact.amin(1)).max() < 1e-4  # TF32 would choose centroids that are 1e-2 farther away

@@ -1,0 +1,90 @@
+"""One job at a time writes in a directory: an advisory lock that no kill leaves behind."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from digit_ds.errors import UserError
+
+NAME = ".lock"
+
+
+class DirectoryLock:
+    """The right to write in ``directory``, from now until ``release`` or the end of this process, whatever ends it.
+
+    Rank 0 holds it for all processes of a job. It is a POSIX record lock (``lockf``) on the file ``.lock`` inside: the
+    system drops it with the process, forked workers do not inherit it, and it holds between hosts on NFSv4, on GPFS and
+    on Lustre mounted with ``flock``. Where a file system has no locks, a warning is printed and nothing is locked. It
+    keeps out other processes, not this one.
+
+    Raises:
+        UserError: another process holds it, or the directory cannot be made or written to.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self._directory = Path(directory)
+        self._path = self._directory / NAME
+        self._made = not self._directory.exists()
+        try:
+            self._stream = self._acquire()
+            self._stream.truncate(0)
+            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._stream)
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(f"{self._directory}: cannot be written to ({error.strerror or error})") from error
+
+    def release(self) -> None:
+        """Let others in; the directory is removed again if it was made here and holds nothing."""
+        self._path.unlink(missing_ok=True)
+        self._stream.close()
+        if self._made:
+            with suppress(OSError):
+                self._directory.rmdir()
+
+    def _acquire(self) -> IO[str]:
+        while True:
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                stream = self._path.open("a+", encoding="utf-8")
+            except FileNotFoundError:  # whoever made the directory removed it just now
+                continue
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(self._refusal(stream)) from error
+                print(
+                    f"{self._directory}: cannot be locked here ({error.strerror}), see that no other job writes there",
+                    file=sys.stderr,
+                )
+                return stream
+            if self._is_current(stream):
+                return stream
+            stream.close()
+
+    def _is_current(self, stream: IO[str]) -> bool:
+        """Whether the locked file is still the one of that name: its last holder may have removed it meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(stream.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _refusal(self, stream: IO[str]) -> str:
+        stream.seek(0)
+        try:
+            holder = json.load(stream)
+            who = f"process {holder['pid']} on {holder['host']}"
+        except (ValueError, KeyError, TypeError):  # it has the lock, but has not said its name yet
+            who = "another process"
+        return f"{self._directory}: {who} is writing there, expected it to end first or another directory"
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether a directory holds nothing, or only what a lock leaves whose holder was killed."""
+    return all(path.name == NAME for path in directory.iterdir())
