@@ -1,9 +1,7 @@
 """Preflight: every process looks at its machine, rank 0 says in one sentence each what is fine and what is not."""
 
-import os
 import random
 import shutil
-import socket
 import tempfile
 import time
 import uuid
@@ -89,7 +87,7 @@ def _name(rank: int, hosts: list[str]) -> str:
 
 
 def _hosts() -> list[str]:
-    return _everywhere(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    return _everywhere(launch.host())
 
 
 def _versions() -> Verdict:
