@@ -68,6 +68,8 @@ def doctor(folder: Path | str = ".", shards: Path | str | None = None, timeout_s
             failed.append(name)
         if launch.is_main():
             print(f"{level:8} {name}: {sentence}", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # NCCL warns of one that is left open
     if failed:
         raise UserError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
