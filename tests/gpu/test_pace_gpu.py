@@ -1,4 +1,4 @@
-"""The own time of a rank on real GPUs: the device's work before the sums over ranks, not the host's and not the rest."""
+"""The own time of a rank on real GPUs: the device's work before the sums over ranks, not the host's, not the rest."""
 
 import re
 import sys
