@@ -285,7 +285,7 @@ def _why(log: Path) -> str:
     for pattern in (
         r"(?:== .*: )?error: (.*)",
         r"((?:srun|slurmstepd\S*): error: (?!.*Exited with exit code).*)",
-        r"(\w+Error: .*)",
+        r"(?:\[rank\d+\]: +)?(\w+Error: .*)",
     ):
         if found := [match[1] for line in lines if (match := re.fullmatch(pattern, line.strip()))]:
             return found[0]

@@ -33,8 +33,8 @@ class Watchdog:
             silence = time.monotonic() - self._heard
             if silence >= self._seconds and said != self._heard:
                 said = self._heard
-                # In one piece: all ranks write at about the same time, often into one file.
-                print(self._stacks(silence), file=sys.stderr, flush=True)
+                # In one piece, below the progress bar: all ranks write at about the same time, often into one file.
+                print(f"\n{self._stacks(silence)}", file=sys.stderr, flush=True)
 
     def _stacks(self, silence: float) -> str:
         who = f"rank {launch.rank()} ({launch.host()})"
