@@ -24,7 +24,7 @@ from digit_ds.training.export import export
 from digit_ds.training.guard import Diverged, SkipGuard
 from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_gib, peak_tflops
 from digit_ds.training.pace import Pace
-from digit_ds.training.preemption import STATUS, StopSignal
+from digit_ds.training.preemption import STATUS, StopSignal, shield_helper
 from digit_ds.training.schedule import learning_rate
 from digit_ds.training.watchdog import Watchdog
 
@@ -47,6 +47,7 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None) -> None:
     """
     runs.check_run_directory(Path(recipe.run), recipe)
     read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
+    shield_helper()
     place = topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
     watchdog = Watchdog(STACKS_AFTER * recipe.training.timeout_seconds)
     try:
