@@ -8,7 +8,8 @@
 2. Both trainings again in slices of one minute by Slurm's time limit, the decoder also put back into the queue at
    random moments: the model's bytes, the last metrics and the hash of all sample ids are those of the unbroken runs.
 
-Takes about half an hour on two cores. Ends with status 1 when a figure is out of its tolerance or a byte differs.
+Takes about half an hour on two idle cores; on busy ones a slice may be over before the ranks have started. Ends with
+status 1 when a figure is out of its tolerance or a byte differs.
 """
 
 import json
@@ -32,6 +33,7 @@ TOLERANCES = {"class_accuracy": 0.06, "best_probe_accuracy": 0.04, "prior_nll": 
 SAME = ("step", "images", "loss", "nll", "grad_norm", "lr", "sample_ids_hash")
 """What the last line of metrics must repeat."""
 GRACE_SECONDS = 5
+REQUEUES = 4
 
 
 def main(demo: Path, out: Path) -> int:
@@ -120,13 +122,15 @@ def _slice(cluster: Cluster, chain: dict, out: Path, name: str) -> dict:
         cwd=HOME,
     )  # fmt: skip
     begin, requeued = time.monotonic(), 0
+    moments = sorted(random.uniform(5, 240) for _ in range(REQUEUES)) if name == "decoder" else []
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
     while (state := cluster.job(job)["JobState"]) not in ended:
-        time.sleep(random.uniform(10, 60) if name == "decoder" else 2)
-        if name == "decoder" and cluster.job(job)["JobState"] == "RUNNING":
-            cluster.run("scontrol", "requeue", str(job), check=False)
+        time.sleep(1)
+        if moments and state == "RUNNING" and time.monotonic() - begin > moments[0]:
+            cluster.run("scontrol", "requeue", str(job), check=False)  # it may have ended by now
+            moments.pop(0)
             requeued += 1
-    text = log.read_text(encoding="utf-8")
+    text = log.read_text(encoding="utf-8", errors="replace")
     assert state == "COMPLETED", text[-4000:]
     lines = [_last(folder / "metrics.jsonl") for folder in (run, whole)]
     hashes = [sha256(folder / "model.safetensors") for folder in (model, out / "chain" / "models" / name)]
