@@ -1,7 +1,7 @@
 """docs/cluster.md typed in on a real two-node cluster, and training there that is interrupted at any moment.
 
 Every command of the page is run, in a copy of the checkout in which only numbers are smaller: the stand-ins' and the
-models' steps, the samples.
+models' steps, the views, the samples.
 """
 
 import json
@@ -118,7 +118,7 @@ def reader(tmp_path_factory, cluster) -> Reader:  # noqa: F811
     for model in ("prior", "decoder"):
         chain[model]["overrides"] |= SMALL
     chain["decoder"]["overrides"]["training.steps"] = 10
-    chain["sample"]["per_class"], chain["probe"] = 2, {"passes": 1}
+    chain["tokenize"]["views"], chain["sample"]["per_class"], chain["probe"] = 1, 2, {"passes": 1}
     path.write_text(yaml.safe_dump(chain))
     follower = Reader(home, cluster)
     for command in commands(home / "docs" / "cluster.md"):
