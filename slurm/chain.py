@@ -145,7 +145,8 @@ class Step:
 def steps(chain: Chain) -> list[Step]:
     """The steps in an order in which each follows what it needs."""
     out = absolute(chain.out)
-    features, codebook, pictures = out / "features", out / "codebook" / "km.npy", out / "samples"
+    # Everything that has curves is in runs/: TensorBoard walks all of the folder that it is given.
+    features, codebook, pictures = out / "features", out / "runs" / "kmeans" / "km.npy", out / "samples"
     shards, validation = out / "shards" / "train", out / "shards" / "validation"
     prior, decoder = out / "models" / "prior", out / "models" / "decoder"
     tokenizer, tokens = ("tools/tokenize_images.py",), ("tokenize", "tokenize_validation")

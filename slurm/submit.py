@@ -60,11 +60,19 @@ def _check(chain: Chain, site: Site, path: Path) -> None:
             value = getattr(chain, name).get(option)
             if value is not None and not absolute(str(value)).exists():
                 raise UserError(f"{path}: {name}.{option} is {value}, which does not exist")
-    from digit_ds.config import load_recipe  # here, because --status need not wait for it
+    from digit_ds.config import load_recipe  # here, because --status need not wait for them
+    from digit_ds.training.deepspeed_config import read_deepspeed_config
 
-    for training in (chain.prior, chain.decoder):
+    os.chdir(HOME)  # as the jobs do: a DeepSpeed file may be named relative to it
+    for name in ("prior", "decoder"):
+        training, wanted = getattr(chain, name), site.resources(name)
         overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
-        load_recipe(absolute(training.recipe), ["run=x", "data.shards=x", *overrides])
+        recipe = load_recipe(absolute(training.recipe), ["run=x", "data.shards=x", *overrides])
+        ranks = wanted["nodes"] * wanted["tasks_per_node"]
+        try:
+            read_deepspeed_config(recipe, max(1, ranks // recipe.parallel.tensor))
+        except UserError as error:
+            raise UserError(f"{path}: {name} on {ranks} ranks: {error}") from error
     program = site.interpreter()[0]
     if shutil.which(program) is None:
         raise UserError(f"{program} of the site cannot be started, expected the container's program or Python")
@@ -277,7 +285,7 @@ def _why(log: Path) -> str:
     for pattern in (
         r"(?:== .*: )?error: (.*)",
         r"((?:srun|slurmstepd\S*): error: (?!.*Exited with exit code).*)",
-        r"(\w+Error: .*)",
+        r"(?:\[rank\d+\]: +)?(\w+Error: .*)",
     ):
         if found := [match[1] for line in lines if (match := re.fullmatch(pattern, line.strip()))]:
             return found[0]

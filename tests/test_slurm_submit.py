@@ -251,6 +251,10 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
             "chain.yaml: features.images is /no, which does not exist",
         ),
         (lambda s: s.chain["prior"].update(overrides={"training.step": 3}), "train.yaml: unknown key 'training.step'"),
+        (
+            lambda s: s.site.update(tasks_per_node=3),
+            "chain.yaml: prior on 6 ranks: training.global_batch 1024 is not a multiple of training.micro_batch 64 x 6",
+        ),
         (lambda s: s.chain.pop("kmeans"), "chain.yaml: key 'kmeans' is missing"),
     ],
 )
@@ -259,6 +263,23 @@ def test_what_cannot_work_is_refused_in_one_sentence(submission, change, message
     result = submission.call()
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert not submission.jobs()
+
+
+def test_status_quotes_the_error_of_a_rank_that_torch_names(tmp_path):
+    sys.path.insert(0, str(HOME / "slurm"))
+    from submit import _why
+
+    log = tmp_path / "digit-prior-7.out"
+    lines = [
+        "== 2026-01-01 00:00:00 digit-prior 7: attempt 1 on n[1-2], 2 ranks",
+        "[rank0]:     work.wait()",
+        "[rank0]: RuntimeError: Timed out waiting 30000ms for recv operation to complete",
+        "srun: error: n1: task 0: Exited with exit code 1",
+        "[rank1]: RuntimeError: Connection closed by peer",
+        "== 2026-01-01 00:01:00 digit-prior 7: failed: the steps that need this one will not start",
+    ]
+    log.write_text("\n".join(lines))
+    assert _why(log) == "RuntimeError: Timed out waiting 30000ms for recv operation to complete"
 
 
 def _await(condition, timeout: float = 60) -> None:

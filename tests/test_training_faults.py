@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import resource
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -177,17 +179,78 @@ def test_many_skipped_updates_stop_the_run_with_advice(token_shards, tmp_path):
     assert "optimizer.learning_rate" in group.output()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def train_slowly(values: Recipe) -> None:
+    """Rank 1 computes slowly in the first 15 steps, later rank 0 waits for its data."""
+    from digit_ds.data.stream import TokenStream
+    from digit_ds.parallel import launch as place
+    from digit_ds.training.engine import Engine
+
+    loss, batches, calls = Engine.loss, TokenStream.batches, {"micro": 0}
+
+    def slow_loss(self, *arguments):
+        calls["micro"] += 1
+        if place.rank() == 1 and calls["micro"] <= 30:  # two micro-batches a step
+            time.sleep(0.05)
+        return loss(self, *arguments)
+
+    def slow_batches(self, *arguments):
+        for batch in batches(self, *arguments):
+            if place.rank() == 0 and calls["micro"] >= 30:
+                time.sleep(0.05)
+            yield batch
+
+    Engine.loss, TokenStream.batches = slow_loss, slow_batches
+    train(values)
+
+
+def test_the_rank_that_holds_the_others_up_is_named(token_shards, tmp_path):
+    values = recipe(tmp_path / "run", token_shards, training__steps=30, monitor__log_every=5)
+    output = launch(train_slowly, (values,), 2, tmp_path / "log")
+    lines = metrics(tmp_path / "run")
+    for line, slowest in zip(lines, (1, 1, 1, 0, 0, 0), strict=True):
+        assert line["slowest_rank"] == slowest
+        assert 0.1 <= line["rank_seconds_max"] <= line["step_seconds"]
+        assert line["rank_seconds_median"] < line["rank_seconds_max"] - 0.08, "the other one's wait is not its work"
+    warnings = re.findall(r"^warning: (.*) holds the others up", output, re.MULTILINE)
+    assert warnings == [f"rank {rank} ({socket.gethostname()})" for rank in (1, 0)]
+
+
+def train_until_stuck(values: Recipe) -> None:
+    """Rank 1 never comes back from step 5."""
+    from digit_ds.parallel import launch as place
+    from digit_ds.training.engine import Engine
+
+    original, calls = Engine.loss, {"micro": 0}
+
+    def stuck_in_here(self, *arguments):
+        calls["micro"] += 1
+        if place.rank() == 1 and calls["micro"] > 8:
+            time.sleep(600)
+        return original(self, *arguments)
+
+    Engine.loss = stuck_in_here
+    train(values)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP, "stuck"])
 def test_dead_or_hung_rank_ends_the_job(how, token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=10000, training__timeout_seconds=8.0)
-    group = start(train, (values,), 2, tmp_path / "log")
+    group = start(train_until_stuck if how == "stuck" else train, (values,), 2, tmp_path / "log")
     wait_for(lambda: steps_logged(tmp_path / "run") > 3)
-    os.kill(group.processes[1].pid, how)
+    if how != "stuck":
+        os.kill(group.processes[1].pid, how)
     begin = time.monotonic()
     group.processes[0].join(40)
     assert group.processes[0].exitcode not in (None, 0), group.output()[-3000:]
     assert time.monotonic() - begin < 30
     group.processes[1].kill()
+    waiting, stuck = ((tmp_path / "log" / f"rank{rank}.log").read_text() for rank in (0, 1))
+    if how == signal.SIGABRT:
+        assert re.search(r"Fatal Python error: Aborted.* in _step\n", stuck, re.DOTALL)
+    if how in (signal.SIGSTOP, "stuck"):  # where each rank was, before the timeout
+        assert re.search(r"rank 0 \(\S+\) has finished no step for [6-8] s.* in _step\n", waiting, re.DOTALL)
+    if how == "stuck":
+        assert re.search(r"rank 1 \(\S+\) has finished no step.*thread MainThread:.*stuck_in_here", stuck, re.DOTALL)
 
 
 def train_on_full_disk(values: Recipe) -> None:

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,28 @@ from digit_ds.training.schedule import learning_rate
 @pytest.fixture(scope="module")
 def token_shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_all_processes_of_a_rank_spares_the_tracker_of_shared_memory():
+    script = """
+import os, signal, time
+from multiprocessing import resource_tracker, shared_memory
+from digit_ds.training.preemption import StopSignal, shield_helper
+shield_helper()
+memory = shared_memory.SharedMemory(create=True, size=8)
+stop = StopSignal()
+for process in (resource_tracker._resource_tracker._pid, os.getpid()):
+    os.kill(process, signal.SIGUSR1)
+time.sleep(0.2)
+memory.close()
+memory.unlink()
+print(stop.received == signal.SIGUSR1)
+"""
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (finished.stdout, finished.stderr) == ("True\n", "")
 
 
 # --- schedules ---------------------------------------------------------------------------------------------------

@@ -43,11 +43,18 @@ def test_steps_of_no_length_leave_the_given_weights(tmp_path):
     )
     launch(train, (values,), 2, tmp_path / "logs")
     export(tmp_path / "run", tmp_path / "exported")
-    spec, state, _ = read_model(tmp_path / "exported")
+    spec, state, provenance = read_model(tmp_path / "exported")
     assert spec == SPEC
     for name, value in given.items():
         assert (state[name] - value).abs().max() < 1e-25, name  # zeros move by the learning rate, nothing else can
     assert not torch.equal(given["output.weight"], initial_state(SPEC, values.training.seed)["output.weight"])
+
+    written = (tmp_path / "exported" / "model.safetensors").stat().st_mtime_ns
+    export(tmp_path / "run", tmp_path / "exported")  # as a job that was killed between this and its end
+    assert (tmp_path / "exported" / "model.safetensors").stat().st_mtime_ns == written
+    save_model(tmp_path / "other", spec, {**state, "output.weight": state["output.weight"] + 1}, provenance)
+    with pytest.raises(UserError, match="other: already holds a model"):
+        export(tmp_path / "run", tmp_path / "other")
 
 
 def test_another_models_weights_are_refused_by_the_size_that_differs(tmp_path):

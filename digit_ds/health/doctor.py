@@ -1,9 +1,7 @@
 """Preflight: every process looks at its machine, rank 0 says in one sentence each what is fine and what is not."""
 
-import os
 import random
 import shutil
-import socket
 import tempfile
 import time
 import uuid
@@ -70,6 +68,8 @@ def doctor(folder: Path | str = ".", shards: Path | str | None = None, timeout_s
             failed.append(name)
         if launch.is_main():
             print(f"{level:8} {name}: {sentence}", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # NCCL warns of one that is left open
     if failed:
         raise UserError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
@@ -89,7 +89,7 @@ def _name(rank: int, hosts: list[str]) -> str:
 
 
 def _hosts() -> list[str]:
-    return _everywhere(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    return _everywhere(launch.host())
 
 
 def _versions() -> Verdict:

@@ -6,6 +6,7 @@ place, and refuses what contradicts itself: ranks that disagree about the world 
 """
 
 import atexit
+import faulthandler
 import os
 import re
 import socket
@@ -157,6 +158,11 @@ def local_world_size() -> int:
     return place().local_world_size
 
 
+def host() -> str:
+    """Name of this process's node, as Slurm calls it where Slurm started it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def device() -> torch.device:
     """This process's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
@@ -186,6 +192,7 @@ def initialize(timeout: timedelta | None = None) -> None:
     here = place()
     if here.world_size == 1 or dist.is_initialized():
         return
+    faulthandler.enable()  # a rank that NCCL's watchdog aborts says where it was
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:

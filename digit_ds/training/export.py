@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import torch
+
 from digit_ds.errors import UserError
-from digit_ds.model.released import save_model
+from digit_ds.model.released import CONFIG, read_model, save_model
 from digit_ds.training.checkpoint import StoredState, is_complete, newest_checkpoint
 
 
@@ -11,9 +13,11 @@ def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
     """Write the released model of a run (its newest complete checkpoint) or of one checkpoint.
 
     Weights are the float32 master weights, or with ``ema`` their moving average. Needs no process group and no GPU.
+    Where ``out`` holds this very model already, nothing is done: a job killed after it had exported runs again.
 
     Raises:
-        UserError: there is no complete checkpoint, it is damaged, it holds no moving average, or ``out`` holds a model.
+        UserError: there is no complete checkpoint, it is damaged, it holds no moving average, or ``out`` holds another
+            model.
     """
     source = Path(source)
     path = source if is_complete(source) else newest_checkpoint(source / "checkpoints")
@@ -26,4 +30,11 @@ def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
     state = stored.full("average" if ema else "weight")
     progress = stored.manifest["progress"]
     provenance = {**stored.manifest["provenance"], "steps": progress["step"], "images": progress["images"]}
+    if (Path(out) / CONFIG).is_file():
+        found = read_model(out)
+        if (found.spec, found.provenance) == (stored.spec, provenance) and all(
+            torch.equal(value, found.state[name]) for name, value in state.items()
+        ):
+            print(f"{out}: holds this model already, nothing to do")
+            return
     save_model(out, stored.spec, state, provenance)

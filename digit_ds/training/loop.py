@@ -25,13 +25,18 @@ from digit_ds.training.engine import Engine, check_start
 from digit_ds.training.export import export
 from digit_ds.training.guard import Diverged, SkipGuard
 from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_gib, peak_tflops
-from digit_ds.training.preemption import STATUS, StopSignal
+from digit_ds.training.pace import Pace
+from digit_ds.training.preemption import STATUS, StopSignal, shield_helper
 from digit_ds.training.schedule import learning_rate
+from digit_ds.training.watchdog import Watchdog
 
 SampleGrid = Callable[[Path], Tensor]
 """Draws samples of a released model directory as one picture [3, H, W]."""
 Figures = Callable[[Path], dict[str, float]]
 """What to log of a released model directory."""
+
+STACKS_AFTER = 0.8
+"""Share of ``training.timeout_seconds`` without a step after which ranks say where they are; the timeout ends them."""
 
 
 def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figures | None = None) -> None:
@@ -47,13 +52,16 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figure
     """
     runs.check_run_directory(Path(recipe.run), recipe)
     read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
+    shield_helper()
     place = topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
+    watchdog = Watchdog(STACKS_AFTER * recipe.training.timeout_seconds)
     lock = None
     try:
         lock = _lock(recipe, place)
         check_start()
-        _Run(recipe, place, sample_grid, figures).run()
+        _Run(recipe, place, sample_grid, figures).run(watchdog)
     finally:
+        watchdog.stop()
         if lock is not None:
             lock.release()
         topology.finish()
@@ -107,10 +115,11 @@ class _Run:
             recipe.training.global_batch, recipe.training.micro_batch, place.data_rank, place.data_size
         )
         self.guard = SkipGuard(self.progress, recipe.training.max_skipped)
+        self.pace = Pace(place, self.device, self.chunks.per_step)
         self.seen = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
         self.peak = peak_tflops(recipe.monitor.peak_tflops)
 
-    def run(self) -> None:
+    def run(self, watchdog: Watchdog) -> None:
         """All steps that are left."""
         recipe, progress, steps = self.recipe, self.progress, self.recipe.training.steps
         self.report = Reporter(self.folder, progress.step, steps, runs.recipe_text(recipe))
@@ -139,6 +148,7 @@ class _Run:
                     self._save(wait=last)
                 self._look(stopped)
                 clock.pause()
+                watchdog.hear()
         except Diverged as error:
             self._tell(error.messages)
             raise
@@ -155,6 +165,7 @@ class _Run:
         rate = learning_rate(self.recipe, progress.step)
         losses, samples, image_ids = [], 0, []
         for micro in range(self.chunks.per_step):
+            self.pace.begin()
             start = time.perf_counter()
             batch = next(batches)
             clock.waited(time.perf_counter() - start)
@@ -163,6 +174,7 @@ class _Run:
             sequence = self._sequence(batch, training.class_dropout)
             self.seen[sequence.target.flatten()] = 1
             loss, nll = self.engine.loss(sequence.input, sequence.target, sequence.loss_mask)
+            self.pace.end()
             self.engine.backward(loss)
             self.engine.step(rate)
             losses.append(torch.stack([loss.detach(), nll]))
@@ -200,6 +212,9 @@ class _Run:
         self.seen.zero_()
         loss_value, nll_value = (values / self.place.data_size).tolist()
         rates = clock.summary(recipe.training.global_batch, self.spec.sequence_length)
+        ranks, slow = self.pace.summary()
+        if slow:
+            self.report.say(f"warning: {slow}")
         tflops = rates["images_per_second"] * flops_per_image(self.spec) / self.place.world_size / 1e12
         self.report.log(
             {
@@ -211,6 +226,7 @@ class _Run:
                 "grad_norm": float(self.engine.gradient_norm),
                 "lr": learning_rate(recipe, progress.step - 1),
                 **rates,
+                **ranks,
                 "tflops": tflops,
                 "mfu": tflops / self.peak if self.peak else None,
                 "memory_gib": memory_gib(self.device),

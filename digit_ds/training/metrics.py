@@ -18,6 +18,18 @@ from digit_ds.parallel.progress import progress
 _PEAKS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "V100": 125.0}
 """Dense bf16 (fp16 on V100) TFLOP/s by NVIDIA's data sheets, found by the device's name."""
 
+_BOARD = {
+    "loss": ("loss", "nll", "token_usage"),
+    "validation": ("validation_nll",),
+    "update": ("grad_norm", "lr", "skipped_updates"),
+    "speed": ("images_per_second", "tokens_per_second", "tflops", "mfu", "memory_gib"),
+    "seconds_a_step": ("step_seconds", "step_seconds_p50", "step_seconds_p95", "data_wait_seconds"),
+    "ranks": ("rank_seconds_max", "rank_seconds_median", "slowest_rank"),
+    "progress": ("images", "epoch", "training_seconds"),
+}
+"""Sections of TensorBoard and the metrics in them."""
+_TAGS = {name: f"{section}/{name}" for section, names in _BOARD.items() for name in names}
+
 
 def peak_tflops(stated: float | None) -> float | None:
     """Peak of one device: as the recipe states, else by its name; None: unknown."""
@@ -80,7 +92,7 @@ class Reporter:
             stream.write(json.dumps(clean) + "\n")
         for key, value in clean.items():
             if isinstance(value, int | float) and key != "step":
-                self._board.add_scalar(key, value, values["step"])
+                self._board.add_scalar(_TAGS.get(key, key), value, values["step"])
         if "loss" in clean:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"

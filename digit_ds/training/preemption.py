@@ -1,10 +1,22 @@
 """Signals that ask a run to stop: SIGTERM and SIGUSR1, on any one rank."""
 
 import signal
+from multiprocessing import resource_tracker
 from types import FrameType
 
 STATUS = 75
 """Exit status of a run that was stopped by a signal and saved (EX_TEMPFAIL: try again later)."""
+
+
+def shield_helper() -> None:
+    """Start multiprocessing's resource tracker such that SIGUSR1 does not end it; before any shared memory is made.
+
+    srun signals every process of a rank. A tracker that died is started again, knows nothing of what there was, and
+    fills the log of a job that stops in good order with tracebacks.
+    """
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what is ignored stays so in a new program
+    resource_tracker.ensure_running()
+    signal.signal(signal.SIGUSR1, before)
 
 
 class StopSignal:

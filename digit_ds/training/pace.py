@@ -1,0 +1,76 @@
+"""Which rank holds the others up: how long each one needs for the part of a step that it does by itself.
+
+The wall time of a step is useless for that: the ranks leave its sums together, so it is the slowest rank's time on all
+of them. What a rank does by itself is waiting for its data and the forward pass; in the backward pass, the update and
+the exchange a fast rank waits for the slow ones. On GPUs the time is the device's, between two events in its queue,
+so neither the host nor the device waits for the measurement: a throttled device shows, and a loader or a host as soon
+as the device runs dry. Under tensor parallelism the layers hold sums too, and a group has one time; under ZeRO 3
+they gather weights, and only waiting for data tells the ranks apart.
+"""
+
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+from digit_ds.parallel import launch
+from digit_ds.parallel.topology import Topology
+
+SLOW = 1.3
+"""A rank is slow when it needs this many times the usual."""
+WINDOWS = 2
+"""It is named after so many logged windows in a row: one alone may be a compiler's or a file system's mood."""
+
+
+class Pace:
+    """Times the own work of this rank and compares it with the other ranks' once per logged window."""
+
+    def __init__(self, place: Topology, device: torch.device, micro_batches: int) -> None:
+        self._place, self._on_gpu, self._micro_batches = place, device.type == "cuda", micro_batches
+        self._hosts = [launch.host()] * place.world_size
+        if place.world_size > 1:
+            dist.all_gather_object(self._hosts, launch.host(), group=place.mailbox)
+        self._marks: list[tuple] = []  # begin and end of each micro-batch's own work
+        self._begun: float | torch.cuda.Event = 0.0
+        self._slow: int | None = None  # the rank that was slow in the window before
+        self._windows = 0  # in how many of them in a row
+
+    def begin(self) -> None:
+        """This rank turns to a micro-batch."""
+        self._begun = self._now()
+
+    def end(self) -> None:
+        """The next thing is done together with other ranks."""
+        self._marks.append((self._begun, self._now()))
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def summary(self) -> tuple[dict[str, float | int], str | None]:
+        """Own seconds a step since the last call, over all ranks; a sentence when one begins to hold the others up.
+
+        Every rank calls it, after the device has done the steps that it is about. The median is the lower one of two,
+        so that of two ranks the faster is the usual one.
+        """
+        marks, self._marks = self._marks, []
+        own = sum(b.elapsed_time(e) / 1e3 if self._on_gpu else e - b for b, e in marks)
+        own *= self._micro_batches / len(marks)
+        nanoseconds = [0] * self._place.world_size
+        nanoseconds[launch.rank()] = round(own * 1e9)
+        seconds = [value / 1e9 for value in self._place.sum(nanoseconds)]
+        median, slowest = statistics.median_low(seconds), max(range(len(seconds)), key=seconds.__getitem__)
+        values = {"rank_seconds_max": seconds[slowest], "rank_seconds_median": median, "slowest_rank": slowest}
+        slow = slowest if seconds[slowest] > SLOW * median else None
+        self._windows = 0 if slow is None else 1 + self._windows * (slow == self._slow)
+        self._slow = slow
+        if self._windows != WINDOWS:
+            return values, None
+        return values, (
+            f"rank {slowest} ({self._hosts[slowest]}) holds the others up: its own work takes {seconds[slowest]:.3g} s "
+            f"a step where {median:.3g} s is usual"
+        )
