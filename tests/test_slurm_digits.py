@@ -1,4 +1,4 @@
-"""slurm/digits.yaml and docs/cluster.md against digit_ds/demo/run.py: the chain of digits is the demo's pipeline.
+"""slurm/digits.yaml and docs/cluster.md against the steps of digit_ds/demo: the chain of digits is the demo's pipeline.
 
 That the same commands give the same figures on two nodes was measured with tests/measure_cluster.py.
 """
@@ -19,7 +19,7 @@ sys.path.insert(0, str(HOME / "slurm"))
 from chain import Chain, load  # noqa: E402
 from chain import steps as chain_steps  # noqa: E402
 
-DEMO = {step.name: step.command[1:] for step in demo_steps(Path("/demo"), FULL)}
+DEMO = {step.name: list(step.command[1:]) for step in demo_steps(Path("/demo"), FULL)}
 CHAIN = {step.name: step for step in chain_steps(load(HOME / "slurm" / "digits.yaml", Chain))}
 
 
