@@ -4,6 +4,7 @@ Tensor-parallel ranks are consecutive (Megatron's order), so that a tensor-paral
 ranks read the same samples.
 """
 
+import faulthandler
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,9 @@ from megatron.core import parallel_state
 
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch
+
+LEAVE_SECONDS = 30.0
+"""How long a process may take to say why it failed and to end."""
 
 
 class Mpu:
@@ -95,6 +99,18 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
         data_rank=parallel_state.get_data_parallel_rank(),
         mailbox=mailbox,
     )
+
+
+def abandon() -> None:
+    """Leave after a failure, when other ranks may be dead or wait for what never comes.
+
+    NCCL would wait for them too, and the reason of the failure stay unsaid. Its groups are left to the end of the
+    process, which is forced after ``LEAVE_SECONDS`` where it does not come by itself.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
+        faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True)
+    else:
+        finish()
 
 
 def finish() -> None:

@@ -59,12 +59,17 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figure
     try:
         lock = _lock(recipe, place)
         check_start()
-        _Run(recipe, place, sample_grid, figures).run(watchdog)
+        stopped = _Run(recipe, place, sample_grid, figures).run(watchdog)
+    except BaseException:
+        topology.abandon()
+        raise
     finally:
         watchdog.stop()
         if lock is not None:
             lock.release()
-        topology.finish()
+    topology.finish()
+    if stopped:
+        raise SystemExit(STATUS)
 
 
 def _lock(recipe: Recipe, place: topology.Topology) -> DirectoryLock | None:
@@ -119,13 +124,13 @@ class _Run:
         self.seen = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
         self.peak = peak_tflops(recipe.monitor.peak_tflops)
 
-    def run(self, watchdog: Watchdog) -> None:
-        """All steps that are left."""
+    def run(self, watchdog: Watchdog) -> bool:
+        """All steps that are left; whether a signal ended them before."""
         recipe, progress, steps = self.recipe, self.progress, self.recipe.training.steps
         self.report = Reporter(self.folder, progress.step, steps, runs.recipe_text(recipe))
         if progress.step >= steps:
             self.report.say(f"{self.folder}: already at step {progress.step} of {steps}, nothing to do")
-            return
+            return False
         self.report.say(self._headline())
         batches = self.stream.batches(self.chunks, progress.images, recipe.data.workers)
         stop, clock = StopSignal(), Clock()
@@ -157,7 +162,7 @@ class _Run:
             self.report.close()
         if stopped:
             print(f"stopped by signal at step {progress.step}", file=sys.stderr, flush=True)
-            raise SystemExit(STATUS)
+        return stopped
 
     def _step(self, batches: Iterator[TokenBatch], clock: Clock) -> tuple[Tensor, Tensor, int]:
         """One optimizer step: mean loss and nll of this rank's micro-batches, hash of its samples."""
