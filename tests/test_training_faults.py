@@ -89,7 +89,7 @@ def save_again(values: Recipe) -> None:
     from digit_ds.training.loop import _Run
 
     place = topology.initialize(values.parallel.tensor, values.training.timeout_seconds)
-    run = _Run(values, place, None)
+    run = _Run(values, place, None, None)
     (run.folder / "checkpoints" / "latest").unlink(missing_ok=True)
     run._save(wait=True)
     topology.finish()

@@ -195,6 +195,9 @@ def initialize(timeout: timedelta | None = None) -> None:
     faulthandler.enable()  # a rank that NCCL's watchdog aborts says where it was
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+        # The watchdog sleeps four times this long (a minute by default) between a timeout and the end it makes.
+        for prefix in ("TORCH_FR", "TORCH_NCCL"):  # the newer and the older name
+            os.environ.setdefault(f"{prefix}_WAIT_TIMEOUT_DUMP_MILSEC", "1000")
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         address, port = ("127.0.0.1", 29500) if here.world_size == here.local_world_size else _srun_address()
         os.environ.setdefault("MASTER_ADDR", address)

@@ -86,8 +86,15 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
         }
         for name, (tensor, file, compiled) in BFLOAT16.items()
     }
-    values = [recipe(folder / name, token_shards, **SIZES, **options) for name, options in recipes.items()]
-    launch(train_all, (values, free_ports(len(values))), 2, folder / "log", timeout=500)
+    # What is compiled, in processes of its own: in one that had trained other layouts uncompiled before, it failed once.
+    # Nobody trains so; the cause is not known.
+    for compiled in (False, True):
+        values = [
+            recipe(folder / name, token_shards, **SIZES, **options)
+            for name, options in recipes.items()
+            if options.get("training__compile", False) == compiled
+        ]
+        launch(train_all, (values, free_ports(len(values))), 2, folder / f"log-{compiled}", timeout=500)
     return {name: metrics(folder / name) for name in (*single, *recipes)}
 
 
