@@ -2,8 +2,8 @@
 
     python benchmarks/recipe_hours.py       # rewrites the lines "# Time: about ..."
 
-A recipe takes ``images x operations an image / (peak x MFU)``, with the MFU measured on the model of its width, or on
-the base prior where that was not measured. A new figure goes into MEASURED (and into docs/results.md), nowhere else.
+A recipe takes ``images x operations an image / (peak x MFU)``, with the MFU measured on the recipe itself, or else on a
+model of its width. A new figure goes into MEASURED (and into docs/results.md), nowhere else.
 """
 
 import re
@@ -17,19 +17,23 @@ from digit_ds.training.runs import model_spec
 
 RECIPES = Path(__file__).parents[1] / "ds_configs"
 PEAK = 989e12
-"""Dense bf16 operations a second of one H200."""
+"""Dense bf16 operations a second of one H100 or H200."""
 IMAGES, CLASSES, VQ_CODES = 1_281_167, 1000, 1024
 
 
 class Measured(NamedTuple):
-    """Training speed of one model on one H200 (``benchmarks/train_speed.py``)."""
+    """Training speed of one model on one GPU (``benchmarks/train_speed.py``)."""
 
     recipe: str
     images_per_second: float
+    gpu: str
 
 
-MEASURED = {1024: Measured("base_prior", 1288)}
-"""By width of the model."""
+MEASURED = (
+    Measured("base_prior", 1288, "H200"),
+    Measured("large_prior", 385, "H100"),
+    Measured("modern_base_prior", 1123, "H100"),
+)
 
 
 def discriminative_codes(recipe: Recipe) -> int:
@@ -58,12 +62,15 @@ def operations(recipe: Recipe) -> float:
 def time_line(path: Path) -> str:
     """The line of a recipe's header."""
     recipe = load_recipe(path)
-    measured = MEASURED.get(recipe.model.width, MEASURED[1024])
-    mfu = measured.images_per_second * operations(load_recipe(RECIPES / f"{measured.recipe}.yaml")) / PEAK
+    models = {measured: load_recipe(RECIPES / f"{measured.recipe}.yaml") for measured in MEASURED}
+    own = [measured for measured in MEASURED if measured.recipe == path.stem]
+    alike = [measured for measured, model in models.items() if model.model.width == recipe.model.width]
+    measured = (own + alike)[0]
+    mfu = measured.images_per_second * operations(models[measured]) / PEAK
     images = recipe.training.steps * recipe.training.global_batch
     hours = images * operations(recipe) / (PEAK * mfu) / 3600
     return (
-        f"# Time: about {hours:.0f} H200-hours at {100 * mfu:.0f} % MFU, measured with {measured.recipe} "
+        f"# Time: about {hours:.0f} {measured.gpu}-hours at {100 * mfu:.0f} % MFU, measured with {measured.recipe} "
         f"({measured.images_per_second:,.0f} images/s)."
     )
 

@@ -98,8 +98,9 @@ def test_headers_say_command_and_hours():
         assert f"digit-ds train ds_configs/{name}.yaml\n" in header
         assert hours.time_line(RECIPES / f"{name}.yaml") in header, "run benchmarks/recipe_hours.py"
     base = load_recipe(RECIPES / "base_prior.yaml").training
-    expected = base.steps * base.global_batch / hours.MEASURED[1024].images_per_second / 3600
-    assert f"about {expected:.0f} H200-hours" in (RECIPES / "base_prior.yaml").read_text()
+    measured = next(measured for measured in hours.MEASURED if measured.recipe == "base_prior")
+    expected = base.steps * base.global_batch / measured.images_per_second / 3600
+    assert f"about {expected:.0f} {measured.gpu}-hours" in (RECIPES / "base_prior.yaml").read_text()
 
 
 @pytest.mark.parametrize("data_size", [1, 8, 16])

@@ -86,7 +86,7 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
         }
         for name, (tensor, file, compiled) in BFLOAT16.items()
     }
-    # What is compiled, in processes of its own: in one that had trained other layouts uncompiled before, it failed once.
+    # What is compiled, in processes of its own: it failed once in one that had trained other layouts uncompiled before.
     # Nobody trains so; the cause is not known.
     for compiled in (False, True):
         values = [
