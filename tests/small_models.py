@@ -11,6 +11,8 @@ from digit_ds.model.weights import initial_state
 from digit_ds.tokenizer.vqgan import VqganNetwork
 
 GRID, CODES, VQ_CODES, CLASSES = (4, 4), 24, 32, 3
+MODERN_LAYERS = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
+"""Every choice of a spec that published models do not have."""
 
 
 def small_spec(kind: str, classes: int = 0) -> TransformerSpec:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_models import MODERN_LAYERS
 
 from digit_ds.errors import UserError
 from digit_ds.model.decoder import Decoder, load_model, save_model
@@ -167,12 +168,9 @@ def test_the_criterion_alone(positions, smoothing):
 SPEC = TransformerSpec("prior", 2, 24, 3, 40, "pre", 30, 11, 0, 4, grid=(3, 4))
 
 
-MODERN = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
-
-
 @pytest.mark.parametrize("kind", ["prior", "ar", "vq"])
 @pytest.mark.parametrize("chunks", [(5, 1, 1, 3), (1, 9)])
-@pytest.mark.parametrize("options", [{}, MODERN], ids=["published", "modern"])
+@pytest.mark.parametrize("options", [{}, MODERN_LAYERS], ids=["published", "modern"])
 @torch.inference_mode()
 def test_the_cache_equals_a_full_pass_in_any_chunks(kind, chunks, options):
     grid = (2, 3) if kind == "ar" or not options else (3, 4)  # rotary positions end with the grid

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import MODERN_LAYERS
 from training_parts import launch
 
 from digit_ds.errors import UserError
@@ -15,12 +16,11 @@ from digit_ds.model.official import to_official
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import initial_state, shard, unshard
 
-OPTIONS = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
 PLAIN = TransformerSpec("prior", 2, 24, 2, 40, "pre", 30, 11, 0, 4, grid=(2, 3))
-CASES = {name: replace(PLAIN, **{name: value}) for name, value in OPTIONS.items()}
-CASES |= {"prior": replace(PLAIN, **OPTIONS), "post": replace(PLAIN, norm_position="post", **OPTIONS)}
+CASES = {name: replace(PLAIN, **{name: value}) for name, value in MODERN_LAYERS.items()}
+CASES |= {"prior": replace(PLAIN, **MODERN_LAYERS), "post": replace(PLAIN, norm_position="post", **MODERN_LAYERS)}
 CASES |= {
-    kind: replace(PLAIN, kind=kind, vq_codes=7, classes=0, discriminative_codes=codes, **OPTIONS)
+    kind: replace(PLAIN, kind=kind, vq_codes=7, classes=0, discriminative_codes=codes, **MODERN_LAYERS)
     for kind, codes in (("ar", 11), ("nar", 11), ("vq", 0))
 }
 
@@ -182,7 +182,7 @@ def test_rotary_scores_know_the_distance_alone():
     """The same query and key, moved together over the grid, give one score; moved apart, along either axis, another."""
     from digit_ds.model.rotary import rotate, rotation
 
-    spec = replace(PLAIN, width=64, heads=1, grid=(5, 7), **OPTIONS)
+    spec = replace(PLAIN, width=64, heads=1, grid=(5, 7), **MODERN_LAYERS)
     vector = torch.randn(2, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     turn = rotation(spec, torch.arange(spec.sequence_length), torch.float64)
     query, key = rotate(vector.expand(1, spec.sequence_length, 1, 2, 64), turn)[0, :, 0].unbind(1)
@@ -201,7 +201,7 @@ def test_a_config_from_before_the_options_is_the_published_architecture(tmp_path
     save_model(tmp_path / "model", PLAIN, initial_state(PLAIN, 0), {})
     config = tmp_path / "model" / "config.json"
     values = json.loads(config.read_text())
-    for name in OPTIONS:
+    for name in MODERN_LAYERS:
         del values["spec"][name]
     config.write_text(json.dumps(values))
     assert load_model(tmp_path / "model").spec == PLAIN

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from small_models import MODERN_LAYERS
 
 from digit_ds.errors import UserError
 from digit_ds.model.decoder import Decoder
@@ -36,10 +37,9 @@ SMALL = [
     TransformerSpec("nar", 1, 16, 4, 24, "post", 30, 12, 123, 0),
     TransformerSpec("vq", 2, 24, 4, 48, "pre", 30, 0, 19, 3),
 ]
-OPTIONS = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
 MODERN = [
-    TransformerSpec("prior", 2, 32, 8, 24, "pre", 30, 11, 0, 7, **OPTIONS),
-    TransformerSpec("nar", 1, 16, 4, 20, "post", 30, 12, 123, 0, **OPTIONS),
+    TransformerSpec("prior", 2, 32, 8, 24, "pre", 30, 11, 0, 7, **MODERN_LAYERS),
+    TransformerSpec("nar", 1, 16, 4, 20, "post", 30, 12, 123, 0, **MODERN_LAYERS),
 ]
 
 

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from small_models import MODERN_LAYERS
 
 from digit_ds.config import Recipe
 from digit_ds.data import shards
 
 CODES, VQ_CODES, GRID, CLASSES = 27, 11, (4, 4), 3
+MODERN = {"model__norm_position": "pre", **{f"model__{name}": value for name, value in MODERN_LAYERS.items()}}
+"""Overrides of :func:`recipe` for the layers of ds_configs/modern_base_prior.yaml."""
 # A fork of a process that has touched CUDA cannot use it: there every rank starts from nothing.
 _CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 if not torch.cuda.is_available():

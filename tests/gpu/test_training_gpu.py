@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_parts import launch, metrics, recipe, start, train, write_shards
+from training_parts import MODERN, launch, metrics, recipe, start, train, write_shards
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,15 +28,6 @@ def losses(run: Path, token_shards: Path, **overrides) -> list[float]:
 
 
 SIZES = {"model__width": 128, "optimizer__learning_rate": 2e-3}
-
-
-MODERN = {
-    "model__norm_position": "pre",
-    "model__normalization": "rms",
-    "model__positions": "rotary2d",
-    "model__activation": "swiglu",
-    "model__qk_norm": True,
-}
 LAYERS = {"published": SIZES, "modern": SIZES | MODERN}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_parts import launch, metrics, recipe, start, train, write_shards
+from training_parts import MODERN, launch, metrics, recipe, start, train, write_shards
 
 from digit_ds.config import Recipe
 
@@ -22,13 +22,6 @@ pytestmark = [
 ]
 
 SIZES = {"model__width": 128, "optimizer__learning_rate": 2e-3}
-MODERN = {
-    "model__norm_position": "pre",
-    "model__normalization": "rms",
-    "model__positions": "rotary2d",
-    "model__activation": "swiglu",
-    "model__qk_norm": True,
-}
 FLOAT32 = {
     "2x1-zero1": (2, "zero1"),
     "1x2-zero2": (1, "zero2"),
