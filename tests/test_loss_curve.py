@@ -51,6 +51,7 @@ def test_the_demos_prior_learns_as_it_did(tmp_path):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         curve = train_prior(Path(temporary))
-    # Measured between one and two threads, two kinds of processor and two versions of PyTorch.
-    tolerance = {"loss": 1e-3, "grad_norm": 1e-2, "validation_nll": 1e-3}
+    # Other vector instructions (ATEN_CPU_CAPABILITY=avx2, default) change 1.4e-7, a fifth less weight decay 1.4e-4,
+    # 1.2e-3 and 1.6e-4.
+    tolerance = {"loss": 2e-5, "grad_norm": 2e-4, "validation_nll": 2e-5}
     CURVE.write_text(json.dumps({"relative_tolerance": tolerance, **curve}, indent=1) + "\n")
