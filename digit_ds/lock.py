@@ -30,8 +30,8 @@ class DirectoryLock:
     def __init__(self, directory: Path | str) -> None:
         self._directory = Path(directory)
         self._path = self._directory / NAME
-        self._made = not self._directory.exists()
         try:
+            self._made = not self._directory.exists()
             self._stream = self._acquire()
             self._stream.truncate(0)
             json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._stream)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,11 +85,25 @@ def test_the_file_of_a_lock_that_was_released_meanwhile_counts_nothing(tmp_path,
     lock.release()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_directory_that_cannot_be_written_to(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written to"):
-        DirectoryLock(tmp_path)
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["readable", "closed"])
+def test_a_directory_that_cannot_be_written_to(mode):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        parent = Path(folder)
+        (parent / "out").mkdir()
+        parent.chmod(0o755)
+        (parent / "out").chmod(mode)
+        child = os.fork()
+        if child == 0:
+            if os.geteuid() == 0:  # root may write everywhere
+                os.setuid(65534)
+            try:
+                DirectoryLock(parent / "out" / "run")
+            except UserError as error:
+                os._exit(0 if f"{parent}/out/run: cannot be written to (Permission denied)" in str(error) else 2)
+            finally:
+                os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        (parent / "out").chmod(0o755)
 
 
 def test_a_file_instead_of_a_directory(tmp_path):
