@@ -33,6 +33,7 @@ from digit_ds.parallel.launch import device
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Loading
 from digit_ds.preparation.pipeline import Conveyor
+from digit_ds.preparation.staging import separate_queues
 from digit_ds.preparation.tokens import BlockWriter, Tokenizer
 from digit_ds.tokenizer.codebook import save_codebook
 from digit_ds.tokenizer.vqgan import MAGE_CONFIG
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file for the figures")
     options = parser.parse_args()
 
+    separate_queues()
     with tempfile.TemporaryDirectory() as temporary:
         figures = measure(Path(temporary), options)
     figures["settings"] = vars(options) | {

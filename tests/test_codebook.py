@@ -12,7 +12,7 @@ import digit_ds
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.tokenizer import codebook as codebook_module
-from digit_ds.tokenizer.codebook import nearest, save_codebook, split_operands
+from digit_ds.tokenizer.codebook import beside, nearest, save_codebook, split_centroids
 
 GOLDEN = Path(__file__).parent / "golden"
 CENTROIDS = GOLDEN / "kmeans" / "centroids.npy"
@@ -73,7 +73,8 @@ def test_other_precisions_are_taken_to_float32(dtype):
 
 def test_splitting_is_exact_for_bfloat16_features():
     features, centroids = draw(400, 40, seed=1).bfloat16(), draw(300, 40)
-    left, right = split_operands(features, centroids)
+    right = split_centroids(centroids)
+    left = beside(features, right)
     assert left.dtype == right.dtype == torch.bfloat16
     assert left.shape[1] == right.shape[1]
     assert left.shape[1] % 8 == 0

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -47,10 +48,44 @@ for process in (resource_tracker._resource_tracker._pid, os.getpid()):
 time.sleep(0.2)
 memory.close()
 memory.unlink()
-print(stop.received == signal.SIGUSR1)
+print(stop.heard())
 """
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (finished.stdout, finished.stderr) == ("True\n", "")
+
+
+def test_a_signal_is_heard_after_triton_compiled_a_kernel(tmp_path):
+    """The compiler's LLVM takes the signals; no GPU is needed for that."""
+    pytest.importorskip("triton")
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, re, signal
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from digit_ds.training.preemption import StopSignal
+
+@triton.jit
+def add_one(numbers, N: tl.constexpr):
+    places = numbers + tl.arange(0, N)
+    tl.store(places, tl.load(places) + 1)
+
+def caught():
+    return re.search("SigCgt:.*", open("/proc/self/status").read())[0]
+
+stop = StopSignal()
+assert not stop.heard()
+before = caught()
+source = ASTSource(add_one, signature={"numbers": "*fp32", "N": "constexpr"}, constexprs={"N": 64})
+triton.compile(source, target=GPUTarget("cuda", 90, 32))
+print(caught() != before)
+assert not stop.heard()
+os.kill(os.getpid(), signal.SIGUSR1)
+print(stop.heard())
+""")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    finished = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert finished.stdout == "True\nTrue\n", finished.stderr
 
 
 # --- schedules ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from digit_ds.parallel.launch import device, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Decoder, Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded, precision_dtype
+from digit_ds.preparation.staging import separate_queues
 from digit_ds.tokenizer.encoder import load_encoder
 
 BLOCK_IMAGES = 1024
@@ -75,6 +76,8 @@ def extract_features(
     """
     if points is not None and fraction is not None:
         raise UserError("points and fraction are both given, expected one of them")
+    if decoder == "gpu":
+        separate_queues()
     model = load_encoder(encoder, layer, num_heads, device=device(), dtype=precision_dtype(precision))
     if compile:
         model.compile()

@@ -1,5 +1,6 @@
 """From loaded batches to images on the device, a step ahead of it: copies and GPU decoding in threads of their own."""
 
+import os
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -17,6 +18,15 @@ from digit_ds.preparation.loading import HELD, Batch, Loading
 AHEAD = 2
 """Batches that lie ready on the device."""
 Item = TypeVar("Item")
+
+
+def separate_queues() -> None:
+    """Let nvJPEG's kernels pass those of the encoder; to be called before CUDA starts in this process.
+
+    A GPU has 8 queues by default, which all streams share, and kernels in one queue run in its order. nvJPEG alone has
+    14 streams: some would stand behind all that the encoder was sent. Says the environment otherwise, it is obeyed.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class Staged(NamedTuple):

@@ -18,6 +18,7 @@ from digit_ds.parallel.launch import device, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Batch, Decoder, Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded, precision_dtype
+from digit_ds.preparation.staging import separate_queues
 from digit_ds.preparation.writing import WriterProcess
 from digit_ds.tokenizer.codebook import Codebook, load_codebook
 from digit_ds.tokenizer.encoder import load_encoder
@@ -161,6 +162,8 @@ def tokenize_images(
         UserError: folder, weights, codebook or output directory cannot be used or do not belong together, or too many
             images are unreadable.
     """
+    if decoder == "gpu":
+        separate_queues()
     tokenizer = Tokenizer(
         encoder,
         codebook,

@@ -3,6 +3,7 @@
 Shapes: `N` features, `K` codes, `E` width.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Codebook:
 
         The published rule: argmin of |f|^2 - 2 f.c + |c|^2 in float32, the lowest index where distances are equal.
         Half-precision features are raised to float32 first (bfloat16 on a GPU: by an exact splitting of the
-        centroids instead, see ``split_operands``). TF32 stays off whatever the caller set: its ten mantissa bits
+        centroids instead, see ``split_centroids``). TF32 stays off whatever the caller set: its ten mantissa bits
         are too few to tell close centroids apart. Features are taken in chunks, so that the distances never need
         more than 64 MiB (1 GiB on a GPU).
 
@@ -51,7 +52,11 @@ class Codebook:
                 f"{self._path}: its centroids have width {self.width}, expected {features.shape[-1]}, the width of the "
                 "features"
             )
-        return nearest(features, self.centroids)
+        return nearest(features, self.centroids, self._split if _is_split(features) else None)
+
+    @cached_property
+    def _split(self) -> Tensor:
+        return split_centroids(self.centroids)
 
 
 def load_codebook(path: Path | str, device: torch.device | str = "cpu") -> Codebook:
@@ -108,15 +113,22 @@ def save_codebook(path: Path | str, centroids: np.ndarray | Tensor, provenance: 
 
 
 @torch.no_grad()
-def nearest(features: Tensor, centroids: Tensor) -> Tensor:
-    """Index int64 [...] of the row of ``centroids`` [K, E] nearest to each of ``features`` [..., E]; see ``assign``."""
+def nearest(features: Tensor, centroids: Tensor, split: Tensor | None = None) -> Tensor:
+    """Index int64 [...] of the row of ``centroids`` [K, E] nearest to each of ``features`` [..., E]; see ``assign``.
+
+    ``split`` is what ``split_centroids`` makes of the centroids, where it is at hand.
+    """
     flat = features.reshape(-1, features.shape[-1])  # [N, E]
     centroids = centroids.float()
-    index_of = _nearest_split if flat.is_cuda and flat.dtype == torch.bfloat16 else _nearest_published
+    if _is_split(flat) and split is None:
+        split = split_centroids(centroids)
     codes = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
     rows = max(1, (_GPU_DISTANCES if flat.is_cuda else _CPU_DISTANCES) // len(centroids))
     for start in range(0, len(flat), rows):
-        codes[start : start + rows] = index_of(flat[start : start + rows], centroids)
+        part = flat[start : start + rows]
+        codes[start : start + rows] = (
+            _nearest_published(part, centroids) if split is None else _nearest_split(part, split)
+        )
     return codes.view(features.shape[:-1])
 
 
@@ -128,13 +140,16 @@ def _nearest_published(features: Tensor, centroids: Tensor) -> Tensor:
     return distances.argmin(1)
 
 
-def _nearest_split(features: Tensor, centroids: Tensor) -> Tensor:
-    left, right = split_operands(features, centroids)
-    return torch.mm(left, right.T, out_dtype=torch.float32).argmax(1)
+def _is_split(features: Tensor) -> bool:
+    return features.is_cuda and features.dtype == torch.bfloat16
 
 
-def split_operands(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """bfloat16 matrices L [N, X], R [K, X] with (L R^T)[n, k] = f.c - |c|^2 / 2, whose argmax is the nearest centroid.
+def _nearest_split(features: Tensor, split: Tensor) -> Tensor:
+    return torch.mm(beside(features, split), split.T, out_dtype=torch.float32).argmax(1)
+
+
+def split_centroids(centroids: Tensor) -> Tensor:
+    """The bfloat16 matrix R [K, X] of float32 ``centroids``, for ``beside``.
 
     For bfloat16 features only: each float32 of the centroids is the exact sum of three bfloat16 numbers, so a
     bfloat16 product accumulated in float32 sums the very products that a float32 one would, at several times its
@@ -142,9 +157,17 @@ def split_operands(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]
     """
     halves = centroids.square().sum(1, keepdim=True) / -2  # [K, 1]
     right = torch.cat([*reversed(_split(centroids)), *_split(halves)], 1)
-    left = torch.cat([features, features, features, features.new_ones(len(features), 3)], 1)
-    padding = -right.shape[1] % 8  # tensor cores want rows of whole 16 bytes
-    return torch.nn.functional.pad(left, (0, padding)), torch.nn.functional.pad(right, (0, padding))
+    return torch.nn.functional.pad(right, (0, -right.shape[1] % 8))  # tensor cores want rows of whole 16 bytes
+
+
+def beside(features: Tensor, split: Tensor) -> Tensor:
+    """The matrix L [N, X] of bfloat16 ``features`` [N, E] with (L R^T)[n, k] = f.c - |c|^2 / 2 for R = ``split``.
+
+    The argmax of a row is the nearest centroid.
+    """
+    ones = features.new_ones(len(features), 3)
+    rest = features.new_zeros(len(features), split.shape[1] - 3 * features.shape[1] - 3)
+    return torch.cat([features, features, features, ones, rest], 1)
 
 
 def _split(values: Tensor) -> list[Tensor]:

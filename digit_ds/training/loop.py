@@ -201,7 +201,7 @@ class _Run:
     def _exchange(self, stop: StopSignal, samples: int) -> bool:
         """Once a step, between hosts: has anyone been told to stop, who has written a checkpoint, which samples."""
         own = samples if self.place.tensor_rank == 0 else 0
-        stopped, written, failed, samples = self.place.sum([int(bool(stop.received)), *self.checkpoints.news, own])
+        stopped, written, failed, samples = self.place.sum([int(stop.heard()), *self.checkpoints.news, own])
         self._note(self.checkpoints.hear(written, failed))
         self.progress.samples_hash = (self.progress.samples_hash * 6364136223846793005 + samples) % 2**64
         return stopped > 0

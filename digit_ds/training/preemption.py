@@ -23,11 +23,21 @@ class StopSignal:
     """Remembers a signal until the step is over; the mailbox carries it to the other ranks."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self._received = False
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received = number
+    def heard(self) -> bool:
+        """Whether a signal came; to be asked every step.
+
+        LLVM takes all signals for itself when Triton compiles the first kernel of this process, behind Python's back,
+        and does nothing at SIGUSR1. So the handlers are set again each time, which costs a microsecond.
+        """
+        for number in self._before:
+            signal.signal(number, self._note)
+        return self._received
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._received = True
 
     def restore(self) -> None:
         """Give the signals back."""

@@ -21,7 +21,7 @@ def doctor(ranks: int, folder: Path) -> subprocess.CompletedProcess:
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
         [sys.executable, "-m", *launcher, "digit_ds", "doctor", "--folder", str(folder)],
-        env=os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HOME), *sys.path]), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
