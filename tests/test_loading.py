@@ -1,5 +1,6 @@
 """Workers hand over what they loaded through shared memory: nothing is overwritten while it may be in use."""
 
+import os
 import time
 from collections import deque
 
@@ -8,9 +9,12 @@ import pytest
 from preparation_parts import make_images
 
 from digit_ds.data.images import Crops, decode
+from digit_ds.errors import UserError
 from digit_ds.preparation import loading
+from digit_ds.preparation.features import extract_features
 from digit_ds.preparation.jobs import Job
 from digit_ds.preparation.loading import HELD, Loading
+from digit_ds.preparation.tokens import tokenize_images
 
 VIEWS = 2 * 32 * 32 * 3  # bytes of one image's views
 
@@ -33,3 +37,17 @@ def test_batches_keep_their_pixels_while_they_are_held(tmp_path, monkeypatch, ro
             for name, views in zip(oldest.names, oldest.data, strict=True):
                 assert np.array_equal(views.numpy(), crops.cut(decode(images / name), name)), name
     assert seen == list(range(45))
+
+
+@pytest.mark.parametrize("decoder", ["gpu", "cpu"])
+@pytest.mark.parametrize("given", [None, "4"])
+def test_streams_get_queues_before_a_network_comes_to_the_gpu(tmp_path, monkeypatch, decoder, given):
+    """nvJPEG's kernels wait behind the encoder's otherwise; nothing changes it once CUDA has started."""
+    name, missing = "CUDA_DEVICE_MAX_CONNECTIONS", tmp_path / "missing.pth"
+    expected = given or ("32" if decoder == "gpu" else None)
+    for job in (extract_features, tokenize_images):
+        monkeypatch.setenv(name, given) if given else monkeypatch.delenv(name, raising=False)
+        others = (missing, None) if job is tokenize_images else ()
+        with pytest.raises(UserError, match="missing"):  # reading the encoder comes next
+            job(tmp_path, missing, *others, tmp_path / "out", decoder=decoder)
+        assert os.environ.get(name) == expected

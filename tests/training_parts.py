@@ -104,6 +104,11 @@ class Group:
                 raise AssertionError(f"a process still runs after {timeout} s:\n{self.output()}")
         return [process.exitcode for process in self.processes]
 
+    def kill(self) -> None:
+        """End what still runs: ranks that wait for each other would train on long after their test."""
+        for process in self.processes:
+            process.kill()
+
     def output(self) -> str:
         """What all ranks wrote."""
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("rank*.log")))

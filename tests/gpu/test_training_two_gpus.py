@@ -120,16 +120,18 @@ def test_a_signal_to_one_rank(how, token_shards, tmp_path):
     # Long enough for one rank to wait for the other's compiler.
     values = recipe(tmp_path / "run", token_shards, training__steps=100_000, training__timeout_seconds=40.0, **SIZES)
     group = start(train, (values,), 2, tmp_path / "log")
-    end = time.monotonic() + 150
-    while steps_logged(tmp_path / "run") < 4:
-        assert time.monotonic() < end, group.output()[-3000:]
-        time.sleep(0.05)
-    os.kill(group.processes[1].pid, how)
-    group.processes[0].join(90)
-    status = group.processes[0].exitcode
-    if how == signal.SIGUSR1:
-        assert group.wait(60) == [75, 75], group.output()[-3000:]
-        assert group.output().count("stopped by signal at step") == 2
-    else:
-        group.processes[1].kill()
-        assert status not in (None, 0), group.output()[-3000:]
+    try:
+        end = time.monotonic() + 150
+        while steps_logged(tmp_path / "run") < 4:
+            assert time.monotonic() < end, group.output()[-3000:]
+            time.sleep(0.05)
+        os.kill(group.processes[1].pid, how)
+        group.processes[0].join(90)
+        status = group.processes[0].exitcode
+        if how == signal.SIGUSR1:
+            assert group.wait(60) == [75, 75], group.output()[-3000:]
+            assert group.output().count("stopped by signal at step") == 2
+        else:
+            assert status not in (None, 0), group.output()[-3000:]
+    finally:
+        group.kill()
