@@ -20,7 +20,7 @@ from digit_ds.clustering.kmeans import train_kmeans
 from digit_ds.clustering.points import open_points
 from digit_ds.clustering.splitting import split_clusters
 from digit_ds.errors import UserError
-from digit_ds.files import sha256, write_json
+from digit_ds.files import read_json, sha256, write_json
 
 TOOL = Path(__file__).parents[1] / "tools" / "train_kmeans.py"
 
@@ -292,6 +292,8 @@ def test_refusals(tmp_path):
     content[-3] ^= 1
     chunk.write_bytes(content)
     (tmp_path / "empty").mkdir()
+    mislabelled = write_features(tmp_path / "mislabelled", good, 20)
+    write_json(mislabelled / "manifest.json", read_json(mislabelled / "manifest.json") | {"dtype": "bf16"})
 
     def refused(match, features="points.npy", clusters=4, out="km.npy", **options):
         with pytest.raises(UserError, match=match) as caught:
@@ -308,6 +310,7 @@ def test_refusals(tmp_path):
     refused("cannot be read", init=str(tmp_path / "nothing.npy"))
     refused("floating-point", features="flat.npy")
     refused("floating-point", features="ids.npy")
+    refused(r"chunk-00000.npy: holds float16 .*, expected the bits of bfloat16", features="mislabelled")
     refused("at least 1", clusters=0)
     refused("must end in .npy", out="km.txt")
     refused("triton needs a CUDA device|not installed", backend="triton") if not torch.cuda.is_available() else None

@@ -22,6 +22,7 @@ from preparation_parts import (
     start_ranks,
 )
 
+from digit_ds.clustering.points import open_points
 from digit_ds.data.images import Crops, decode, uniforms, walk
 from digit_ds.data.shards import write_block
 from digit_ds.errors import UserError, run_command
@@ -222,6 +223,20 @@ def test_features_are_those_of_the_kept_patches(jobs, whole, tmp_path):
         expected = encoder(view.permute(0, 3, 1, 2).float() / 255)[0]
         kept = np.sort(np.argsort(uniforms(64, 0, names[number], "patches"), kind="stable")[:7])
         assert np.allclose(rows[7 * number : 7 * number + 7], expected[kept], atol=2e-3)
+
+
+def test_bf16_features_are_the_rounded_ones_and_kmeans_reads_them(jobs, tmp_path):
+    import torch
+
+    points = {}
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype
+        extract_features(jobs["images"], jobs["encoder"], out, num_heads=2, points=7, workers=0, dtype=dtype)
+        points[dtype] = torch.from_numpy(open_points(out).read(0, 44 * 7))
+    assert not torch.equal(points["bf16"], points["fp32"])
+    assert torch.equal(points["bf16"], points["fp32"].bfloat16().float())
+    half, whole = ((tmp_path / dtype / "chunk-00000.npy").stat().st_size for dtype in ("bf16", "fp32"))
+    assert whole - half == 44 * 7 * 16 * 2
 
 
 def test_fraction_keeps_about_that_share(jobs, tmp_path):

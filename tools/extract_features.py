@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--points", type=int, help="patches kept of each image; default: all")
     kept.add_argument("--fraction", type=float, help="share of patches kept, drawn patch by patch")
-    parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="stored type")
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="stored type")
     extract_features(**vars(parser.parse_args(arguments)))
 
 

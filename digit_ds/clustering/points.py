@@ -18,18 +18,23 @@ BLOCK_ROWS = 4096
 class Points:
     """``count`` rows of ``width`` numbers in one or more ``.npy`` files, read as float32.
 
+    With ``bf16`` the files hold the bits of bfloat16 numbers as uint16.
+
     Attributes: ``provenance`` (what the features' manifest says about the encoder; {} for an array), ``identity``
     (a hash that names the content), ``files`` [(path, sha256 or None)].
     """
 
-    def __init__(self, files: list[tuple[Path, int | None, str | None]], provenance: dict[str, Any]) -> None:
+    def __init__(
+        self, files: list[tuple[Path, int | None, str | None]], provenance: dict[str, Any], bf16: bool = False
+    ) -> None:
         self.files = [(path, digest) for path, _, digest in files]
         self.provenance = provenance
+        self._bf16 = bf16
         self._sources = []  # (path, dtype, byte offset of the first row)
         self._starts = [0]
         width = None
         for path, rows, _ in files:
-            array = _open(path)
+            array = _open(path, bf16)
             if rows is not None and rows != array.shape[0]:
                 raise UserError(f"{path}: holds {array.shape[0]} rows, its manifest.json says {rows}")
             if width is not None and array.shape[1] != width:
@@ -60,9 +65,10 @@ class Points:
             path, dtype, offset = self._sources[file]
             skipped = (position - self._starts[file]) * self.width * dtype.itemsize
             try:
-                rows[position - start : end - start] = np.memmap(
-                    path, dtype, "r", offset + skipped, (end - position, self.width)
-                )
+                stored = np.memmap(path, dtype, "r", offset + skipped, (end - position, self.width))
+                if self._bf16:  # the upper half of a float32
+                    stored = (stored.astype(np.uint32) << 16).view(np.float32)
+                rows[position - start : end - start] = stored
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read any more ({error})") from error
             position = end
@@ -101,7 +107,8 @@ def open_points(path: Path | str) -> Points:
         if manifest["format"] != 1:
             raise UserError(f"{path / 'manifest.json'}: format is {manifest['format']!r}, expected 1")
         files = [(path / Path(chunk["file"]).name, int(chunk["rows"]), chunk["sha256"]) for chunk in manifest["chunks"]]
-        points = Points([file for file in files if file[1]], dict(manifest["provenance"]))
+        bf16 = manifest["dtype"] == "bf16"
+        points = Points([file for file in files if file[1]], dict(manifest["provenance"]), bf16)
         expected = (int(manifest["count"]), int(manifest["width"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'manifest.json'}: is not a features manifest ({error!r})") from error
@@ -113,15 +120,18 @@ def open_points(path: Path | str) -> Points:
     return points
 
 
-def _open(path: Path) -> np.memmap:
-    """Map a two-dimensional floating-point ``.npy`` file."""
+def _open(path: Path, bf16: bool) -> np.memmap:
+    """Map a two-dimensional floating-point ``.npy`` file, or one of the bits of bfloat16 numbers."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: cannot be read as a .npy array ({error})") from error
-    if not isinstance(array, np.memmap) or array.ndim != 2 or array.dtype.kind != "f" or array.dtype.itemsize > 8:
+    mapped = isinstance(array, np.memmap) and array.ndim == 2
+    numbers = mapped and (array.dtype == np.uint16 if bf16 else array.dtype.kind == "f" and array.dtype.itemsize <= 8)
+    if not numbers:
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{path}: holds {found}, expected floating-point numbers [points, width]")
+        expected = "the bits of bfloat16 numbers in uint16" if bf16 else "floating-point numbers"
+        raise UserError(f"{path}: holds {found}, expected {expected} [points, width]")
     if not array.flags.c_contiguous:
         raise UserError(f"{path}: is stored column by column (Fortran order), expected row by row")
     return array

@@ -1,7 +1,8 @@
 """Features of an image folder, for K-Means: chunks that can be memory-mapped, and a manifest.
 
 ```
-FEATURES/chunk-00000.npy    [rows, E] features of the first block of images, image by image, patch by patch
+FEATURES/chunk-00000.npy    [rows, E] features of the first block of images, image by image, patch by patch; those in
+                            bf16 as their bits in uint16, since ``.npy`` has no such type
 FEATURES/chunk-00000.json   rows, hash and skipped images of that chunk: the chunk is complete
 FEATURES/manifest.json      provenance, counts and chunks, besides what every job writes (``jobs``)
 ```
@@ -26,6 +27,8 @@ from digit_ds.tokenizer.encoder import load_encoder
 
 BLOCK_IMAGES = 1024
 """Images of one chunk."""
+STORED = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}
+"""Type of a chunk file by the name of what it holds."""
 
 
 def extract_features(
@@ -63,7 +66,7 @@ def extract_features(
         flips: whether images may be mirrored.
         seed: seed of crops, flips and kept patches; what is drawn depends on it and on the image's name alone.
         batch: images at a time.
-        dtype: stored type, ``fp16`` or ``fp32``.
+        dtype: stored type, ``fp16``, ``bf16`` or ``fp32``.
         precision: the encoder's arithmetic, ``fp32``, ``bf16`` or ``fp16``.
         compile: fuse the encoder with torch.compile: faster after a minute's work, other rounding.
         decoder: where JPEG files are decoded, ``cpu`` or ``gpu``.
@@ -112,15 +115,14 @@ def extract_features(
             return np.argsort(np.argsort(draw, kind="stable"), kind="stable") < points
         return draw < (1.0 if fraction is None else fraction)
 
-    stored = precision_dtype(dtype)
-
     def encode(pixels: Tensor, keep: list[np.ndarray]) -> tuple[Tensor]:
         features = model(pixels)  # [B, G, E]
         kept = torch.from_numpy(np.flatnonzero(np.concatenate(keep))).to(features.device, non_blocking=True)
-        return (features.flatten(0, 1).index_select(0, kept).to(stored),)
+        features = features.flatten(0, 1).index_select(0, kept).to(precision_dtype(dtype))
+        return (features.view(torch.uint16) if dtype == "bf16" else features,)
 
     def write(block: int, encoded: list[Encoded]) -> None:
-        _write_chunk(Path(out), block, encoded, model.width, np.float16 if dtype == "fp16" else np.float32)
+        _write_chunk(Path(out), block, encoded, model.width, STORED[dtype])
 
     with Job(out, images, settings, block_images) as job:
         if job.complete:
