@@ -196,8 +196,8 @@ def test_many_skipped_updates_stop_the_run_with_advice(token_shards, tmp_path):
     assert "optimizer.learning_rate" in group.output()
 
 
-def train_slowly(values: Recipe) -> None:
-    """Rank 1 computes slowly in the first 15 steps, later rank 0 waits for its data."""
+def train_slowly(values: Recipe, seconds: float) -> None:
+    """Rank 1 computes slowly in the first 15 steps, later rank 0 waits for its data: so long a micro-batch."""
     from digit_ds.data.stream import TokenStream
     from digit_ds.parallel import launch as place
     from digit_ds.training.engine import Engine
@@ -207,13 +207,13 @@ def train_slowly(values: Recipe) -> None:
     def slow_loss(self, *arguments):
         calls["micro"] += 1
         if place.rank() == 1 and calls["micro"] <= 30:  # two micro-batches a step
-            time.sleep(0.05)
+            time.sleep(seconds)
         return loss(self, *arguments)
 
     def slow_batches(self, *arguments):
         for batch in batches(self, *arguments):
             if place.rank() == 0 and calls["micro"] >= 30:
-                time.sleep(0.05)
+                time.sleep(seconds)
             yield batch
 
     Engine.loss, TokenStream.batches = slow_loss, slow_batches
@@ -222,7 +222,7 @@ def train_slowly(values: Recipe) -> None:
 
 def test_the_rank_that_holds_the_others_up_is_named(token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=30, monitor__log_every=5)
-    output = launch(train_slowly, (values,), 2, tmp_path / "log")
+    output = launch(train_slowly, (values, 0.05), 2, tmp_path / "log")
     lines = metrics(tmp_path / "run")
     for line, slowest in zip(lines, (1, 1, 1, 0, 0, 0), strict=True):
         assert line["slowest_rank"] == slowest
@@ -230,6 +230,14 @@ def test_the_rank_that_holds_the_others_up_is_named(token_shards, tmp_path):
         assert line["rank_seconds_median"] < line["rank_seconds_max"] - 0.08, "the other one's wait is not its work"
     warnings = re.findall(r"^warning: (.*) holds the others up", output, re.MULTILINE)
     assert warnings == [f"rank {rank} ({socket.gethostname()})" for rank in (1, 0)]
+
+
+def test_few_milliseconds_hold_nobody_up(token_shards, tmp_path):
+    """On a model so small they are a large share of a step, and they would fill the log."""
+    values = recipe(tmp_path / "run", token_shards, training__steps=30, monitor__log_every=5)
+    output = launch(train_slowly, (values, 0.004), 2, tmp_path / "log")
+    assert metrics(tmp_path / "run")[1]["rank_seconds_max"] >= 0.008
+    assert "holds the others up" not in output
 
 
 def train_until_stuck(values: Recipe) -> None:

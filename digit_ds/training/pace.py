@@ -18,7 +18,9 @@ from digit_ds.parallel import launch
 from digit_ds.parallel.topology import Topology
 
 SLOW = 1.3
-"""A rank is slow when it needs this many times the usual."""
+"""A rank is slow when it needs this many times the usual,"""
+LEAST_SECONDS = 0.02
+"""and this much more a step: what is less comes and goes with the scheduler, and hardly costs anything."""
 WINDOWS = 2
 """It is named after so many logged windows in a row: one alone may be a compiler's or a file system's mood."""
 
@@ -65,7 +67,7 @@ class Pace:
         seconds = [value / 1e9 for value in self._place.sum(nanoseconds)]
         median, slowest = statistics.median_low(seconds), max(range(len(seconds)), key=seconds.__getitem__)
         values = {"rank_seconds_max": seconds[slowest], "rank_seconds_median": median, "slowest_rank": slowest}
-        slow = slowest if seconds[slowest] > SLOW * median else None
+        slow = slowest if seconds[slowest] > max(SLOW * median, median + LEAST_SECONDS) else None
         self._windows = 0 if slow is None else 1 + self._windows * (slow == self._slow)
         self._slow = slow
         if self._windows != WINDOWS:
