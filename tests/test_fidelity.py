@@ -1,6 +1,10 @@
 """Scores: identities that must hold, and equality with torch-fidelity called directly."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from digit_ds.evaluation.fidelity import evaluate, save_statistics
 from digit_ds.evaluation.pictures import prepare
 
 COUNT = 300
+HOME = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,11 @@ def test_statistics_and_cache_change_no_figure(parts, tmp_path):
     root, *_ = parts
     judge = root / "judge.safetensors"
     direct = evaluate(root / "one", root / "two", tmp_path / "a.json", features=judge)
-    save_statistics(root / "two", tmp_path / "two.npz", features=judge)
+    command = [sys.executable, str(HOME / "tools" / "save_statistics.py"), "--reference", str(root / "two")]
+    command += ["--features", str(judge), "--out", str(tmp_path / "two.npz")]
+    environment = os.environ | {"PYTHONPATH": str(HOME)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert f"mean and covariance of {2 * COUNT} pictures of {root / 'two'}" in done.stdout, done.stderr
     saved = evaluate(root / "one", tmp_path / "two.npz", tmp_path / "b.json", features=judge)
     assert saved["fid"] == pytest.approx(direct["fid"], abs=1e-6)
     assert saved["inception_score"] == direct["inception_score"]
@@ -122,6 +131,23 @@ def test_statistics_and_cache_change_no_figure(parts, tmp_path):
     swapped = evaluate(root / "two", root / "one", tmp_path / "d.json", features=judge, cache=tmp_path / "cache")
     assert swapped["fid"] == pytest.approx(direct["fid"], abs=1e-6)
     assert sorted((tmp_path / "cache").iterdir()) == files  # content decides, not which input it is
+
+
+def test_statistics_of_another_network_are_refused(parts, tmp_path):
+    root, *_ = parts
+    judge = root / "judge.safetensors"
+    save_statistics(root / "two", tmp_path / "two.npz", features=judge)
+    with np.load(tmp_path / "two.npz") as saved:
+        arrays = dict(saved)
+    assert str(arrays["network"]).startswith("feature-network-")
+    np.savez(tmp_path / "other.npz", **arrays | {"network": "inception-v3-compat-0123456789ab"})
+    with pytest.raises(UserError, match=r"other.npz: holds statistics of inception-v3-compat-0123456789ab, expected"):
+        evaluate(root / "one", tmp_path / "other.npz", tmp_path / "a.json", features=judge)
+    assert not (tmp_path / "a.json").exists()
+    np.savez(tmp_path / "foreign.npz", mu=arrays["mu"], sigma=arrays["sigma"])  # ADM's say no more
+    evaluate(root / "one", tmp_path / "foreign.npz", tmp_path / "b.json", features=judge)
+    with pytest.raises(UserError, match="one that ends in"):
+        save_statistics(root / "two", tmp_path / "two.json", features=judge)
 
 
 def test_class_accuracy(parts, tmp_path):

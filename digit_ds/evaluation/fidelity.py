@@ -102,13 +102,22 @@ def save_statistics(
     size: int | None = None,
     batch: int = BATCH,
 ) -> None:
-    """Write mean and covariance of a reference's features to an ``.npz``, for ``evaluate(reference=...)``."""
+    """Write mean and covariance of a reference's features to an ``.npz``, for ``evaluate(reference=...)``.
+
+    The file also names the network, so that it cannot be compared with another one's features.
+
+    Raises:
+        UserError: the reference is none of pictures, the network is missing, or ``out`` does not end in ``.npz``.
+    """
+    if Path(out).suffix != ".npz":
+        raise UserError(f"{out}: is no name for statistics, expected one that ends in .npz")
     pictures = open_pictures(reference, preparation, size)
     if isinstance(pictures, Statistics):
         raise UserError(f"{reference}: holds statistics already, expected pictures")
     extractor = inception(inception_weights) if features is None else feature_network(features)
     found = _reference_statistics(pictures, extractor, batch)
-    write_atomically(out, lambda temporary: np.savez(temporary, **found))
+    write_atomically(out, lambda temporary: np.savez(temporary, **found, network=extractor.name))
+    print(f"{out}: mean and covariance of {len(pictures):,} pictures of {reference}; {extractor.description}")
 
 
 class OnlineFid:
@@ -181,6 +190,8 @@ def _figures(
 def _reference_statistics(reference: Pictures | Statistics, extractor: Extractor, batch: int) -> dict[str, np.ndarray]:
     """Mean and covariance of a reference, saved or computed."""
     if isinstance(reference, Statistics):
+        if reference.network not in (None, extractor.name):
+            raise UserError(f"{reference.name}: holds statistics of {reference.network}, expected {extractor.name}")
         return {"mu": reference.mean.astype(np.float64), "sigma": reference.covariance.astype(np.float64)}
     return _statistics(_features(reference, extractor, ["fid"], None, batch), extractor)
 

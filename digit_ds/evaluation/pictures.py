@@ -85,10 +85,13 @@ class Array(Dataset):
 
 
 class Statistics:
-    """Saved mean and covariance of a reference's features: ``mu`` [F] and ``sigma`` [F, F] of an ``.npz``."""
+    """Saved mean and covariance of a reference's features: ``mu`` [F] and ``sigma`` [F, F] of an ``.npz``.
 
-    def __init__(self, path: Path | str):
-        self.name = str(path)
+    ``network`` names what computed them; None in files of others, who do not say.
+    """
+
+    def __init__(self, path: Path | str, network: str | None):
+        self.name, self.network = str(path), network
         self.mean, self.covariance = _array(Path(path), "mu"), _array(Path(path), "sigma")
 
 
@@ -115,7 +118,7 @@ def open_pictures(
     if "arr_0.npy" in names:
         return _adm_array(path)
     if {"mu.npy", "sigma.npy"} <= names:
-        return Statistics(path)
+        return Statistics(path, str(_array(path, "network")) if "network.npy" in names else None)
     raise UserError(f"{path}: holds {', '.join(sorted(names))}, expected arr_0 (pictures) or mu and sigma (statistics)")
 
 
