@@ -130,7 +130,8 @@ class _Samples(Dataset):
         self.seed, self.shuffle = seed, shuffle
         self.last: int | None = None
         self._orders: dict[int, np.ndarray] = {}
-        self._first_view = _permutation(seed, -1, self.images) % self.views if shuffle else None
+        first_view = _permutation(seed, -1, self.images) % self.views if shuffle else None
+        self._first_view = None if first_view is None else _narrow(first_view, self.views)
 
     def place(self, position: int) -> tuple[int, int]:
         """Image number and view at a position of the sequence."""
@@ -138,7 +139,8 @@ class _Samples(Dataset):
         if self._first_view is None:
             return offset, 0
         if epoch not in self._orders:
-            self._orders = {epoch: _permutation(self.seed, epoch, self.images)} | {
+            order = _narrow(_permutation(self.seed, epoch, self.images), self.images)
+            self._orders = {epoch: order} | {
                 known: order for known, order in self._orders.items() if known == epoch - 1
             }
         image = int(self._orders[epoch][offset])
@@ -164,6 +166,11 @@ class _Samples(Dataset):
 def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
     """The order of the images in an epoch (epoch -1: what the first views are drawn from)."""
     return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), epoch + 1])).permutation(images)
+
+
+def _narrow(numbers: np.ndarray, end: int) -> np.ndarray:
+    """Numbers below ``end`` in as few bytes as they need: every loading process holds them for all images."""
+    return numbers.astype(np.min_scalar_type(end - 1))
 
 
 def _collate(samples: list[dict]) -> TokenBatch:
