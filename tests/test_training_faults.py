@@ -1,6 +1,7 @@
 """A run that is killed, starved, fed NaN or moved goes on as if nothing had happened, or says why it stops."""
 
 import ctypes
+import fnmatch
 import os
 import random
 import re
@@ -53,30 +54,50 @@ def steps_logged(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def saving(run: Path) -> bool:
-    """Whether a save is under way."""
-    return any((run / "checkpoints").glob(".step_*.partial"))
+MOMENTS = ("tensor-*.safetensors", "tensor-*.json", "manifest.json", "latest")
+"""Files of a save in the order in which they are written."""
+
+
+def train_and_stop_in_a_save(values: Recipe, moment: str, reached: Path) -> None:
+    """Before the first file of that name is written, tell by the file ``reached`` and go no further."""
+    from digit_ds.training import checkpoint
+
+    def halting(write):
+        def halt(path, *arguments):
+            if fnmatch.fnmatch(path.name, moment):
+                reached.touch()
+                time.sleep(600)
+            write(path, *arguments)
+
+        return halt
+
+    checkpoint.write_atomically, checkpoint.write_json = map(
+        halting, (checkpoint.write_atomically, checkpoint.write_json)
+    )
+    train(values)
 
 
 def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path):
-    options = {"training__steps": 36, "model__dropout": 0.2, "checkpoint__every": 2, "deepspeed": "zero2.json"}
+    """Ten of them at random, ten inside a save, before each of its files in turn."""
+    options = {"training__steps": 120, "model__dropout": 0.2, "checkpoint__every": 2, "deepspeed": "zero2.json"}
     straight = recipe(tmp_path / "straight", token_shards, **options)
     launch(train, (straight,), 2, tmp_path / "log-straight")
     values = recipe(tmp_path / "run", token_shards, **options)
-    run, chance, inside_saves = tmp_path / "run", random.Random(0), 0
+    run, chance = tmp_path / "run", random.Random(0)
     for attempt in range(20):
-        before = steps_logged(run)
-        group = start(train, (values,), 2, tmp_path / "log")
         if attempt % 2:
-            wait_for(lambda job=group: saving(run) or not job.processes[0].is_alive())
-            inside_saves += saving(run)
+            reached = tmp_path / f"reached-{attempt}"
+            moment = MOMENTS[attempt // 2 % len(MOMENTS)]
+            group = start(train_and_stop_in_a_save, (values, moment, reached), 2, tmp_path / "log")
+            wait_for(reached.exists)
         else:
-            wait_for(lambda job=group, b=before: steps_logged(run) > b or not job.processes[0].is_alive())
-            time.sleep(chance.random() * 0.3)
-        for process in group.processes:
-            process.kill()
+            enough = steps_logged(run) + chance.randint(1, 4)
+            group = start(train, (values,), 2, tmp_path / "log")
+            wait_for(lambda lines=enough: steps_logged(run) >= lines)
+            time.sleep(chance.random() * 0.05)
+        group.kill()
         group.wait()
-    assert inside_saves >= 5
+    assert steps_logged(run) < 120, "each attempt found something to do"
     launch(train, (values,), 2, tmp_path / "log")
     same_course(run, tmp_path / "straight")
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
