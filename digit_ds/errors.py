@@ -1,7 +1,12 @@
 """The one exception a user may cause, and how a command ends with it."""
 
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+
+LINGER_SECONDS = 1.0
+"""How long a rank that failed under srun stays: srun ends the others at once, and words still on their way are lost."""
 
 
 class UserError(Exception):
@@ -19,10 +24,14 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     if debug:
         arguments.remove("--debug")
     try:
-        status = main(arguments)
+        status = main(arguments) or 0
     except UserError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
-    sys.exit(status or 0)
+    except SystemExit as leaving:
+        status = leaving.code
+    if status and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        time.sleep(LINGER_SECONDS)
+    sys.exit(status)

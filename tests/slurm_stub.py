@@ -8,9 +8,10 @@ does, ``calls.jsonl`` what was called.
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
+
+from digit_ds.errors import UserError, run_command
 
 
 def main(arguments: list[str]) -> int:
@@ -28,8 +29,7 @@ def main(arguments: list[str]) -> int:
     with (folder / "calls.jsonl").open("a") as stream:
         stream.write(json.dumps(call) + "\n")
     if "error" in behaviour:
-        print(f"error: {behaviour['error']}", file=sys.stderr)
-        return 2
+        raise UserError(behaviour["error"])
     if behaviour.get("killed") == rank:
         os.kill(os.getpid(), signal.SIGKILL)
     while behaviour.get("gate") and not (folder / "open").exists():
@@ -69,4 +69,4 @@ def _train(folder: Path, name: str, rank: int, steps: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
+from digit_ds.errors import UserError, run_command
 from digit_ds.files import write_atomically, write_json
 
 RECIPE = "run: {0}/run\ndata: {{shards: {0}/shards}}\ntraining: {{steps: 10}}\n"
@@ -24,6 +26,25 @@ def test_misspelt_key_ends_in_one_sentence_before_anything_is_written(tmp_path):
     assert result.stderr.count("\n") == 1
     assert "optimizer.learning_rte" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("tasks", "pauses"), [("2", 1), ("1", 0), (None, 0)])
+@pytest.mark.parametrize("ending", [UserError("x: found 1, expected 2"), SystemExit(2), None])
+def test_a_rank_that_fails_under_srun_stays_until_its_words_have_left(monkeypatch, capsys, ending, tasks, pauses):
+    """srun ends the other ranks, and what they were saying, as soon as one has failed."""
+    name, said = "SLURM_STEP_NUM_TASKS", []
+    monkeypatch.setenv(name, tasks) if tasks else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: said.append(capsys.readouterr().err))
+
+    def main(_arguments: list[str]) -> None:
+        if ending:
+            raise ending
+
+    with pytest.raises(SystemExit) as left:
+        run_command(main, [])
+    assert left.value.code == (2 if ending else 0)
+    expected = "error: x: found 1, expected 2\n" if isinstance(ending, UserError) else ""
+    assert said == [expected] * (pauses if ending else 0)
 
 
 def test_debug_shows_the_traceback(tmp_path):
