@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from digit_ds.errors import run_command
+from digit_ds.evaluation.options import add_reference_options
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -200,18 +201,11 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generated", required=True, help="folder of pictures, or .npz in ADM's layout")
     parser.add_argument("--reference", required=True, help="the same, or .npz of statistics (mu, sigma)")
     parser.add_argument("--out", required=True, help="JSON file to write")
-    network = parser.add_mutually_exclusive_group()
-    network.add_argument("--inception-weights", help="local file of torch-fidelity's Inception weights")
-    network.add_argument("--features", help="feature network (safetensors) in place of Inception")
+    add_reference_options(parser)
     parser.add_argument("--precision-recall", action="store_true", help="also precision and recall")
-    parser.add_argument(
-        "--preparation", choices=["none", "published", "adm"], default="none", help="of the reference folder"
-    )
-    parser.add_argument("--size", type=int, help="side of the prepared reference images")
     parser.add_argument("--classifier", help="feature network that judges whether samples show the class asked for")
     parser.add_argument("--labels", help="manifest.json of the sampling job, for --classifier")
     parser.add_argument("--cache", help="folder for features and statistics, named by content")
-    parser.add_argument("--batch", type=int, default=64, help="pictures of one forward pass")
 
 
 def _probe_arguments(parser: argparse.ArgumentParser) -> None:

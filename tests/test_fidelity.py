@@ -17,6 +17,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from digit_ds.data.feature_network import load_feature_network, save_feature_network
 from digit_ds.errors import UserError
+from digit_ds.evaluation import fidelity
 from digit_ds.evaluation.extractors import feature_network
 from digit_ds.evaluation.fidelity import evaluate, save_statistics
 from digit_ds.evaluation.pictures import prepare
@@ -200,3 +201,21 @@ def test_what_is_missing_is_one_sentence(parts, tmp_path):
     with pytest.raises(UserError, match=r"odd/b\.png: is no readable image"):
         evaluate(tmp_path / "odd", root / "two", out, features=judge)
     assert not out.exists()
+
+
+def test_what_a_loader_process_refuses_is_one_sentence(parts, tmp_path, monkeypatch):
+    root, *_ = parts
+    monkeypatch.setattr(fidelity, "FEW", 0)  # all pictures are loaded by processes
+    whole, folder = (root / "one" / "000000.png").read_bytes(), tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(whole)  # torch-fidelity looks at the first one itself
+    (folder / "broken.png").write_bytes(whole[:40])
+    reference = fidelity.OnlineFid(folder, features=root / "judge.safetensors")
+    for work in (
+        lambda: save_statistics(folder, tmp_path / "out.npz", features=root / "judge.safetensors"),
+        lambda: reference.figures(np.zeros((4, 32, 32, 3), np.uint8)),
+    ):
+        with pytest.raises(UserError) as refused:
+            work()
+        assert str(refused.value).startswith(f"{folder / 'broken.png'}: is no readable image")
+    assert not (tmp_path / "out.npz").exists()

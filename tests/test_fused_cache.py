@@ -1,9 +1,6 @@
 """The GPU cache's kernels, in Triton's interpreter where there is no GPU."""
 
-import pytest
 from triton_interpreter import interpret
-
-pytest.importorskip("triton")
 
 PROGRAM = """
 import torch

@@ -1,9 +1,6 @@
 """The Triton kernels in Triton's interpreter, which needs no GPU: they compute what plain torch computes."""
 
-import pytest
 from triton_interpreter import interpret
-
-pytest.importorskip("triton")
 
 SCRIPT = """
 import types

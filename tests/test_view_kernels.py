@@ -1,9 +1,6 @@
 """The kernels that cut views on a GPU, in Triton's interpreter, which needs none: they give Pillow's views."""
 
-import pytest
 from triton_interpreter import interpret
-
-pytest.importorskip("triton")
 
 SCRIPT = """
 import numpy as np

@@ -130,8 +130,7 @@ class _Samples(Dataset):
         self.seed, self.shuffle = seed, shuffle
         self.last: int | None = None
         self._orders: dict[int, np.ndarray] = {}
-        first_view = _permutation(seed, -1, self.images) % self.views if shuffle else None
-        self._first_view = None if first_view is None else _narrow(first_view, self.views)
+        self._first_view = _narrow(_permutation(seed, -1, self.images) % self.views, self.views) if shuffle else None
 
     def place(self, position: int) -> tuple[int, int]:
         """Image number and view at a position of the sequence."""

@@ -1,6 +1,8 @@
 """``digit-ds evaluate``: FID, Inception Score, precision and recall through torch-fidelity, and class accuracy."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +73,10 @@ def evaluate(
     asked = _asked_labels(labels, len(samples)) if classifier is not None else None
     if classifier is not None and asked is None:
         raise UserError(f"{classifier}: is to judge classes, but no labels were given to judge by")
-    try:
+    with _in_one_sentence():
         figures = _figures(samples, against, extractor, precision_recall, cache, batch)
         if classifier is not None:
             figures["class_accuracy"] = class_accuracy(samples, classifier, asked, batch)
-    except UserError as error:  # a loader process wraps it in its traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("digit_ds.errors.UserError: ")) from error
     result = {
         **figures,
         "samples": len(samples),
@@ -115,7 +115,8 @@ def save_statistics(
     if isinstance(pictures, Statistics):
         raise UserError(f"{reference}: holds statistics already, expected pictures")
     extractor = inception(inception_weights) if features is None else feature_network(features)
-    found = _reference_statistics(pictures, extractor, batch)
+    with _in_one_sentence():
+        found = _reference_statistics(pictures, extractor, batch)
     write_atomically(out, lambda temporary: np.savez(temporary, **found, network=extractor.name))
     print(f"{out}: mean and covariance of {len(pictures):,} pictures of {reference}; {extractor.description}")
 
@@ -146,7 +147,8 @@ class OnlineFid:
     def figures(self, pictures: np.ndarray) -> dict[str, float]:
         """``online_fid_N`` of N pictures uint8 [N, H, W, 3]: the number is in the name, since FID grows as N falls."""
         if self._statistics is None:
-            self._statistics = _reference_statistics(self._reference, self._extractor, BATCH)
+            with _in_one_sentence():
+                self._statistics = _reference_statistics(self._reference, self._extractor, BATCH)
         samples = Array(pictures, "pictures of a model in training")
         fid = _fid(samples, self._statistics, self._reference.name, self._extractor, None, BATCH)
         return {f"online_fid_{len(samples)}": fid}
@@ -160,6 +162,15 @@ def class_accuracy(pictures: Pictures, classifier: Path | str, labels: np.ndarra
     with torch.inference_mode():
         chosen = [network(part)[1].argmax(-1) for part in DataLoader(pictures, batch)]
     return float((torch.cat(chosen).numpy() == labels).mean())
+
+
+@contextmanager
+def _in_one_sentence() -> Iterator[None]:
+    """A UserError as it was raised: a loader process wraps it in its traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("digit_ds.errors.UserError: ")) from error
 
 
 def _figures(

@@ -120,15 +120,14 @@ def nearest(features: Tensor, centroids: Tensor, split: Tensor | None = None) ->
     """
     flat = features.reshape(-1, features.shape[-1])  # [N, E]
     centroids = centroids.float()
-    if _is_split(flat) and split is None:
-        split = split_centroids(centroids)
+    if _is_split(flat):
+        index_of, operand = _nearest_split, split_centroids(centroids) if split is None else split
+    else:
+        index_of, operand = _nearest_published, centroids
     codes = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
     rows = max(1, (_GPU_DISTANCES if flat.is_cuda else _CPU_DISTANCES) // len(centroids))
     for start in range(0, len(flat), rows):
-        part = flat[start : start + rows]
-        codes[start : start + rows] = (
-            _nearest_published(part, centroids) if split is None else _nearest_split(part, split)
-        )
+        codes[start : start + rows] = index_of(flat[start : start + rows], operand)
     return codes.view(features.shape[:-1])
 
 

@@ -29,8 +29,8 @@ class StopSignal:
     def heard(self) -> bool:
         """Whether a signal came; to be asked every step.
 
-        LLVM takes all signals for itself when Triton compiles the first kernel of this process, behind Python's back,
-        and does nothing at SIGUSR1. So the handlers are set again each time, which costs a microsecond.
+        LLVM takes most signals for itself when Triton compiles the first kernel of this process, behind Python's back,
+        and does nothing at SIGUSR1. So the handlers are set again each time.
         """
         for number in self._before:
             signal.signal(number, self._note)
