@@ -12,7 +12,7 @@ import digit_ds
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.tokenizer.vqgan import MAGE_CONFIG, to_uint8
-from digit_ds.tokenizer.vqgan_network import VqganNetwork
+from digit_ds.tokenizer.vqgan_network import VqganNetwork, _norm
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT, CONFIG = GOLDEN / "vqgan" / "vqgan.ckpt", GOLDEN / "vqgan" / "config.yaml"
@@ -55,6 +55,26 @@ def test_decoding_is_the_published_one(vqgan):
     difference = to_uint8(pixels).permute(0, 2, 3, 1).int() - golden("decode_uint8").int()
     assert difference.abs().max() <= 1
     assert (difference != 0).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+def test_compiled_group_norms_are_torchs(dtype, tolerance):
+    """Channels of one group with very different means and spreads, which a careless sum of parts gets wrong."""
+    generator = torch.Generator().manual_seed(0)
+    norm = _norm(64).to(torch.float64)
+    for parameter in norm.parameters():
+        parameter.data.normal_(generator=generator)
+    channel = torch.arange(64.0).view(64, 1, 1)
+    x = torch.randn(3, 64, 6, 10, generator=generator) * (1 + channel % 5) + 7 * (channel % 3)
+    rounded = norm.to(dtype)
+    compiled = torch.compile(rounded)(x.to(dtype))
+    assert compiled.dtype == dtype
+    exact = torch.nn.functional.group_norm(
+        x.to(dtype).double(), 32, rounded.weight.double(), rounded.bias.double(), 1e-6
+    )
+    torch.testing.assert_close(compiled.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_pixels_are_clipped_and_truncated():

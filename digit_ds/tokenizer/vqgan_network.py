@@ -9,6 +9,7 @@ Shapes: `B` images, `C` latent channels, `N` codes, `h`, `w` rows and columns of
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -136,5 +137,25 @@ def _level(channels: int, width: int, blocks: int) -> nn.ModuleDict:
     return nn.ModuleDict({"block": nn.ModuleList(residual)})
 
 
+class _Norm(nn.GroupNorm):
+    """Group normalisation; compiled, the statistics of each channel are taken and then joined to those of its group.
+
+    The compiler lays activations out channels last for a GPU. There the few channels of a group lie apart from pixel to
+    pixel, and a reduction over the group, as the compiler would write it, uses a small part of each line of memory that
+    it fetches. The parts' means and variances make the whole's exactly (Chan et al. 1979, for parts of equal size).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, (2, 3), correction=0)  # [B, C]
+        between, group_mean = torch.var_mean(mean.unflatten(1, (GROUPS, -1)), 2, correction=0)  # [B, GROUPS]
+        spread = torch.rsqrt(variance.unflatten(1, (GROUPS, -1)).mean(2) + between + self.eps)
+        scale = self.weight * spread.repeat_interleave(self.num_channels // GROUPS, 1)
+        shift = self.bias - group_mean.repeat_interleave(self.num_channels // GROUPS, 1) * scale
+        return (wide * scale[..., None, None] + shift[..., None, None]).to(x.dtype)
+
+
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+    return _Norm(GROUPS, channels, eps=1e-6)

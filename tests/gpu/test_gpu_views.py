@@ -12,8 +12,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from preparation_parts import make_codebook, make_encoder, make_images, make_vqgan
 
+from digit_ds.clustering.points import open_points
 from digit_ds.data.images import Crops
 from digit_ds.data.shards import iterate, read_manifest
+from digit_ds.preparation.features import extract_features
 from digit_ds.preparation.gpu_views import decode_views
 from digit_ds.preparation.tokens import tokenize_images
 
@@ -100,3 +102,15 @@ def test_job_on_a_gpu(decoder, tmp_path):
         assert one["image_id"] == other["image_id"] and one["view"] == other["view"]
         assert np.array_equal(one["discriminative"], other["discriminative"])
         assert np.array_equal(one["vq"], other["vq"])
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+def test_features_stored_in_bf16_are_the_rounded_ones(decoder, tmp_path):
+    images, encoder, points = make_images(tmp_path / "images", 40), make_encoder(tmp_path / "encoder.pth"), {}
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype
+        extract_features(images, encoder, out, num_heads=2, batch=8, workers=2, dtype=dtype, decoder=decoder)
+        points[dtype] = torch.from_numpy(open_points(out).read(0, 40 * 64))
+    assert points["fp32"].abs().min() > 0, "rows that nothing was written to"
+    assert not torch.equal(points["bf16"], points["fp32"])
+    assert torch.equal(points["bf16"], points["fp32"].bfloat16().float())
