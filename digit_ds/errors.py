@@ -16,8 +16,8 @@ class UserError(Exception):
 def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> None:
     """Run a command-line ``main(arguments)`` and leave the process with its exit status.
 
-    A ``UserError`` becomes one sentence on stderr and exit status 2. ``--debug``, accepted by every command,
-    lets the traceback through instead.
+    A ``UserError`` becomes one sentence on stderr and exit status 2, Ctrl-C a word and 130. ``--debug``, accepted by
+    every command, lets the traceback through instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -30,6 +30,11 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr, flush=True)
+        status = 130
     except SystemExit as leaving:
         status = leaving.code
     if status and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":

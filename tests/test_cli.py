@@ -47,6 +47,17 @@ def test_a_rank_that_fails_under_srun_stays_until_its_words_have_left(monkeypatc
     assert said == [expected] * (pauses if ending else 0)
 
 
+def test_ctrl_c_ends_a_command_in_one_word(capsys):
+    def main(_arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        run_command(main, [])
+    assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    with pytest.raises(KeyboardInterrupt):
+        run_command(main, ["--debug"])
+
+
 def test_debug_shows_the_traceback(tmp_path):
     result = digit_ds("train", str(tmp_path / "absent.yaml"), "--debug")
     assert result.returncode != 0

@@ -2,6 +2,7 @@
 
 import ctypes
 import fnmatch
+import multiprocessing
 import os
 import random
 import re
@@ -171,6 +172,67 @@ def test_signal_to_one_rank_stops_and_saves_all(number, token_shards, tmp_path):
     launch(train, (values,), 2, tmp_path / "log-rest")
     assert len(metrics(tmp_path / "run")) == 30
     assert metrics(tmp_path / "run")[-1]["sample_ids_hash"] == metrics(tmp_path / "straight")[-1]["sample_ids_hash"]
+
+
+def children(process: int) -> list[int]:
+    """Processes that a process has started."""
+    return [
+        int(number) for path in Path(f"/proc/{process}/task").glob("*/children") for number in path.read_text().split()
+    ]
+
+
+def train_in_a_terminal(values: Recipe) -> None:
+    """As in a process of its own: Ctrl-C is not ignored, as in a shell's background, and no server forks."""
+    multiprocessing.set_start_method("fork", force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train(values)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_signal_to_all_processes_of_a_rank_stops_and_saves(number, token_shards, tmp_path):
+    """As srun and a terminal send it: the processes that load data get it too, and must not end before the step."""
+    values = recipe(tmp_path / "run", token_shards, training__steps=100_000, data__workers=2)
+    group = start(train_in_a_terminal, (values,), 2, tmp_path / "log")
+    try:
+        wait_for(lambda: steps_logged(tmp_path / "run") > 3)
+        rank = group.processes[1].pid
+        helpers = children(rank)
+        assert len(helpers) >= 2
+        for process in [*helpers, rank]:
+            os.kill(process, number)
+        assert group.wait(60) == [75, 75], group.output()
+    finally:
+        group.kill()
+    step = stored(tmp_path / "run").manifest["progress"]["step"]
+    assert group.output().count(f"stopped by signal at step {step}") == 2
+    assert "Traceback" not in group.output()
+    wait_for(lambda: not any(Path(f"/proc/{helper}").exists() for helper in helpers), 10)
+
+
+def train_with_a_signal_at_the_start(values: Recipe) -> None:
+    """Rank 1 is told to stop while the model is built."""
+    from digit_ds.parallel import launch as place
+    from digit_ds.training.engine import Engine
+
+    original = Engine.__init__
+
+    def build(self, *arguments):
+        original(self, *arguments)
+        if place.rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Engine.__init__ = build
+    train(values)
+
+
+def test_signal_before_the_first_step_stops_all_without_one(token_shards, tmp_path):
+    values = recipe(tmp_path / "run", token_shards, training__steps=5)
+    group = start(train_with_a_signal_at_the_start, (values,), 2, tmp_path / "log")
+    assert group.wait() == [75, 75], group.output()
+    assert group.output().count("stopped by signal at step 0") == 2
+    assert steps_logged(tmp_path / "run") == 0
+    launch(train, (values,), 2, tmp_path / "log-again")
+    assert metrics(tmp_path / "run")[-1]["step"] == 5
 
 
 def train_with_nan(values: Recipe, bad_steps: list[int]) -> None:

@@ -37,23 +37,34 @@ def token_shards(tmp_path_factory) -> Path:
 # --- signals -----------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_to_all_processes_of_a_rank_spares_the_tracker_of_shared_memory():
+def test_ctrl_c_is_a_signal_and_pressed_again_the_end():
     script = """
 import os, signal, time
-from multiprocessing import resource_tracker, shared_memory
-from digit_ds.training.preemption import StopSignal, shield_helper
-shield_helper()
-memory = shared_memory.SharedMemory(create=True, size=8)
-stop = StopSignal()
-for process in (resource_tracker._resource_tracker._pid, os.getpid()):
-    os.kill(process, signal.SIGUSR1)
-time.sleep(0.2)
-memory.close()
-memory.unlink()
+from digit_ds.training import preemption
+signal.signal(signal.SIGINT, signal.{handler})
+stop = preemption.StopSignal()
+for _ in range(2):  # a launcher sends the terminal's once more
+    os.kill(os.getpid(), signal.SIGINT)
 print(stop.heard())
+time.sleep(1.1 * preemption.PATIENCE)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("stays")
+except KeyboardInterrupt:
+    print("leaves")
+stop.restore()
+print(signal.getsignal(signal.SIGINT) == signal.{handler})
 """
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (finished.stdout, finished.stderr) == ("True\n", "")
+    found = {}
+    for handler in ("default_int_handler", "SIG_IGN"):
+        command = [sys.executable, "-c", script.replace("{handler}", handler)]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        found[handler] = finished.stdout.split(), finished.stderr.strip()
+    told = "Ctrl-C: saving and leaving; again leaves at once"
+    assert found == {
+        "default_int_handler": (["True", "leaves", "True"], told),
+        "SIG_IGN": (["False", "stays", "True"], ""),
+    }
 
 
 def test_a_signal_is_heard_after_triton_compiled_a_kernel(tmp_path):

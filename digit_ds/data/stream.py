@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from digit_ds.data.shards import HASH, ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch
+from digit_ds.parallel.helpers import obey_parent_only
 
 _SHARED_MEMORY, _TEMPORARY = Path("/dev/shm"), Path(tempfile.gettempdir())
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -106,6 +107,7 @@ class TokenStream:
             batch_sampler=batches,
             collate_fn=_collate,
             num_workers=workers,
+            worker_init_fn=obey_parent_only,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
         )

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from digit_ds.data.images import STRETCHED, Crops, UnreadableImageError, decode
 from digit_ds.errors import UserError
+from digit_ds.parallel.helpers import obey_parent_only
 from digit_ds.preparation.jobs import Job
 from digit_ds.preparation.slab import Place, Slab
 
@@ -184,7 +185,7 @@ class Loading:
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin,
             prefetch_factor=ahead or None,
             multiprocessing_context="fork" if workers else None,  # the slab's memory is inherited
         )
@@ -219,5 +220,6 @@ def _as_it_is(item: object) -> object:
     return item
 
 
-def _one_thread(_worker: int) -> None:
+def _begin(worker: int) -> None:
+    obey_parent_only(worker)
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from digit_ds.errors import UserError
+from digit_ds.parallel.helpers import obey_parent_only
 
 
 class WriterProcess:
@@ -55,11 +56,12 @@ class WriterProcess:
 
 def _serve(connection: Connection, callers_end: Connection, write: Callable[..., None]) -> None:
     """Write what arrives until the caller says None or is gone."""
+    obey_parent_only()
     callers_end.close()
     while True:
         try:
             arguments = connection.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         if arguments is None:
             return

@@ -19,6 +19,7 @@ from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
+from digit_ds.parallel.helpers import shield_tracker
 from digit_ds.training import checkpoint, runs
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.engine import Engine, check_start
@@ -26,7 +27,7 @@ from digit_ds.training.export import export
 from digit_ds.training.guard import Diverged, SkipGuard
 from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_gib, peak_tflops
 from digit_ds.training.pace import Pace
-from digit_ds.training.preemption import STATUS, StopSignal, shield_helper
+from digit_ds.training.preemption import STATUS, StopSignal
 from digit_ds.training.schedule import learning_rate
 from digit_ds.training.watchdog import Watchdog
 
@@ -48,23 +49,24 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figure
 
     Raises:
         UserError: the recipe, the shards or the run directory cannot be used, or the run diverged.
-        SystemExit: with status 75 after SIGTERM or SIGUSR1 on any rank; the step was finished and saved.
+        SystemExit: with status 75 after SIGTERM, SIGUSR1 or Ctrl-C on any rank; the step was finished and saved.
     """
     runs.check_run_directory(Path(recipe.run), recipe)
     read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
-    shield_helper()
+    shield_tracker()
     place = topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
     watchdog = Watchdog(STACKS_AFTER * recipe.training.timeout_seconds)
-    lock = None
+    stop, lock = StopSignal(), None
     try:
         lock = _lock(recipe, place)
         check_start()
-        stopped = _Run(recipe, place, sample_grid, figures).run(watchdog)
+        stopped = _Run(recipe, place, sample_grid, figures).run(watchdog, stop)
     except BaseException:
         topology.abandon()
         raise
     finally:
         watchdog.stop()
+        stop.restore()
         if lock is not None:
             lock.release()
     topology.finish()
@@ -124,7 +126,7 @@ class _Run:
         self.seen = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
         self.peak = peak_tflops(recipe.monitor.peak_tflops)
 
-    def run(self, watchdog: Watchdog) -> bool:
+    def run(self, watchdog: Watchdog, stop: StopSignal) -> bool:
         """All steps that are left; whether a signal ended them before."""
         recipe, progress, steps = self.recipe, self.progress, self.recipe.training.steps
         self.report = Reporter(self.folder, progress.step, steps, runs.recipe_text(recipe))
@@ -132,10 +134,10 @@ class _Run:
             self.report.say(f"{self.folder}: already at step {progress.step} of {steps}, nothing to do")
             return False
         self.report.say(self._headline())
-        batches = self.stream.batches(self.chunks, progress.images, recipe.data.workers)
-        stop, clock = StopSignal(), Clock()
+        clock = Clock()
         self.engine.train()
-        stopped = False
+        stopped = self.place.sum([int(stop.heard())])[0] > 0  # while everything was made ready
+        batches = self.stream.batches(self.chunks, progress.images, recipe.data.workers)
         try:
             while progress.step < steps and not stopped:
                 with self._profiled(progress.step + 1):
@@ -158,7 +160,6 @@ class _Run:
             self._tell(error.messages)
             raise
         finally:
-            stop.restore()
             self.report.close()
         if stopped:
             print(f"stopped by signal at step {progress.step}", file=sys.stderr, flush=True)

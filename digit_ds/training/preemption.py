@@ -1,30 +1,31 @@
-"""Signals that ask a run to stop: SIGTERM and SIGUSR1, on any one rank."""
+"""Signals that ask a run to stop: SIGTERM, SIGUSR1 and Ctrl-C, on any one rank."""
 
+import os
 import signal
-from multiprocessing import resource_tracker
+import time
 from types import FrameType
+
+from digit_ds.parallel import launch
 
 STATUS = 75
 """Exit status of a run that was stopped by a signal and saved (EX_TEMPFAIL: try again later)."""
-
-
-def shield_helper() -> None:
-    """Start multiprocessing's resource tracker such that SIGUSR1 does not end it; before any shared memory is made.
-
-    srun signals every process of a rank. A tracker that died is started again, knows nothing of what there was, and
-    fills the log of a job that stops in good order with tracebacks.
-    """
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what is ignored stays so in a new program
-    resource_tracker.ensure_running()
-    signal.signal(signal.SIGUSR1, before)
+PATIENCE = 1.0
+"""Seconds after which Ctrl-C is meant as pressed again: a launcher repeats the terminal's to its ranks at once."""
 
 
 class StopSignal:
-    """Remembers a signal until the step is over; the mailbox carries it to the other ranks."""
+    """Remembers a signal until the step is over; the mailbox carries it to the other ranks.
+
+    Ctrl-C pressed again ends the process at once. Where it was ignored before, as in a shell's background, it stays so.
+    """
 
     def __init__(self) -> None:
-        self._received = False
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._received, self._interrupted = False, 0.0
+        self._process = os.getpid()
+        numbers = [signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            numbers.append(signal.SIGINT)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def heard(self) -> bool:
         """Whether a signal came; to be asked every step.
@@ -36,8 +37,18 @@ class StopSignal:
             signal.signal(number, self._note)
         return self._received
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a process that loads data; this one tells it when to end
         self._received = True
+        if number != signal.SIGINT:
+            return
+        if not self._interrupted:
+            self._interrupted = time.monotonic()
+            if launch.is_main():  # past Python's buffers, which the signal may have come upon half written
+                os.write(2, b"\nCtrl-C: saving and leaving; again leaves at once\n")
+        elif time.monotonic() - self._interrupted > PATIENCE:
+            raise KeyboardInterrupt
 
     def restore(self) -> None:
         """Give the signals back."""
