@@ -111,8 +111,8 @@ def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name, monke
 @pytest.mark.parametrize(
     "name, child, sentence",
     [
-        ("features", -1, "a process that decodes images ended"),
-        ("tokens", -1, "a process that decodes images ended"),
+        ("features", -1, "a process that loads data ended"),
+        ("tokens", -1, "a process that loads data ended"),
         ("tokens", 0, "that writes blocks ended with status -9"),
     ],
 )

@@ -12,11 +12,13 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from training_parts import launch, metrics, recipe, start, train, write_shards
 
 from digit_ds.config import Recipe
+from digit_ds.errors import run_command
 
 pytestmark = pytest.mark.slow
 
@@ -174,13 +176,6 @@ def test_signal_to_one_rank_stops_and_saves_all(number, token_shards, tmp_path):
     assert metrics(tmp_path / "run")[-1]["sample_ids_hash"] == metrics(tmp_path / "straight")[-1]["sample_ids_hash"]
 
 
-def children(process: int) -> list[int]:
-    """Processes that a process has started."""
-    return [
-        int(number) for path in Path(f"/proc/{process}/task").glob("*/children") for number in path.read_text().split()
-    ]
-
-
 def train_in_a_terminal(values: Recipe) -> None:
     """As in a process of its own: Ctrl-C is not ignored, as in a shell's background, and no server forks."""
     multiprocessing.set_start_method("fork", force=True)
@@ -195,18 +190,68 @@ def test_signal_to_all_processes_of_a_rank_stops_and_saves(number, token_shards,
     group = start(train_in_a_terminal, (values,), 2, tmp_path / "log")
     try:
         wait_for(lambda: steps_logged(tmp_path / "run") > 3)
-        rank = group.processes[1].pid
-        helpers = children(rank)
+        rank = psutil.Process(group.processes[1].pid)
+        helpers = rank.children()
         assert len(helpers) >= 2
         for process in [*helpers, rank]:
-            os.kill(process, number)
+            process.send_signal(number)
         assert group.wait(60) == [75, 75], group.output()
     finally:
         group.kill()
     step = stored(tmp_path / "run").manifest["progress"]["step"]
     assert group.output().count(f"stopped by signal at step {step}") == 2
     assert "Traceback" not in group.output()
-    wait_for(lambda: not any(Path(f"/proc/{helper}").exists() for helper in helpers), 10)
+    wait_for(lambda: not any(helper.is_running() for helper in helpers), 10)
+
+
+def test_loading_processes_change_nothing_of_the_course(token_shards, tmp_path):
+    """Killed, and continued with another number of them."""
+    straight = recipe(tmp_path / "straight", token_shards, training__steps=120)
+    launch(train, (straight,), 1, tmp_path / "log-straight")
+    for workers in (2, 1):
+        values = recipe(tmp_path / "run", token_shards, training__steps=120, data__workers=workers, checkpoint__every=5)
+        group = start(train_in_a_terminal, (values,), 1, tmp_path / f"log-{workers}")
+        if workers == 2:
+            wait_for(lambda: steps_logged(tmp_path / "run") > 12)
+            group.kill()
+        assert group.wait() == [-9 if workers == 2 else 0], group.output()
+    same_course(tmp_path / "run", tmp_path / "straight")
+
+
+def train_as_a_command(values: Recipe) -> None:
+    multiprocessing.set_start_method("fork", force=True)
+    run_command(lambda _arguments: train(values), [])
+
+
+def test_a_killed_loading_process_ends_the_run_with_a_sentence(token_shards, tmp_path):
+    values = recipe(tmp_path / "run", token_shards, training__steps=100_000, data__workers=2)
+    group = start(train_as_a_command, (values,), 1, tmp_path / "log")
+    try:
+        wait_for(lambda: steps_logged(tmp_path / "run") > 3)
+        psutil.Process(group.processes[0].pid).children()[-1].kill()
+        assert group.wait(60) == [2], group.output()
+    finally:
+        group.kill()
+    (error,) = (line for line in group.output().splitlines() if line.startswith("error: "))
+    assert re.fullmatch(
+        r"error: a process that loads data ended \(DataLoader worker \(pid.*the same call again goes on", error
+    )
+    assert "Traceback" not in group.output()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_ends_the_run_with_a_sentence(workers, tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    damaged = next((shards / "block-00001").glob("*.zstd"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged.write_bytes(content)
+    values = recipe(tmp_path / "run", shards, data__workers=workers)
+    group = start(train_as_a_command, (values,), 1, tmp_path / "log")
+    assert group.wait() == [2], group.output()
+    (error,) = (line for line in group.output().splitlines() if line.startswith("error: "))
+    assert error.startswith(f"error: {shards}: a shard cannot be read (Checksum failure: ")
+    assert "Traceback" not in group.output()
 
 
 def train_with_a_signal_at_the_start(values: Recipe) -> None:

@@ -1,8 +1,6 @@
 """``digit-ds evaluate``: FID, Inception Score, precision and recall through torch-fidelity, and class accuracy."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from digit_ds.errors import UserError
 from digit_ds.evaluation.extractors import Extractor, feature_network, inception
 from digit_ds.evaluation.pictures import Array, Pictures, Preparation, Statistics, open_pictures
 from digit_ds.files import read_json, write_atomically, write_json
+from digit_ds.parallel.helpers import loaders_in_one_sentence
 
 ENOUGH = 50_000
 """Samples below which FID is biased upwards too much to be compared with published figures."""
@@ -73,7 +72,7 @@ def evaluate(
     asked = _asked_labels(labels, len(samples)) if classifier is not None else None
     if classifier is not None and asked is None:
         raise UserError(f"{classifier}: is to judge classes, but no labels were given to judge by")
-    with _in_one_sentence():
+    with loaders_in_one_sentence():
         figures = _figures(samples, against, extractor, precision_recall, cache, batch)
         if classifier is not None:
             figures["class_accuracy"] = class_accuracy(samples, classifier, asked, batch)
@@ -115,7 +114,7 @@ def save_statistics(
     if isinstance(pictures, Statistics):
         raise UserError(f"{reference}: holds statistics already, expected pictures")
     extractor = inception(inception_weights) if features is None else feature_network(features)
-    with _in_one_sentence():
+    with loaders_in_one_sentence():
         found = _reference_statistics(pictures, extractor, batch)
     write_atomically(out, lambda temporary: np.savez(temporary, **found, network=extractor.name))
     print(f"{out}: mean and covariance of {len(pictures):,} pictures of {reference}; {extractor.description}")
@@ -147,7 +146,7 @@ class OnlineFid:
     def figures(self, pictures: np.ndarray) -> dict[str, float]:
         """``online_fid_N`` of N pictures uint8 [N, H, W, 3]: the number is in the name, since FID grows as N falls."""
         if self._statistics is None:
-            with _in_one_sentence():
+            with loaders_in_one_sentence():
                 self._statistics = _reference_statistics(self._reference, self._extractor, BATCH)
         samples = Array(pictures, "pictures of a model in training")
         fid = _fid(samples, self._statistics, self._reference.name, self._extractor, None, BATCH)
@@ -162,15 +161,6 @@ def class_accuracy(pictures: Pictures, classifier: Path | str, labels: np.ndarra
     with torch.inference_mode():
         chosen = [network(part)[1].argmax(-1) for part in DataLoader(pictures, batch)]
     return float((torch.cat(chosen).numpy() == labels).mean())
-
-
-@contextmanager
-def _in_one_sentence() -> Iterator[None]:
-    """A UserError as it was raised: a loader process wraps it in its traceback."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("digit_ds.errors.UserError: ")) from error
 
 
 def _figures(

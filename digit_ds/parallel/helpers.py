@@ -1,4 +1,4 @@
-"""Signals and the processes that help a rank: those that load, those that write, the tracker of shared memory.
+"""Signals and failures of the processes that help a rank: those that load or write, the tracker of shared memory.
 
 A terminal's Ctrl-C, srun and scancel signal every process of a rank. What follows is the rank's business, which may
 want to finish what it is at: its helpers must live until then.
@@ -8,7 +8,11 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
+
+from digit_ds.errors import UserError
 
 _LOOK_SECONDS = 1.0
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -31,6 +35,27 @@ def _listen(forker: int) -> None:
         if received and received.si_signo == signal.SIGTERM and received.si_pid == parent.pid:
             break
     os._exit(0)
+
+
+@contextmanager
+def loaders_in_one_sentence() -> Iterator[None]:
+    """Failures in and of DataLoader's processes as sentences.
+
+    Raises:
+        UserError: as it was raised in such a process, where DataLoader wraps it in that process's traceback; or one was
+            killed, which DataLoader raises as RuntimeError wherever the main thread happens to be.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("digit_ds.errors.UserError: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that loads data ended ({str(error).partition('. ')[0]}), perhaps for want of memory; "
+            "expected it to stay; the same call again goes on"
+        ) from error
 
 
 def shield_tracker() -> None:

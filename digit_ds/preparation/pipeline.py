@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digit_ds.errors import UserError
+from digit_ds.parallel.helpers import loaders_in_one_sentence
 from digit_ds.parallel.progress import progress
 from digit_ds.preparation.jobs import Job
 from digit_ds.preparation.loading import Batch, Loading
@@ -58,17 +58,10 @@ class Conveyor:
         """Do the given blocks.
 
         Raises:
-            UserError: a decoding process was killed, or ``write`` raised it.
+            UserError: a loading process was killed, or ``write`` raised it.
         """
-        try:
+        with loaders_in_one_sentence():
             self._run(job, blocks, description)
-        except RuntimeError as error:  # DataLoader's, who raises it wherever the main thread happens to be
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that decodes images ended ({str(error).partition('. ')[0]}), perhaps for want of memory; "
-                "expected it to stay; the same call again goes on"
-            ) from error
 
     def _run(self, job: Job, blocks: list[int], description: str) -> None:
         images = sum(min(job.block_images, job.images - block * job.block_images) for block in blocks)

@@ -19,7 +19,7 @@ from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
-from digit_ds.parallel.helpers import shield_tracker
+from digit_ds.parallel.helpers import loaders_in_one_sentence, shield_tracker
 from digit_ds.training import checkpoint, runs
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.engine import Engine, check_start
@@ -60,7 +60,8 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figure
     try:
         lock = _lock(recipe, place)
         check_start()
-        stopped = _Run(recipe, place, sample_grid, figures).run(watchdog, stop)
+        with loaders_in_one_sentence():
+            stopped = _Run(recipe, place, sample_grid, figures).run(watchdog, stop)
     except BaseException:
         topology.abandon()
         raise
