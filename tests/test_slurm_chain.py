@@ -154,7 +154,10 @@ def test_ranks_of_training_ran_on_both_nodes(reader):
 
 
 def test_interrupted_training_ends_as_the_unbroken_run(reader, tmp_path):
-    """scontrol requeue at random moments, start-up included, and the signal that a time limit sends."""
+    """scontrol requeue at random moments, start-up included, and the signal that a time limit sends.
+
+    Slurm signals the processes that load data too; the unbroken run has none.
+    """
     cluster, home = reader.cluster, reader.home  # noqa: F811
     unbroken = home / "runs" / "digits"
     overrides = [f"{key}={json.dumps(value)}" for key, value in SMALL.items()]
@@ -163,7 +166,7 @@ def test_interrupted_training_ends_as_the_unbroken_run(reader, tmp_path):
         "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=30", f"--output={tmp_path}/log",
         f"--export=ALL,DIGIT_HOME={home},DIGIT_PYTHON={sys.executable},PYTHONPATH={home}",
         str(home / "slurm" / "prior.sbatch"), str(tmp_path / "run"), str(tmp_path / "model"),
-        str(home / "digit_ds" / "demo" / "prior.yaml"), *shards, *overrides,
+        str(home / "digit_ds" / "demo" / "prior.yaml"), *shards, *overrides, "data.workers=1",
         cwd=home,
     )  # fmt: skip
     moments = random.Random(os.environ.get("SLURM_TEST_SEED"))
@@ -181,6 +184,7 @@ def test_interrupted_training_ends_as_the_unbroken_run(reader, tmp_path):
     log = (tmp_path / "log").read_text(errors="replace")  # ranks write at once: a progress bar's signs may be torn
     assert ended["JobState"] == "COMPLETED", log
     assert "attempt 4 on" in log and "relaunching" not in log, "helper processes survive the signal too"
+    assert log.count("stopped by signal at step") >= 3, "two ranks, twice; a sentence may be torn"
 
     sliced, whole = _last(tmp_path / "run"), _last(unbroken / "runs" / "prior")
     same = ("step", "images", "loss", "nll", "grad_norm", "lr", "sample_ids_hash")
