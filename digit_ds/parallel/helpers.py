@@ -48,6 +48,8 @@ def loaders_in_one_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if "in DataLoader worker process" not in str(error):
+            raise
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("digit_ds.errors.UserError: ")) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):

@@ -185,7 +185,7 @@ class Loading:
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_begin,
+            worker_init_fn=obey_parent_only,
             prefetch_factor=ahead or None,
             multiprocessing_context="fork" if workers else None,  # the slab's memory is inherited
         )
@@ -218,8 +218,3 @@ def _gather(
 
 def _as_it_is(item: object) -> object:
     return item
-
-
-def _begin(worker: int) -> None:
-    obey_parent_only(worker)
-    torch.set_num_threads(1)

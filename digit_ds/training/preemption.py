@@ -21,7 +21,6 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received, self._interrupted = False, 0.0
-        self._process = os.getpid()
         numbers = [signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             numbers.append(signal.SIGINT)
@@ -38,8 +37,6 @@ class StopSignal:
         return self._received
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a process that loads data; this one tells it when to end
         self._received = True
         if number != signal.SIGINT:
             return
