@@ -20,6 +20,7 @@ setup(
         "mosaicml-streaming>=0.13",
         "numpy",
         "pillow",
+        "pyarrow",
         "pydantic>=2.7",
         "pyyaml",
         "safetensors",
@@ -34,7 +35,17 @@ setup(
     ],
     extras_require={
         "gpu": ["faiss-gpu>=1.15"],
-        "dev": ["import-linter", "pre-commit", "pytest", "pytest-timeout", "ruff"],
+        "dev": [
+            "hypothesis",
+            "import-linter",
+            "moto",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["digit-ds = digit_ds.cli:main"]},
 )

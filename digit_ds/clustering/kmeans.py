@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from digit_ds.clustering.assignment import Assigner, make_assigner
-from digit_ds.clustering.collective import add_up, fail_together, from_main, gather, largest
+from digit_ds.clustering.collective import add_up, largest
 from digit_ds.clustering.fixed_point import add_points, scale_for
 from digit_ds.clustering.points import Points, open_points
 from digit_ds.clustering.record import Record, State, usage
@@ -22,6 +22,7 @@ from digit_ds.clustering.shard import Shard
 from digit_ds.clustering.splitting import split_clusters
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
+from digit_ds.parallel.decide import fail_together, from_main, gather
 from digit_ds.parallel.launch import device, initialize, is_main, rank, world_size
 from digit_ds.parallel.progress import progress
 from digit_ds.tokenizer.codebook import save_codebook

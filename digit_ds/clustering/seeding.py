@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from digit_ds.clustering.assignment import Assigner
-from digit_ds.clustering.collective import add_up, from_main, gather
+from digit_ds.clustering.collective import add_up
 from digit_ds.clustering.points import BLOCK_ROWS, Points
 from digit_ds.clustering.shard import Shard
 from digit_ds.errors import UserError
+from digit_ds.parallel.decide import from_main, gather
 
 # k-means|| (Bahmani et al. 2012): each round draws about as many candidates as there are clusters; five rounds are
 # where the paper's results level off.
