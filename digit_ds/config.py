@@ -135,6 +135,12 @@ class TrainingConfig(Section):
     """Smoothing spread over the whole output vocabulary (fairseq's convention as the golden data state it)."""
     class_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of images whose class token is replaced by BOS, for classifier-free guidance."""
+    order: Literal["raster", "random"] = "raster"
+    """Order in which a prior or VQ baseline writes the tokens of a training image: ``raster``, or ``random`` annealed
+    to raster (RAR, arXiv 2411.00776). Samples are written in raster order either way."""
+    order_anneal: tuple[int, int] | None = Field(None, strict=False)
+    """With ``order: random`` the steps between which the share of randomly ordered images falls linearly from 1 to 0;
+    RAR: half and three quarters of the run."""
     recompute: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
     compile: bool = False
@@ -316,10 +322,27 @@ def _check_combinations(recipe: Recipe, path: Path) -> None:
         raise UserError(
             f"{path}: training.class_dropout is {training.class_dropout}, but model.class_conditional is false"
         )
+    _check_order(recipe, path)
     if training.global_batch % training.micro_batch:
         raise UserError(
             f"{path}: training.global_batch {training.global_batch} is not a multiple of "
             f"training.micro_batch {training.micro_batch}"
+        )
+
+
+def _check_order(recipe: Recipe, path: Path) -> None:
+    """A random order needs a kind that writes every token of an image, and the steps of its annealing."""
+    kind, order, anneal = recipe.model.kind, recipe.training.order, recipe.training.order_anneal
+    if order == "raster":
+        if anneal is not None:
+            raise UserError(f"{path}: training.order_anneal is {list(anneal)}, but training.order is raster")
+        return
+    if kind not in ("prior", "vq"):
+        raise UserError(f"{path}: training.order is random, but model.kind is {kind}, expected prior or vq")
+    if anneal is None or not 0 <= anneal[0] <= anneal[1]:
+        found = None if anneal is None else list(anneal)
+        raise UserError(
+            f"{path}: training.order_anneal is {found}, expected two steps [first, last] for a random order"
         )
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary positions, SwiGLU, QK-norm: each by its formula, and the same in the training model on two ranks."""
+"""RMSNorm, rotary positions, SwiGLU, QK-norm, random order: each by its formula, and the same in the training model."""
 
 import json
 from dataclasses import replace
@@ -23,6 +23,7 @@ CASES |= {
     kind: replace(PLAIN, kind=kind, vq_codes=7, classes=0, discriminative_codes=codes, **MODERN_LAYERS)
     for kind, codes in (("ar", 11), ("nar", 11), ("vq", 0))
 }
+CASES |= {"order": replace(PLAIN, target_positions=True), "vq order": replace(CASES["vq"], target_positions=True)}
 
 
 def some_state(spec: TransformerSpec) -> dict[str, torch.Tensor]:
@@ -39,14 +40,29 @@ def some_tokens(spec: TransformerSpec, batch: int = 2) -> torch.Tensor:
     return torch.randint(spec.vocabulary.embedding_rows, (batch, spec.sequence_length), generator=generator)
 
 
+def some_order(spec: TransformerSpec, batch: int = 2) -> torch.Tensor | None:
+    """An order of its own for each image, for the models that know one."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.rand(batch, spec.tokens, generator=generator).argsort(1) if spec.target_positions else None
+
+
 def places(spec: TransformerSpec) -> list[tuple[int, int]]:
     """Where each token of a sequence stands: the start at the corner, the grid from (1, 1) on, twice after a prefix."""
     grid = [(row, column) for row in range(1, spec.grid[0] + 1) for column in range(1, spec.grid[1] + 1)]
     return [*(grid if spec.kind in ("ar", "nar") else []), (0, 0), *grid]
 
 
-def reference(spec: TransformerSpec, state: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+def reference(
+    spec: TransformerSpec, state: dict[str, torch.Tensor], tokens: torch.Tensor, order: torch.Tensor | None = None
+) -> torch.Tensor:
     """The transformer with its options from their formulas, token by token and head by head, in float64."""
+    if order is not None:  # image by image: each has its tokens at places of its own
+        both = zip(tokens, order.tolist())
+        return torch.cat([in_order(spec, state, own[None], own_order) for own, own_order in both])
+    return in_order(spec, state, tokens, list(range(spec.tokens)))
+
+
+def in_order(spec, state, tokens, order: list[int]) -> torch.Tensor:
     weights = {name: value.double() for name, value in state.items()}
     size, epsilon = spec.width // spec.heads, 1e-5
 
@@ -65,7 +81,9 @@ def reference(spec: TransformerSpec, state: dict[str, torch.Tensor], tokens: tor
 
     def turned(x):  # [B, T, size]: complex numbers of one head, multiplied by exp(i angle)
         numbers = torch.complex(x[..., : size // 2], x[..., size // 2 :])
-        for t, place in enumerate(places(spec)):
+        known = places(spec)
+        begin = len(known) - spec.tokens  # the prefix and the start token stand where they are
+        for t, place in enumerate(known[:begin] + [known[begin + place] for place in order]):
             for axis in (0, 1):
                 for k in range(size // 4):
                     angle = torch.tensor(place[axis] * 10000.0 ** (-k / (size // 4)), dtype=torch.float64)
@@ -96,7 +114,9 @@ def reference(spec: TransformerSpec, state: dict[str, torch.Tensor], tokens: tor
 
     x = spec.width**0.5 * weights["embedding.weight"][tokens]
     if spec.positions == "learned":
-        x = x + weights["positions.weight"][2 : 2 + tokens.shape[1]]
+        x = x + weights["positions.weight"][[2, *(3 + place for place in order)]]
+    if spec.target_positions:
+        x = x + torch.cat([weights["target_positions.weight"][order], x.new_zeros(1, spec.width)])
     for i in range(spec.layers):
         name = f"layers.{i}"
         if spec.norm_position == "pre":
@@ -118,6 +138,10 @@ def test_the_formulas_are_what_is_computed(case):
     expected = reference(spec, state, tokens)
     assert expected.std() > 0.5
     assert (model(tokens) - expected).abs().max() <= 1e-10
+    if (order := some_order(spec)) is not None:
+        shuffled = reference(spec, state, tokens, order)
+        assert (shuffled - expected).abs().mean() > 0.1
+        assert (model(tokens, order) - shuffled).abs().max() <= 1e-10
 
 
 def compare_on_two_ranks(out: Path) -> None:
@@ -132,8 +156,8 @@ def compare_on_two_ranks(out: Path) -> None:
         model.load_state_dict(shard(some_state(spec), spec, 2, place.tensor_rank))
         tokens = some_tokens(spec)
         target = tokens[:, -spec.tokens :] % spec.vocabulary.output_size
-        found[case] = {"logits": model(tokens).detach()}
-        loss, _ = model(tokens, target)
+        found[case] = {"logits": model(tokens, order=some_order(spec)).detach()}
+        loss, _ = model(tokens, target, order=some_order(spec))
         loss.backward()
         found[case]["loss"] = loss.detach()
         found[case] |= {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -150,7 +174,7 @@ def test_the_training_model_is_the_lean_model_on_two_ranks(tmp_path):
         model = Decoder(spec)
         model.load_state_dict(some_state(spec))
         tokens, size = some_tokens(spec), spec.vocabulary.output_size
-        logits = model(tokens)
+        logits = model(tokens, some_order(spec))
         found = torch.cat([part.pop("logits") for part in parts], dim=-1)[..., :size]
         torch.testing.assert_close(found, logits, rtol=1e-5, atol=2e-5, msg=lambda text, c=case: f"{c}: {text}")
         loss, _ = label_smoothed_cross_entropy(logits[:, -spec.tokens :], tokens[:, -spec.tokens :] % size, 0.1)
@@ -201,7 +225,7 @@ def test_a_config_from_before_the_options_is_the_published_architecture(tmp_path
     save_model(tmp_path / "model", PLAIN, initial_state(PLAIN, 0), {})
     config = tmp_path / "model" / "config.json"
     values = json.loads(config.read_text())
-    for name in MODERN_LAYERS:
+    for name in (*MODERN_LAYERS, "target_positions"):
         del values["spec"][name]
     config.write_text(json.dumps(values))
     assert load_model(tmp_path / "model").spec == PLAIN
@@ -230,6 +254,7 @@ def test_a_modern_model_is_saved_loaded_and_kept_from_the_published_layout(tmp_p
         ({"normalization": True}, "normalization is True, expected 'layer' or 'rms'"),
         ({"activation": "relu"}, "activation is 'relu'"),
         ({"qk_norm": "yes"}, "qk_norm is 'yes', expected true or false"),
+        ({"kind": "nar", "target_positions": True}, "a pixel decoder .nar. writes in raster order alone"),
     ],
 )
 def test_choices_that_cannot_work_are_refused(change, words):

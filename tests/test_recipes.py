@@ -28,7 +28,11 @@ PUBLISHED = {
     "vq_baseline": (0, 200, None),
     "class_conditional_vq_baseline": (0, 300, None),
 }
-OURS = {"modern_base_prior": (8192, 200, 216_220_672)}
+OURS = {
+    "modern_base_prior": (8192, 200, 216_220_672),
+    "rar_base_prior": (8192, 400, 219_377_664 + 256 * 1024),
+    "rar_class_conditional_base_prior": (8192, 400, 219_377_664 + 256 * 1024),
+}
 RECIPE_FACTS = PUBLISHED | OURS
 
 

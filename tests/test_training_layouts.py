@@ -13,7 +13,7 @@ from digit_ds.model import weights
 from digit_ds.model.decoder import Decoder
 from digit_ds.model.loss import label_smoothed_cross_entropy
 from digit_ds.model.sequences import training_sequence
-from digit_ds.training.schedule import learning_rate
+from digit_ds.training.schedule import learning_rate, random_order_share
 
 LAYOUTS = list(product((1, 2, 4), (1, 2), (0, 1, 2, 3)))
 """Tensor size, data size, ZeRO stage."""
@@ -47,8 +47,9 @@ def train_plainly(values: Recipe, out: Path) -> None:
         for chunk in range(chunks):
             batch = next(batches)
             seed_dropout(training.seed, step, chunk)
-            sequence = training_sequence(spec, batch.discriminative, batch.vq, batch.labels)
-            logits = model(sequence.input)[:, -sequence.target.shape[1] :]
+            share = random_order_share(values, step)
+            sequence = training_sequence(spec, batch.discriminative, batch.vq, batch.labels, random_share=share)
+            logits = model(sequence.input, sequence.order)[:, -sequence.target.shape[1] :]
             loss, nll = label_smoothed_cross_entropy(
                 logits, sequence.target, training.label_smoothing, sequence.loss_mask
             )
@@ -144,4 +145,23 @@ def test_pixel_decoders_equal_plain_training(kind, token_shards, plain, tmp_path
         tmp_path / "run", token_shards, model__kind=kind, deepspeed="zero2.json", parallel__tensor=2, **options
     )
     launch(train, (values,), 4, tmp_path / "log")
+    compare(tmp_path / "run", expected)
+
+
+RANDOM_ORDER = {"training__order": "random", "training__order_anneal": (5, 15)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "data", "stage"), product((1, 2), (1, 2), (1, 3)))
+def test_random_order_equals_plain_training(tensor, data, stage, token_shards, plain, tmp_path):
+    expected, raster = plain("prior", **RANDOM_ORDER), plain("prior")
+    assert expected["lines"][0] != raster["lines"][0]  # the order shows from the first step on
+    values = recipe(
+        tmp_path / "run",
+        token_shards,
+        deepspeed=f"zero{stage}.json",
+        parallel__tensor=tensor,
+        **RANDOM_ORDER,
+    )
+    launch(train, (values,), tensor * data, tmp_path / "log")
     compare(tmp_path / "run", expected)

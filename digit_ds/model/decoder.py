@@ -203,15 +203,18 @@ class Decoder(nn.Module):
             self.positions = nn.Embedding(spec.max_positions + POSITION_OFFSET, spec.width)
             if vocabulary.has_prefix:
                 self.prefix_positions = nn.Embedding(spec.max_positions + POSITION_OFFSET, spec.width)
+        if spec.target_positions:
+            self.target_positions = nn.Embedding(spec.tokens, spec.width)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.norm = make_norm(spec) if spec.norm_position == "pre" else nn.Identity()
         self.output = nn.Linear(spec.width, vocabulary.output_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, order: Tensor | None = None) -> Tensor:
         """Logits of every position.
 
         Args:
             tokens: int64 [B, T] ids, from the first position on (prefix included).
+            order: int64 [B, G] as in :class:`digit_ds.model.sequences.Sequence`, with all 1 + G tokens; None: raster.
 
         Returns:
             [B, T, V] in the model's dtype.
@@ -219,11 +222,13 @@ class Decoder(nn.Module):
         Raises:
             UserError: an id is outside the input table (checked on the CPU only) or T exceeds the positions there are.
         """
-        return self._logits(self.hidden_states(tokens)[-1])
+        return self._logits(self.hidden_states(tokens, order)[-1])
 
-    def hidden_states(self, tokens: Tensor) -> list[Tensor]:
+    def hidden_states(self, tokens: Tensor, order: Tensor | None = None) -> list[Tensor]:
         """int64 [B, T] -> layers + 1 tensors [B, T, D]: what enters each layer, then what leaves the last (no norm)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if order is not None:
+            positions = functional.pad(order + 1, (1, 0))  # [B, T]: the start token stands before the image
         self._check_ids(tokens)
         self._check_length(tokens.shape[1])
         turn = rotation(self.spec, positions, self.output.weight.dtype)
@@ -276,8 +281,10 @@ class Decoder(nn.Module):
         return self.norm(hidden)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """[B, T] ids at ``positions`` [T] of the whole sequence -> [B, T, D]."""
+        """[B, T] ids at ``positions`` [T] or [B, T] of the whole sequence -> [B, T, D]."""
         scaled = math.sqrt(self.spec.width) * self.embedding(tokens)
+        if self.spec.target_positions:
+            scaled = scaled + self._target(positions)
         if self.spec.positions != "learned":
             return scaled
         own = positions - self.spec.prefix_length  # each table counts from its own first row
@@ -286,6 +293,19 @@ class Decoder(nn.Module):
             in_prefix = (positions + POSITION_OFFSET).clamp(max=self.prefix_positions.num_embeddings - 1)
             position = torch.where((own < 0).unsqueeze(1), self.prefix_positions(in_prefix), position)
         return scaled + position
+
+    def _target(self, positions: Tensor) -> Tensor:
+        """Embedding of the place that each position predicts, [..., T, D]; the last token predicts the end, no place.
+
+        In raster order the token at position p predicts place p, in another order the place of the token after it.
+        """
+        places = self.spec.tokens
+        if positions.dim() == 1:
+            target = positions
+        else:
+            target = functional.pad(positions[:, 1:] - 1, (0, 1), value=places)
+        embedded = self.target_positions(target.clamp(max=places - 1))
+        return torch.where((target < places).unsqueeze(-1), embedded, 0)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.output(self.norm(hidden))

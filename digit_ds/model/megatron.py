@@ -204,6 +204,7 @@ class MegatronTransformer(nn.Module):
         rows, learned = spec.max_positions + POSITION_OFFSET, spec.positions == "learned"
         self.positions = nn.Embedding(rows, spec.width) if learned else None
         self.prefix_positions = nn.Embedding(rows, spec.width) if learned and vocabulary.has_prefix else None
+        self.target_positions = nn.Embedding(spec.tokens, spec.width) if spec.target_positions else None
         self.layers = nn.ModuleList(_Layer(spec, config, dropout) for _ in range(spec.layers))
         self.norm = _norm(spec) if spec.norm_position == "pre" else None
         self.output = _Column(
@@ -236,7 +237,11 @@ class MegatronTransformer(nn.Module):
         return state
 
     def forward(
-        self, tokens: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        target: Tensor | None = None,
+        mask: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """This rank's logits, or the loss of a batch.
 
@@ -244,13 +249,17 @@ class MegatronTransformer(nn.Module):
             tokens: int64 [B, T].
             target: int64 [B, T'] for the last T' positions.
             mask: [B, T'], weights of the positions (bool or float); None: all count.
+            order: int64 [B, G] as in :class:`digit_ds.model.sequences.Sequence`; None: raster.
 
         Returns:
             Without ``target`` this rank's share of the padded logits [B, T, V / tensor size]; with it the
             label-smoothed loss and the plain negative log-likelihood, both means in nats over the true vocabulary.
         """
-        x = self._embed(tokens)
-        turn = rotation(self.spec, torch.arange(tokens.shape[1], device=tokens.device), x.dtype)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
+        if order is not None:
+            positions = F.pad(order + 1, (1, 0))  # [B, T]: the start token stands before the image
+        x = self._embed(tokens, positions)
+        turn = rotation(self.spec, positions, x.dtype)
         for layer in self.layers:
             if self.recompute and self.training:
                 x = checkpoint(layer, x, turn, use_reentrant=False)
@@ -264,21 +273,27 @@ class MegatronTransformer(nn.Module):
         size = self.spec.vocabulary.output_size
         return vocabulary_parallel_loss(logits, target, size, self.smoothing, mask)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Scaled token embedding -> [B, T, D], learned positions added; prefix and image count theirs separately."""
         x = math.sqrt(self.spec.width) * self.embedding(tokens)
         if self.positions is not None:
-            x = x + self._learned_positions(tokens)
+            x = x + self._learned_positions(positions)
+        if self.target_positions is not None:
+            x = x + self._target(positions)
         return F.dropout(x, self.dropout, self.training)
 
-    def _learned_positions(self, tokens: Tensor) -> Tensor:
-        """[T, D] for ids [B, T]."""
-        prefix = self.spec.prefix_length
-        place = torch.arange(POSITION_OFFSET, tokens.shape[1] + POSITION_OFFSET, device=tokens.device)
-        positions = self.positions(place[: tokens.shape[1] - prefix])
+    def _learned_positions(self, positions: Tensor) -> Tensor:
+        """[T, D] or [B, T, D] for ``positions`` [T] or [B, T]."""
+        prefix, place = self.spec.prefix_length, positions + POSITION_OFFSET
+        learned = self.positions(place[..., : place.shape[-1] - prefix])
         if self.prefix_positions is not None:
-            positions = torch.cat([self.prefix_positions(place[:prefix]), positions])
-        return positions
+            learned = torch.cat([self.prefix_positions(place[:prefix]), learned])
+        return learned
+
+    def _target(self, positions: Tensor) -> Tensor:
+        """[T, D] or [B, T, D]: embedding of the place that each position predicts; the last predicts the end."""
+        places = positions[..., 1:] - 1
+        return F.pad(self.target_positions(places), (0, 0, 0, 1))
 
     def compile_layers(self) -> None:
         """Compile each layer; all layers have one shape, so the first compilation serves the others."""

@@ -22,23 +22,26 @@ BASE = 10000.0
 
 
 def rotation(spec: TransformerSpec, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Cosines and sines for ``positions`` int64 [T] of the whole sequence; None for a model with position tables.
+    """Cosines and sines for ``positions`` of the whole sequence; None for a model with position tables.
+
+    Args:
+        positions: int64 [T], or [B, T] where each image has an order of its own.
 
     Returns:
-        [2, T, 1, 1, D / H / 2], to meet queries and keys [B, T, H, 2, D / H], in ``dtype``, or in float32 if that is
-        narrower: bfloat16 would blur the angles.
+        [2, T, 1, 1, D / H / 2] or [2, B, T, 1, 1, D / H / 2], to meet queries and keys [B, T, H, 2, D / H], in
+        ``dtype``, or in float32 if that is narrower: bfloat16 would blur the angles.
     """
     if spec.positions != "rotary2d":
         return None
     angle_count = spec.head_width // 4  # of each axis; an angle turns two numbers
     columns, own = spec.grid[1], positions - spec.prefix_length
     patch = torch.where(own < 0, positions, own - 1)
-    place = torch.stack([patch // columns + 1, patch % columns + 1], dim=1)  # [T, 2]
-    place = torch.where((own == 0).unsqueeze(1), 0, place).double()
+    place = torch.stack([patch // columns + 1, patch % columns + 1], dim=-1)  # [..., T, 2]
+    place = torch.where((own == 0).unsqueeze(-1), 0, place).double()
     exponents = torch.arange(angle_count, device=positions.device, dtype=torch.float64) / angle_count
-    angles = (place.unsqueeze(2) * BASE**-exponents).flatten(1)  # [T, D / H / 2], rows first
+    angles = (place.unsqueeze(-1) * BASE**-exponents).flatten(-2)  # [..., T, D / H / 2], rows first
     turn = torch.stack([angles.cos(), angles.sin()]).to(torch.promote_types(dtype, torch.float32))
-    return turn[:, :, None, None]
+    return turn[..., None, None, :]
 
 
 def rotate(qk: Tensor, turn: Tensor) -> Tensor:

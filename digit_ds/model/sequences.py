@@ -20,6 +20,8 @@ class Sequence(NamedTuple):
     """int64 [B, T'], T' = 1 + image tokens."""
     loss_mask: Tensor | None
     """bool [B, T'] of the positions that count (NAR: the masked ones); None: all."""
+    order: Tensor | None = None
+    """int64 [B, G]: the place, counted in raster order, of each image token in the order written; None: raster."""
 
 
 def training_sequence(
@@ -29,6 +31,7 @@ def training_sequence(
     labels: Tensor | None,
     generator: torch.Generator | None = None,
     class_dropout: float = 0.0,
+    random_share: float = 0.0,
 ) -> Sequence:
     """Codes of a batch -> input, target and loss mask.
 
@@ -40,8 +43,10 @@ def training_sequence(
         discriminative: int64 [B, tokens] codes 0..K-1; read unless the kind is ``vq``.
         vq: int64 [B, tokens] codes 0..N-1; read unless the kind is ``prior``.
         labels: int64 [B]; read by class-conditional models only.
-        generator: draws the NAR masks and the class dropout.
+        generator: draws the NAR masks, the class dropout and the random orders.
         class_dropout: share of images whose class token is replaced by BOS.
+        random_share: share of images whose tokens are written in a random order, the rest in raster order
+            (RAR, arXiv 2411.00776, section 3.2); more than 0 only for a model with ``spec.target_positions``.
     """
     vocabulary = spec.vocabulary
     written = _codes(spec, discriminative, "discriminative") if spec.kind == "prior" else _codes(spec, vq, "VQ")
@@ -57,7 +62,11 @@ def training_sequence(
         prefix = [vocabulary.prefix_token(_codes(spec, discriminative, "discriminative"))]
     end = torch.full_like(start, EOS)
     if spec.kind != "nar":
-        return Sequence(torch.cat([*prefix, start, tokens], dim=1), torch.cat([tokens, end], dim=1), None)
+        order = None
+        if random_share > 0:
+            order = _orders(batch, spec.tokens, random_share, generator, tokens.device)
+            tokens = tokens.gather(1, order)
+        return Sequence(torch.cat([*prefix, start, tokens], dim=1), torch.cat([tokens, end], dim=1), None, order)
     hidden = _nar_mask(batch, spec.tokens, generator, tokens.device)
     masked = torch.where(hidden, MASK, tokens)
     loss_mask = torch.cat([torch.zeros_like(start, dtype=torch.bool), hidden], dim=1)
@@ -126,3 +135,12 @@ def _nar_mask(batch: int, tokens: int, generator: torch.Generator | None, device
     count = torch.floor(tokens * share + 1).clamp(max=tokens)
     order = _uniform((batch, tokens), generator, device).argsort(dim=1).argsort(dim=1)  # rank of each position
     return order < count
+
+
+def _orders(
+    batch: int, tokens: int, random_share: float, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """int64 [B, G]: a permutation of the places for each image; all but ``random_share`` of the images keep raster."""
+    random = _uniform((batch, tokens), generator, device).argsort(dim=1)
+    chosen = _uniform((batch, 1), generator, device) < random_share
+    return torch.where(chosen, random, torch.arange(tokens, device=device))

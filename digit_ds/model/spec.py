@@ -16,7 +16,7 @@ _CHOICES: dict[str, Any] = {
     "positions": Positions,
     "activation": Activation,
 }
-_MODERN = ("normalization", "positions", "activation", "qk_norm")
+_MODERN = ("normalization", "positions", "activation", "qk_norm", "target_positions")
 """Choices whose defaults are all that published models have."""
 
 
@@ -48,6 +48,9 @@ class TransformerSpec:
     """``down(gelu(up(x)))``, or SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``."""
     qk_norm: bool = False
     """Whether each head's query and key go through RMSNorm before they are compared (arXiv 2302.05442)."""
+    target_positions: bool = False
+    """Whether each position adds an embedding of the place that it predicts, so that the tokens may be written in any
+    order (target-aware positional embedding of RAR, arXiv 2411.00776)."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -55,8 +58,11 @@ class TransformerSpec:
         for name, choices in _CHOICES.items():
             if (found := getattr(self, name)) not in get_args(choices):
                 raise UserError(f"{name} is {found!r}, expected {' or '.join(map(repr, get_args(choices)))}")
-        if not isinstance(self.qk_norm, bool):
-            raise UserError(f"qk_norm is {self.qk_norm!r}, expected true or false")
+        for name in ("qk_norm", "target_positions"):
+            if not isinstance(found := getattr(self, name), bool):
+                raise UserError(f"{name} is {found!r}, expected true or false")
+        if self.target_positions and self.kind not in ("prior", "vq"):
+            raise UserError(f"target_positions is true, but a pixel decoder ({self.kind}) writes in raster order alone")
         if self.positions == "rotary2d" and self.head_width % 4:
             raise UserError(
                 f"positions is 'rotary2d', which turns pairs of numbers along two axes, but a head's width "

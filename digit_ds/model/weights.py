@@ -22,7 +22,7 @@ from digit_ds.vocabulary import PAD
 State = dict[str, Tensor]
 Split = Literal["replicated", "column", "row", "vocabulary"]
 """How ranks share a parameter: whole on each; cut along dim 0; cut along dim 1; padded, then cut along dim 0."""
-Start = Literal["table", "position", "output", "attention", "xavier", "linear", "zero", "one"]
+Start = Literal["table", "position", "normal", "attention", "xavier", "linear", "zero", "one"]
 
 POSITION_OFFSET = 2
 """Position 0 uses row 2 of a position table (fairseq counts from the pad id + 1)."""
@@ -69,7 +69,8 @@ def _gelu(spec: TransformerSpec) -> bool:
 
 _QKV = tuple(f"layers.{{i}}.self_attn.{letter}_proj" for letter in "qkv")
 
-# D width, W width of a head, F feed-forward width, V logits, R rows of the input table, P rows of a position table.
+# D width, W width of a head, F feed-forward width, V logits, R rows of the input table, P rows of a position table,
+# G tokens of an image.
 # The rows of gate_up lie in pairs, gate and up of one feed-forward number after the other: as with the heads of qkv, a
 # slice of the fused matrix holds both halves of what a rank computes, at any tensor-parallel size.
 SCHEMA: tuple[Rule, ...] = (
@@ -79,6 +80,7 @@ SCHEMA: tuple[Rule, ...] = (
         "prefix_positions.weight", ("P", "D"), "replicated", "position", ("embed_positions_1.weight",),
         lambda spec: spec.vocabulary.has_prefix and _learned(spec),
     ),
+    Rule("target_positions.weight", ("G", "D"), "replicated", "normal", (), lambda spec: spec.target_positions),
     Rule("layers.{i}.attention_norm.weight", ("D",), "replicated", "one", ("layers.{i}.self_attn_layer_norm.weight",)),
     Rule(
         "layers.{i}.attention_norm.bias", ("D",), "replicated", "zero", ("layers.{i}.self_attn_layer_norm.bias",),
@@ -102,7 +104,7 @@ SCHEMA: tuple[Rule, ...] = (
         "norm.bias", ("D",), "replicated", "zero", ("layer_norm.bias",),
         lambda spec: _pre_norm(spec) and _layer_norm(spec),
     ),
-    Rule("output.weight", ("V", "D"), "vocabulary", "output", ("output_projection.weight",)),
+    Rule("output.weight", ("V", "D"), "vocabulary", "normal", ("output_projection.weight",)),
 )  # fmt: skip
 
 
@@ -119,6 +121,7 @@ def _sizes(spec: TransformerSpec) -> dict[str, int]:
         "V": vocabulary.output_size,
         "R": vocabulary.embedding_rows,
         "P": spec.max_positions + POSITION_OFFSET,
+        "G": spec.tokens,
     }
 
 
@@ -190,7 +193,7 @@ def _draw(parameter: Parameter, spec: TransformerSpec, seed: int) -> Tensor:
         case "table" | "position":
             value.normal_(0.0, width**-0.5, generator=generator)
             value[PAD] = 0.0  # the pad row, which fairseq's position tables have too
-        case "output":
+        case "normal":
             value.normal_(0.0, width**-0.5, generator=generator)
         case "attention":  # q, k and v are [D, D] each: Xavier's bound with gain 1/sqrt(2)
             bound = math.sqrt(0.5) * math.sqrt(6.0 / (2 * width))

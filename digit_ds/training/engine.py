@@ -91,9 +91,11 @@ class Engine:
         """Dropout off."""
         self.model.eval()
 
-    def loss(self, tokens: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, tokens: Tensor, target: Tensor, mask: Tensor | None, order: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Loss and nll of a micro-batch, see ``MegatronTransformer.forward``."""
-        return self._deepspeed(tokens, target, mask)
+        return self._deepspeed(tokens, target, mask, order)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch; the last one of a step reduces over data-parallel ranks."""

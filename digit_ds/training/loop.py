@@ -28,7 +28,7 @@ from digit_ds.training.guard import Diverged, SkipGuard
 from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_gib, peak_tflops
 from digit_ds.training.pace import Pace
 from digit_ds.training.preemption import STATUS, StopSignal
-from digit_ds.training.schedule import learning_rate
+from digit_ds.training.schedule import learning_rate, random_order_share
 from digit_ds.training.watchdog import Watchdog
 
 SampleGrid = Callable[[Path], Tensor]
@@ -178,9 +178,9 @@ class _Run:
             clock.waited(time.perf_counter() - start)
             chunk = micro * self.place.data_size + self.place.data_rank
             seed_dropout(training.seed, progress.step, chunk)
-            sequence = self._sequence(batch, training.class_dropout)
+            sequence = self._sequence(batch, training.class_dropout, random_order_share(self.recipe, progress.step))
             self.seen[sequence.target.flatten()] = 1
-            loss, nll = self.engine.loss(sequence.input, sequence.target, sequence.loss_mask)
+            loss, nll = self.engine.loss(sequence.input, sequence.target, sequence.loss_mask, sequence.order)
             self.pace.end()
             self.engine.backward(loss)
             self.engine.step(rate)
@@ -193,12 +193,12 @@ class _Run:
         loss, nll = torch.stack(losses).mean(0)
         return loss, nll, samples
 
-    def _sequence(self, batch: TokenBatch, class_dropout: float) -> Sequence:
-        """A batch on the device, as the model reads it. Masks come from the default generator, as dropout does."""
+    def _sequence(self, batch: TokenBatch, class_dropout: float = 0.0, random_share: float = 0.0) -> Sequence:
+        """A batch on the device, as the model reads it. All that is random comes from the default generator."""
         codes = batch.discriminative.to(self.device, non_blocking=True) if self.spec.kind != "vq" else None
         vq = batch.vq.to(self.device, non_blocking=True) if self.spec.kind != "prior" and batch.vq is not None else None
         labels = batch.labels.to(self.device, non_blocking=True) if self.spec.classes else None
-        return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout)
+        return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout, random_share=random_share)
 
     def _exchange(self, stop: StopSignal, samples: int) -> bool:
         """Once a step, between hosts: has anyone been told to stop, who has written a checkpoint, which samples."""
@@ -251,7 +251,7 @@ class _Run:
         seed_dropout(self.recipe.training.seed, 0, self.place.data_rank)  # NAR masks: the same at every validation
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in self.validation.epoch(self.chunks.micro_batch, self.place.data_rank, self.place.data_size):
-            sequence = self._sequence(batch, class_dropout=0.0)
+            sequence = self._sequence(batch)
             mask = batch.real.to(self.device).unsqueeze(1).expand_as(sequence.target)
             if sequence.loss_mask is not None:
                 mask = mask & sequence.loss_mask

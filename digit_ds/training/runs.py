@@ -100,6 +100,7 @@ def model_spec(recipe: Recipe, manifest: ShardManifest) -> TransformerSpec:
         positions=model.positions,
         activation=model.activation,
         qk_norm=model.qk_norm,
+        target_positions=recipe.training.order == "random",
     )
     if spec.positions == "learned" and spec.max_positions < spec.tokens + 1:
         raise UserError(

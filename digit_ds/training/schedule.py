@@ -1,4 +1,4 @@
-"""Learning rate as a function of the number of updates done: nothing to save, nothing to restore."""
+"""Learning rate and token order as functions of the number of updates done: nothing to save, nothing to restore."""
 
 import math
 
@@ -30,3 +30,17 @@ def learning_rate(recipe: Recipe, step: int) -> float:
             return minimum + (peak - minimum) * min(1.0, left / max(1, schedule.decay_steps))
         case _:
             return peak
+
+
+def random_order_share(recipe: Recipe, step: int) -> float:
+    """Share of images whose tokens are written in a random order in the update after ``step`` updates.
+
+    1 up to the first step of ``training.order_anneal``, 0 from the last one on, linear between (RAR, arXiv 2411.00776,
+    section 3.3); 0 for raster order.
+    """
+    if recipe.training.order_anneal is None:
+        return 0.0
+    first, last = recipe.training.order_anneal
+    if step < first:
+        return 1.0
+    return max(0.0, (last - step) / (last - first)) if step < last else 0.0
