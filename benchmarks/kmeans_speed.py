@@ -16,10 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from kmeans_variants import DEFAULT, RECHECKS, VARIANTS, make_variant
 
-from digit_ds.clustering import kernels
 from digit_ds.clustering.assignment import FaissAssigner
-from digit_ds.clustering.exact import ExactAssigner, nearest_in_fp64
+from digit_ds.clustering.exact import nearest_in_fp64
 from digit_ds.clustering.fixed_point import add_points, scale_for
 from digit_ds.clustering.shard import Batch
 
@@ -116,7 +116,7 @@ def measure(label, work):
 
 def ours(batch, centroids, truth, maxima, recheck):
     """Times and mismatches of one variant."""
-    assigner = ExactAssigner(CUDA, maxima, recheck)
+    assigner = make_variant(CUDA, maxima, recheck)
     count, width = batch.points.shape
     scale = scale_for(count, float(batch.points.abs().max()))
     sums = torch.zeros(len(centroids), width, dtype=torch.int64, device=CUDA)
@@ -189,10 +189,10 @@ def run_all(label, everything, batch, centroids, variants, results):
         run("faiss", lambda: faiss_gpu(batch, centroids, truth))
     for name in variants:
         run(f"ours {name}", lambda name=name: ours(batch, centroids, truth, name, "64"))
-    for name in list(kernels.RECHECKS)[1:]:
+    for name in list(RECHECKS)[1:]:
         run(
-            f"ours {kernels.DEFAULT} recheck {name}",
-            lambda name=name: ours(batch, centroids, truth, kernels.DEFAULT, name),
+            f"ours {DEFAULT} recheck {name}",
+            lambda name=name: ours(batch, centroids, truth, DEFAULT, name),
         )
 
 
@@ -203,7 +203,7 @@ def main():
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--clusters", type=int, default=8192)
     parser.add_argument("--later", type=int, default=4, help="iterations before the later centroids")
-    parser.add_argument("--variants", nargs="*", default=list(kernels.VARIANTS), help="of the tile maxima")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help="of the tile maxima")
     parser.add_argument("--out", type=Path, help="JSON file")
     asked = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from digit_ds.clustering import exact
-from digit_ds.clustering.exact import ExactAssigner, bounds, nearest_in_fp64, prepare_centroids, prepare_points
+from digit_ds.clustering.bounds import GROUP, STEP, bounds, prepare_centroids, prepare_points
+from digit_ds.clustering.exact import ExactAssigner, nearest_in_fp64
 from digit_ds.clustering.shard import Batch
 
 CPU = torch.device("cpu")
@@ -88,13 +88,13 @@ def test_bounds_hold_for_a_tensor_core_that_cuts_off(case):
     bias = (c.half_squares * (x.factor / c.factor)).float().double()[: len(centroids)]
     first = (tensor_core_product(x.halves, c.high[: len(centroids)]) + bias).float()
     error = torch.outer(x.residuals, limits.radius) + torch.outer(x.lengths, limits.slack) + limits.constant
-    error = error.repeat_interleave(exact.GROUP, 1)[:, : len(centroids)]
+    error = error.repeat_interleave(GROUP, 1)[:, : len(centroids)]
     assert ((first - exact_scores).abs() <= error).all()
     scaled = torch.nn.functional.pad(points * x.factor, (0, x.halves.shape[1] - points.shape[1]))
     low = (scaled - x.halves.float()).half()
     total = torch.zeros_like(first)
-    for step in range(0, scaled.shape[1], exact.STEP):
-        columns = slice(step, step + exact.STEP)
+    for step in range(0, scaled.shape[1], STEP):
+        columns = slice(step, step + STEP)
         high_c, low_c = c.high[: len(centroids), columns], c.low[: len(centroids), columns]
         part = tensor_core_product(low[:, columns], high_c)
         part = tensor_core_product(x.halves[:, columns], low_c, part)
@@ -113,6 +113,6 @@ def test_tiles_hold_neighbours():
     centroids = gaussian(512, 16, 1) * 0.1 + (gaussian(8, 16, 2) * 5)[cloud]
     places = torch.randperm(512, generator=generator)
     order = prepare_centroids(centroids[places]).order.long()
-    clouds_per_tile = [len(tile.unique()) for tile in cloud[places][order].view(-1, exact.GROUP)]
+    clouds_per_tile = [len(tile.unique()) for tile in cloud[places][order].view(-1, GROUP)]
     assert sum(clouds_per_tile) <= 32  # in any other order nearly all 8 clouds are in each of the 8 tiles
     assert sorted(order.tolist()) == list(range(512))

@@ -9,8 +9,8 @@ torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_pr
 from digit_ds.clustering import kernels
 from digit_ds.clustering.exact import ExactAssigner, nearest_in_fp64
 from digit_ds.clustering.fixed_point import scale_for
-from digit_ds.clustering.gpu_stages import GpuStages
 from digit_ds.clustering.shard import Batch
+from kmeans_variants import make_variant
 
 random = torch.Generator().manual_seed(0)
 points, centroids = torch.randn(333, 70, generator=random), torch.randn(300, 70, generator=random)
@@ -21,9 +21,7 @@ cases = [(points, centroids, name) for name in ("pointers-128x256", "tma-persist
 cases += [(points, copies, "pointers-128x128"), (midway, centroids, "pointers-128x128")]
 for x, c, variant in cases:
     plain = ExactAssigner(torch.device("cpu"))
-    kernel = ExactAssigner(torch.device("cpu"))
-    kernel._stages = GpuStages(variant)
-    kernel._fp16_products = kernel._stages.fp16_products
+    kernel = make_variant(torch.device("cpu"), variant)
     plain.set_centroids(c)
     kernel.set_centroids(c)
     assert torch.equal(kernel.assign(Batch(0, x)), nearest_in_fp64(x, c.double())), variant

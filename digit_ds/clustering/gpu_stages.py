@@ -6,18 +6,19 @@ import torch
 import triton
 
 from digit_ds.clustering import kernels
-from digit_ds.clustering.exact import GROUP, STEP, Bounds, PreparedCentroids, PreparedPoints
-
-_ROWS_AT_ONCE = 1 << 18
+from digit_ds.clustering.bounds import GROUP, ROWS_AT_ONCE, STEP, Bounds, PreparedCentroids, PreparedPoints
 
 
 class GpuStages:
-    """Callable like ``torch_stages``. ``timer``, if set, is called with each stage's name when it has been launched."""
+    """See ``TorchStages``. ``timer``, if set, is called with each stage's name when it has been launched."""
 
-    def __init__(self, variant: str | None = None, recheck: str = "64") -> None:
-        self.variant = kernels.VARIANTS[variant or kernels.DEFAULT]
-        self.recheck = kernels.RECHECKS[recheck]
-        self.fp16_products = self.variant.loads == "library"
+    def __init__(
+        self,
+        tile_maxima: Callable[..., None] = kernels.tile_maxima,
+        recheck: kernels.Recheck = kernels.RECHECK,
+        fp16_products: bool = False,
+    ) -> None:
+        self.tile_maxima, self.recheck, self.fp16_products = tile_maxima, recheck, fp16_products
         self.timer: Callable[[str], None] = lambda stage: None
 
     def __call__(
@@ -29,9 +30,9 @@ class GpuStages:
         codes: torch.Tensor,
         doubts: torch.Tensor,
     ) -> torch.Tensor:
-        """See ``torch_stages``; the number of pairs stays on the GPU."""
+        """See ``TorchStages``; the number of pairs stays on the GPU."""
         tiles = len(bias) // GROUP
-        n = min(_ROWS_AT_ONCE, len(codes))
+        n = min(ROWS_AT_ONCE, len(codes))
         device = codes.device
         maxima = torch.empty(n, tiles, device=device)
         lists = torch.empty(tiles, n, dtype=torch.int32, device=device)
@@ -44,7 +45,7 @@ class GpuStages:
             own = slice(start, start + n)
             count = len(codes[own])
             self.timer("prepare")
-            kernels.tile_maxima(self.variant, points.halves[own], centroids.high, bias, maxima[:count])
+            self.tile_maxima(points.halves[own], centroids.high, bias, maxima[:count])
             self.timer("maxima")
             counts = torch.zeros(tiles, dtype=torch.int32, device=device)
             padded_tiles = triton.next_power_of_2(tiles)

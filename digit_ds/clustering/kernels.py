@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from digit_ds.clustering.exact import GROUP, STEP
+from digit_ds.clustering.bounds import GROUP, STEP
 
 
 @dataclass(frozen=True)
 class Recheck:
-    """How the recheck is scheduled."""
+    """How the recheck is scheduled; the default was the fastest of ``benchmarks/kmeans_speed.py``."""
 
     rows: int = 64
     warps: int = 4
@@ -24,69 +24,28 @@ class Recheck:
     programs: int = 24  # of each tile
 
 
-RECHECKS = {
-    "64": Recheck(),
-    "64-2": Recheck(stages=2),
-    "128-8": Recheck(rows=128, warps=8, stages=2),
-    "128-4": Recheck(rows=128, warps=4, stages=2),
-}
+RECHECK = Recheck()
 
 
 @dataclass(frozen=True)
 class Maxima:
-    """One way of computing the tile maxima: block of ``rows`` x ``codes``, and how it is scheduled."""
+    """How the tile maxima are scheduled, in blocks of ``rows`` x ``codes``; the default was the fastest."""
 
-    loads: str  # "pointers", "descriptors" (TMA) or "library" (the library's matrix product, then a pass for maxima)
     rows: int = 128
     codes: int = 256
     warps: int = 8
     stages: int = 3
-    persistent: bool = False
+    persistent: bool = True
 
 
-VARIANTS = {
-    "tma-persistent-128x256": Maxima("descriptors", persistent=True),
-    "tma-persistent-128x256-4": Maxima("descriptors", stages=4, persistent=True),
-    "tma-128x256": Maxima("descriptors", stages=4),
-    "tma-128x128": Maxima("descriptors", codes=128, warps=4, stages=3),
-    "tma-persistent-128x128": Maxima("descriptors", codes=128, stages=4, persistent=True),
-    "tma-256x128": Maxima("descriptors", rows=256, codes=128, stages=4),
-    "pointers-128x256": Maxima("pointers"),
-    "pointers-128x128": Maxima("pointers", codes=128, warps=4, stages=3),
-    "library": Maxima("library"),
-}
-DEFAULT = "tma-persistent-128x256"
+MAXIMA = Maxima()
 _RUN = 64  # sorted points that one program adds up
 
 
 @triton.jit
-def _maxima_of(scores, ROWS: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr):
+def maxima_of_tiles(scores, ROWS: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr):
+    """Largest of each ``GROUP`` of scores [ROWS, CODES]."""
     return tl.max(tl.reshape(scores, (ROWS, CODES // GROUP, GROUP)), axis=2)  # [ROWS, CODES / GROUP]
-
-
-@triton.jit
-def pointer_maxima_kernel(
-    points, centroids, bias, maxima, n, tiles,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Largest score of each tile of codes, fp32 [n, T], of fp16 points [n, Dp] and centroids [K, Dp]."""
-    columns_of_blocks = tiles // (CODES // GROUP)
-    block = tl.program_id(0)
-    first_row = (block // columns_of_blocks) * ROWS
-    first_code = (block % columns_of_blocks) * CODES
-    rows = first_row + tl.arange(0, ROWS)
-    codes = first_code + tl.arange(0, CODES)
-    step = tl.arange(0, STEP)
-    left = points + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * WIDTH + step[None, :]
-    right = centroids + codes[None, :] * WIDTH + step[:, None]
-    products = tl.zeros((ROWS, CODES), tl.float32)
-    for _ in range(0, WIDTH, STEP):
-        products = tl.dot(tl.load(left), tl.load(right), products)
-        left += STEP
-        right += STEP
-    best = _maxima_of(products + tl.load(bias + codes)[None, :], ROWS, CODES, GROUP)
-    out = first_code // GROUP + tl.arange(0, CODES // GROUP)
-    tl.store(maxima + rows.to(tl.int64)[:, None] * tiles + out[None, :], best, mask=rows[:, None] < n)
 
 
 @triton.jit
@@ -95,7 +54,10 @@ def descriptor_maxima_kernel(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """As ``pointer_maxima_kernel``, by tensor descriptors; each program takes every ``num_programs``-th block."""
+    """Largest score of each tile of codes, fp32 [n, T], of fp16 points [n, Dp] and centroids [K, Dp].
+
+    Each program takes every ``num_programs``-th block.
+    """
     columns_of_blocks = tiles // (CODES // GROUP)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), flatten=FLATTEN):
         first_row = (block // columns_of_blocks) * ROWS
@@ -106,22 +68,10 @@ def descriptor_maxima_kernel(
             right = centroids.load([first_code, column])
             products = tl.dot(left, right.T, products)
         codes = first_code + tl.arange(0, CODES)
-        best = _maxima_of(products + tl.load(bias + codes)[None, :], ROWS, CODES, GROUP)
+        best = maxima_of_tiles(products + tl.load(bias + codes)[None, :], ROWS, CODES, GROUP)
         rows = first_row + tl.arange(0, ROWS)
         out = first_code // GROUP + tl.arange(0, CODES // GROUP)
         tl.store(maxima + rows.to(tl.int64)[:, None] * tiles + out[None, :], best, mask=rows[:, None] < n)
-
-
-@triton.jit
-def group_maxima_kernel(products, bias, maxima, n, tiles, ROWS: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr):
-    """Largest score of each tile from products fp16 [n, K] that the library computed."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    codes = tl.program_id(1) * CODES + tl.arange(0, CODES)
-    there = rows[:, None] < n
-    scores = tl.load(products + rows[:, None] * (tiles * GROUP) + codes[None, :], mask=there, other=0.0).to(tl.float32)
-    best = _maxima_of(scores + tl.load(bias + codes)[None, :], ROWS, CODES, GROUP)
-    out = tl.program_id(1) * (CODES // GROUP) + tl.arange(0, CODES // GROUP)
-    tl.store(maxima + rows[:, None] * tiles + out[None, :], best, mask=there)
 
 
 @triton.jit
@@ -245,37 +195,18 @@ def segment_sum_kernel(points, order, codes, sums, n, width, scale, LENGTH: tl.c
 
 
 def tile_maxima(
-    variant: Maxima, halves: torch.Tensor, centroids: torch.Tensor, bias: torch.Tensor, maxima: torch.Tensor
+    halves: torch.Tensor, centroids: torch.Tensor, bias: torch.Tensor, maxima: torch.Tensor, schedule: Maxima = MAXIMA
 ) -> None:
     """Fill ``maxima`` fp32 [n, T]; ``halves`` fp16 [n, Dp], ``centroids`` fp16 [K, Dp], ``bias`` fp32 [K]."""
     n, tiles = maxima.shape
-    width = halves.shape[1]
-    if variant.loads == "library":
-        _library_maxima(halves, centroids, bias, maxima)
-        return
-    blocks = triton.cdiv(n, variant.rows) * (centroids.shape[0] // variant.codes)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    shape = {"WIDTH": width, "ROWS": variant.rows, "CODES": variant.codes, "STEP": STEP, "GROUP": GROUP}
-    if variant.loads == "pointers":
-        pointer_maxima_kernel[(blocks,)](halves, centroids, bias, maxima, n, tiles, **shape, **options)
-        return
+    blocks = triton.cdiv(n, schedule.rows) * (centroids.shape[0] // schedule.codes)
     processors = torch.cuda.get_device_properties(halves.device).multi_processor_count
-    descriptor_maxima_kernel[(min(blocks, processors) if variant.persistent else blocks,)](
-        TensorDescriptor.from_tensor(halves, [variant.rows, STEP]),
-        TensorDescriptor.from_tensor(centroids, [variant.codes, STEP]),
-        bias, maxima, n, tiles, blocks, **shape,
-        FLATTEN=variant.persistent, **options,
+    descriptor_maxima_kernel[(min(blocks, processors) if schedule.persistent else blocks,)](
+        TensorDescriptor.from_tensor(halves, [schedule.rows, STEP]),
+        TensorDescriptor.from_tensor(centroids, [schedule.codes, STEP]),
+        bias, maxima, n, tiles, blocks, WIDTH=halves.shape[1], ROWS=schedule.rows, CODES=schedule.codes, STEP=STEP,
+        GROUP=GROUP, FLATTEN=schedule.persistent, num_warps=schedule.warps, num_stages=schedule.stages,
     )  # fmt: skip
-
-
-def _library_maxima(halves: torch.Tensor, centroids: torch.Tensor, bias: torch.Tensor, maxima: torch.Tensor) -> None:
-    rows = 32768  # 512 MiB of fp16 products for 8,192 codes
-    tiles = maxima.shape[1]
-    for start in range(0, len(halves), rows):
-        products = halves[start : start + rows] @ centroids.t()  # fp16 [rows, K]
-        group_maxima_kernel[(triton.cdiv(len(products), 32), centroids.shape[0] // 256)](
-            products, bias, maxima[start:], len(products), tiles, ROWS=32, CODES=256, GROUP=GROUP, num_warps=4
-        )
 
 
 def add_points_sorted(

@@ -8,6 +8,8 @@ from digit_ds.clustering.shard import Batch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from kmeans_variants import RECHECKS, VARIANTS, make_variant
+
 from digit_ds.clustering import kernels
 from digit_ds.clustering.assignment import FaissAssigner, TorchAssigner
 from digit_ds.clustering.exact import ExactAssigner, nearest_in_fp64
@@ -54,20 +56,20 @@ def in_fp64(points, centroids):
     return torch.cat([nearest_in_fp64(part, exact) for part in points.split(8192)])
 
 
-@pytest.mark.parametrize("variant", kernels.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES)
 def test_assignment_is_that_of_fp64(case, variant):
     points, centroids = CASES[case]()
-    assigner = ExactAssigner(CUDA, variant)
+    assigner = make_variant(CUDA, variant)
     assigner.set_centroids(centroids)
     codes = assigner.assign(Batch(0, points))
     assert int((codes != in_fp64(points, centroids)).sum()) == 0
 
 
-@pytest.mark.parametrize("recheck", kernels.RECHECKS)
+@pytest.mark.parametrize("recheck", RECHECKS)
 def test_every_recheck_gives_the_same(recheck):
     points, centroids = CASES["gaussian"]()
-    assigner = ExactAssigner(CUDA, None, recheck)
+    assigner = make_variant(CUDA, recheck=recheck)
     assigner.set_centroids(centroids)
     assert torch.equal(assigner.assign(Batch(0, points)), in_fp64(points, centroids))
 
