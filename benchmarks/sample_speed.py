@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from digit_ds.generation.pictures import write_png
 from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
 from digit_ds.generation.settings import Decoding
-from digit_ds.model.decoder import Decoder
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer
 from digit_ds.tokenizer.vqgan import MAGE_CONFIG, Vqgan, to_uint8
 from digit_ds.tokenizer.vqgan_network import VqganNetwork
 
@@ -55,7 +55,7 @@ VQGAN_VARIANTS = [
 """Precision, layout of the weights, compiled or not, of the VQGAN alone."""
 
 
-def random_model(kind: str, size: str, modern: bool = False) -> Decoder:
+def random_model(kind: str, size: str, modern: bool = False) -> Transformer:
     """A model of full size on the GPU; pixel decoders are of base size for both priors."""
     codes = SIZES[size][2]
     layers, width = SIZES[size if kind == "prior" else "base"][:2]
@@ -66,7 +66,7 @@ def random_model(kind: str, size: str, modern: bool = False) -> Decoder:
         spec = replace(spec, norm_position="pre", ffn_width=round(width / 48) * 128, **MODERN)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = Decoder(spec)
+        model = Transformer(spec)
     for table in (module for module in model.modules() if isinstance(module, torch.nn.Embedding)):
         torch.nn.init.normal_(table.weight, 0.0, width**-0.5)
     return model.bfloat16().eval().requires_grad_(False)

@@ -12,7 +12,7 @@ _HOMES = {
     "load_encoder": "digit_ds.tokenizer.encoder",
     "load_codebook": "digit_ds.tokenizer.codebook",
     "load_vqgan": "digit_ds.tokenizer.vqgan",
-    "load_model": "digit_ds.model.decoder",
+    "load_model": "digit_ds.model.transformer",
 }
 __all__ = ["load_codebook", "load_encoder", "load_model", "load_vqgan"]
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from digit_ds.model.decoder import Decoder
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer
 from digit_ds.model.weights import from_official_names
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {"stlm": "prior", "st2vtlm": "ar", "st2vtlm_nar": "nar", "st2vtlm_vq": "vq"}
 
 
-def golden_model(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
+def golden_model(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """The model of a golden folder, its sizes read from its tensors and its stored configuration."""
     checkpoint = torch.load(GOLDEN / name / "checkpoint_last.pt", weights_only=True)
     config, state = checkpoint["cfg"]["model"], checkpoint["model"]
@@ -33,6 +33,6 @@ def golden_model(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
         classes=rows - written if kind == "prior" else 0,
         grid=(16, 16),
     )
-    model = Decoder(spec)
+    model = Transformer(spec)
     model.load_state_dict(from_official_names(decoder, spec, name))
     return model.to(dtype).eval().requires_grad_(False)

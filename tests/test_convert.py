@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from digit_ds.errors import UserError
-from digit_ds.model.decoder import load_model, save_model
 from digit_ds.model.fairseq import plain, read_checkpoint
 from digit_ds.model.official import CARRIED, from_official, to_official
-from digit_ds.model.released import read_model
+from digit_ds.model.released import read_model, save_model
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import load_model
 from digit_ds.model.weights import initial_state
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference_loss import label_smoothed_cross_entropy
 from small_models import MODERN_LAYERS
 
 from digit_ds.errors import UserError
-from digit_ds.model.decoder import Decoder, load_model, save_model
-from digit_ds.model.loss import label_smoothed_cross_entropy
 from digit_ds.model.official import from_official
+from digit_ds.model.released import save_model
 from digit_ds.model.sequences import training_sequence
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.model.weights import initial_state
 from digit_ds.vocabulary import EOS, MASK, SPECIALS
 
@@ -35,7 +36,7 @@ def released(tmp_path_factory):
     """Variant -> the golden checkpoint as a released model, converted once."""
     made = {}
 
-    def convert(variant: str) -> Decoder:
+    def convert(variant: str) -> Transformer:
         if variant not in made:
             directory = tmp_path_factory.mktemp("released") / variant
             from_official(GOLDEN / variant / "checkpoint_last.pt", directory)
@@ -175,7 +176,7 @@ SPEC = TransformerSpec("prior", 2, 24, 3, 40, "pre", 30, 11, 0, 4, grid=(3, 4))
 def test_the_cache_equals_a_full_pass_in_any_chunks(kind, chunks, options):
     grid = (2, 3) if kind == "ar" or not options else (3, 4)  # rotary positions end with the grid
     spec = TransformerSpec(kind, 2, 24, 3, 40, "post", 30, 11, 7, 0, grid=grid, **options)
-    model = Decoder(spec).eval()
+    model = Transformer(spec).eval()
     model.load_state_dict(initial_state(spec, 3))
     tokens = torch.randint(spec.vocabulary.embedding_rows, (2, sum(chunks)))
     cache = model.new_cache(2, sum(chunks) + 2)
@@ -194,14 +195,14 @@ def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
         model(torch.tensor([[2, 20]]))
     with pytest.raises(UserError, match="31 tokens was given, this prior model takes at most 30"):
         model(torch.zeros(1, 31, dtype=torch.int64))
-    turning = Decoder(TransformerSpec("ar", 1, 8, 2, 16, "pre", 1, 9, 7, 0, grid=(3, 4), positions="rotary2d"))
+    turning = Transformer(TransformerSpec("ar", 1, 8, 2, 16, "pre", 1, 9, 7, 0, grid=(3, 4), positions="rotary2d"))
     with pytest.raises(UserError, match="26 tokens was given, this ar model takes at most 25"):
         turning(torch.zeros(1, 26, dtype=torch.int64))
-    far = Decoder(TransformerSpec("ar", 1, 8, 2, 16, "pre", 11, 9, 7, 0, grid=(3, 4)))
+    far = Transformer(TransformerSpec("ar", 1, 8, 2, 16, "pre", 11, 9, 7, 0, grid=(3, 4)))
     with pytest.raises(UserError, match="12 tokens was given, this ar model takes at most 11"):
         far(torch.zeros(1, 12, dtype=torch.int64))
     with pytest.raises(ValueError, match="no cache"):
-        Decoder(TransformerSpec("nar", 1, 8, 2, 16, "pre", 20, 9, 7, 0, grid=(3, 4))).new_cache(1, 5)
+        Transformer(TransformerSpec("nar", 1, 8, 2, 16, "pre", 20, 9, 7, 0, grid=(3, 4))).new_cache(1, 5)
     with pytest.raises(UserError, match="already holds a model"):
         save_model(tmp_path / "model", SPEC, initial_state(SPEC, 0), {})
     with pytest.raises(UserError, match="does not exist, expected a model directory"):

@@ -4,7 +4,8 @@ from triton_interpreter import interpret
 
 PROGRAM = """
 import torch
-from digit_ds.model.decoder import Decoder, KeyValueCache
+from digit_ds.model.attention import KeyValueCache
+from digit_ds.model.transformer import Transformer
 from digit_ds.model.fused_cache import FusedCache
 from digit_ds.model.spec import TransformerSpec
 
@@ -28,7 +29,7 @@ for width, heads, prompt in ((64, 2, 60), (48, 2, 95), (48, 2, 0)):  # head widt
 for width, options in ((48, {"positions": "rotary2d", "qk_norm": True}), (16, {"positions": "rotary2d"}),
                        (12, {"qk_norm": True}), (10, {"qk_norm": True})):  # the last head width is odd
     spec = TransformerSpec("ar", 1, width, 2, 16, "pre", 12, 9, 7, 0, grid=(2, 3), **options)
-    model, tokens = Decoder(spec).eval(), torch.randint(14, (2, 10))
+    model, tokens = Transformer(spec).eval(), torch.randint(14, (2, 10))
     for name, parameter in model.named_parameters():
         if "qk_norm" in name:
             torch.nn.init.normal_(parameter)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference_loss import label_smoothed_cross_entropy
 from small_models import MODERN_LAYERS
 from training_parts import launch
 
 from digit_ds.errors import UserError
-from digit_ds.model.decoder import Decoder, load_model, save_model
-from digit_ds.model.loss import label_smoothed_cross_entropy
 from digit_ds.model.official import to_official
+from digit_ds.model.released import save_model
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.model.weights import initial_state, shard, unshard
 
 PLAIN = TransformerSpec("prior", 2, 24, 2, 40, "pre", 30, 11, 0, 4, grid=(2, 3))
@@ -133,7 +134,7 @@ def in_order(spec, state, tokens, order: list[int]) -> torch.Tensor:
 def test_the_formulas_are_what_is_computed(case):
     spec = CASES[case]
     state, tokens = some_state(spec), some_tokens(spec)
-    model = Decoder(spec).double().eval()
+    model = Transformer(spec).double().eval()
     model.load_state_dict(state)
     expected = reference(spec, state, tokens)
     assert expected.std() > 0.5
@@ -171,7 +172,7 @@ def test_the_training_model_is_the_lean_model_on_two_ranks(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for case, spec in CASES.items():
         parts = [found[case] for found in ranks]
-        model = Decoder(spec)
+        model = Transformer(spec)
         model.load_state_dict(some_state(spec))
         tokens, size = some_tokens(spec), spec.vocabulary.output_size
         logits = model(tokens, some_order(spec))

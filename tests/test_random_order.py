@@ -14,8 +14,8 @@ from digit_ds.errors import UserError
 from digit_ds.generation.draws import PRIOR
 from digit_ds.generation.samplers import AutoregressiveSampler
 from digit_ds.generation.settings import Decoding
-from digit_ds.model.decoder import load_model
 from digit_ds.model.sequences import training_sequence
+from digit_ds.model.transformer import load_model
 from digit_ds.training.export import export
 from digit_ds.training.schedule import random_order_share
 

@@ -8,8 +8,8 @@ import torch
 
 from digit_ds.config import load_recipe
 from digit_ds.data.shards import ShardManifest
-from digit_ds.model.decoder import Decoder
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer
 from digit_ds.model.weights import parameter_count
 from digit_ds.training.runs import model_spec
 
@@ -64,7 +64,7 @@ def test_size_and_length_are_those_stated(name):
     recipe, spec = load_recipe(RECIPES / f"{name}.yaml"), spec_of(name)
     _, epochs, expected = RECIPE_FACTS[name]
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Transformer(spec)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == parameter_count(spec)
     if expected is not None:

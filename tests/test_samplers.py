@@ -14,8 +14,8 @@ from digit_ds.generation.filtering import candidates, draw
 from digit_ds.generation.parallel import ParallelSampler, masked_again, masked_log_probabilities
 from digit_ds.generation.samplers import AutoregressiveSampler, guide
 from digit_ds.generation.settings import Decoding, Guidance
-from digit_ds.model.decoder import Decoder
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer
 from digit_ds.model.weights import initial_state
 from digit_ds.vocabulary import EOS, MASK, SPECIALS
 
@@ -231,7 +231,7 @@ def test_an_image_is_the_same_in_any_batch(kind):
     spec = TransformerSpec(
         kind, 2, 64, 2, 256, "pre", 64, 96, 0 if kind == "prior" else 40, 10 if kind == "prior" else 0, (4, 4)
     )
-    model = Decoder(spec)
+    model = Transformer(spec)
     model.load_state_dict(initial_state(spec, 1))
     model = model.double().eval()
     sampler_class = ParallelSampler if kind == "nar" else AutoregressiveSampler

@@ -12,7 +12,7 @@ import torch
 import yaml
 from training_parts import launch, metrics, recipe, train, write_shards
 
-from digit_ds.model.decoder import load_model
+from digit_ds.model.transformer import load_model
 from digit_ds.training.export import export
 
 pytestmark = pytest.mark.slow

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference_loss import label_smoothed_cross_entropy
 from training_parts import MODERN, launch, metrics, recipe, train, write_shards
 
 from digit_ds.config import Recipe
 from digit_ds.data.stream import Chunks, TokenStream
 from digit_ds.model import weights
-from digit_ds.model.decoder import Decoder
-from digit_ds.model.loss import label_smoothed_cross_entropy
 from digit_ds.model.sequences import training_sequence
+from digit_ds.model.transformer import Transformer
 from digit_ds.training.schedule import learning_rate, random_order_share
 
 LAYOUTS = list(product((1, 2, 4), (1, 2), (0, 1, 2, 3)))
@@ -32,7 +32,7 @@ def train_plainly(values: Recipe, out: Path) -> None:
 
     stream = TokenStream(values.data.shards, seed=values.data.shuffle_seed, owner=str(out))
     spec = model_spec(values, stream.manifest)
-    model = Decoder(spec)
+    model = Transformer(spec)
     model.load_state_dict(weights.initial_state(spec, values.training.seed))
     model.train()
     settings, training = values.optimizer, values.training

@@ -8,22 +8,22 @@ import torch
 from small_models import MODERN_LAYERS
 
 from digit_ds.errors import UserError
-from digit_ds.model.decoder import Decoder
 from digit_ds.model.partition import read_partitioned, read_shard, write_partitioned
 from digit_ds.model.released import save_model
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer
 from digit_ds.model.weights import (
     SCHEMA,
+    Rule,
+    Split,
     check_state,
     from_official_names,
     initial_state,
-    name_pattern,
     padded_rows,
     parameter_count,
     parameters,
     shard,
     shard_shape,
-    split_patterns,
     to_official_names,
     unshard,
 )
@@ -58,14 +58,31 @@ def same(left, right) -> bool:
 )
 def test_full_sizes_have_the_published_parameter_counts(spec, count):
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Transformer(spec)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(spec) == count
+
+
+def name_pattern(rule: Rule, prefix: str = "") -> str:
+    """Regular expression that matches a rule's parameter names, whole."""
+    return "^" + re.escape(prefix) + re.escape(rule.name).replace(re.escape("{i}"), r"\d+") + "$"
+
+
+def split_patterns(prefix: str = "") -> dict[Split, list[str]]:
+    """Patterns of parameter names by how ranks share them, as DeepSpeed's universal checkpoint wants them.
+
+    ``prefix`` stands before each name (that of a wrapping module). Vocabulary tables are listed on their own, but as
+    their padding does not depend on the tensor-parallel size they may be joined along dim 0 like ``column`` ones.
+    """
+    patterns: dict[Split, list[str]] = {"replicated": [], "column": [], "row": [], "vocabulary": []}
+    for rule in SCHEMA:
+        patterns[rule.split].append(name_pattern(rule, prefix))
+    return patterns
 
 
 @pytest.mark.parametrize("spec", SMALL + MODERN)
 def test_each_parameter_matches_exactly_one_rule(spec):
     with torch.device("meta"):
-        state = Decoder(spec).state_dict()
+        state = Transformer(spec).state_dict()
     check_state(state, spec, "model")
     assert list(state) == list(initial_state(spec, 0))  # the module and the schema agree on the order too
     for name in state:

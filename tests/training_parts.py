@@ -26,7 +26,7 @@ MODERN = {"model__norm_position": "pre", **{f"model__{name}": value for name, va
 # A fork of a process that has touched CUDA cannot use it: there every rank starts from nothing.
 _CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 if not torch.cuda.is_available():
-    _CONTEXT.set_forkserver_preload(["digit_ds.training.loop", "digit_ds.model.decoder"])
+    _CONTEXT.set_forkserver_preload(["digit_ds.training.loop", "digit_ds.model.transformer"])
 
 
 def write_shards(directory: Path, images: int = 40, views: int = 2) -> Path:

@@ -19,8 +19,8 @@ from digit_ds.demo.page import write_page
 from digit_ds.demo.pictures import labelled_grid
 from digit_ds.errors import run_command
 from digit_ds.files import read_json, write_atomically, write_json
-from digit_ds.model.decoder import load_model
 from digit_ds.model.sequences import training_sequence
+from digit_ds.model.transformer import load_model
 
 GRID_COLUMNS = 10
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from digit_ds.data.shards import ShardManifest, iterate, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256, write_atomically, write_json
-from digit_ds.model.decoder import Decoder, load_model
 from digit_ds.model.released import WEIGHTS, read_config
 from digit_ds.model.sequences import start_tokens
+from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.parallel import launch
 from digit_ds.parallel.progress import progress
 
@@ -156,7 +156,7 @@ class Classifiers:
 class _Features:
     """Pooled hidden states of samples, computed on demand or, where they fit, once."""
 
-    def __init__(self, model: Decoder, codes: Tensor, labels: Tensor, batch: int):
+    def __init__(self, model: Transformer, codes: Tensor, labels: Tensor, batch: int):
         self.model, self.codes, self.labels, self.batch = model, codes, labels, batch
         self.device = next(model.parameters()).device
         self._cache: Tensor | None = None
@@ -177,7 +177,7 @@ class _Features:
 
 
 @torch.inference_mode()
-def pooled_states(model: Decoder, codes: Tensor) -> Tensor:
+def pooled_states(model: Transformer, codes: Tensor) -> Tensor:
     """Mean over all positions, that of BOS included, of what enters each layer: codes [B, G] -> float32 [L, B, D]."""
     start = start_tokens(model.spec, None, len(codes), device=codes.device)[:, None]
     tokens = torch.cat([start, model.spec.vocabulary.token(codes)], dim=1)

@@ -14,7 +14,7 @@ from digit_ds.generation.draws import PIXELS, PRIOR
 from digit_ds.generation.parallel import ParallelSampler
 from digit_ds.generation.samplers import AutoregressiveSampler, Sampler
 from digit_ds.generation.settings import Decoding
-from digit_ds.model.decoder import Decoder
+from digit_ds.model.transformer import Transformer
 from digit_ds.tokenizer.vqgan import Vqgan, to_uint8
 
 BLOCK = 16
@@ -30,7 +30,7 @@ class Codes(NamedTuple):
     vq: Tensor
 
 
-def make_sampler(model: Decoder, decoding: Decoding, seed: int, rows: int) -> Sampler:
+def make_sampler(model: Transformer, decoding: Decoding, seed: int, rows: int) -> Sampler:
     """The sampler that fits a model: parallel for ``nar``, autoregressive for everything else."""
     purpose = PIXELS if model.spec.vocabulary.has_prefix else PRIOR
     kind = ParallelSampler if model.spec.kind == "nar" else AutoregressiveSampler

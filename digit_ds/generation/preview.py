@@ -11,7 +11,7 @@ from digit_ds.errors import UserError
 from digit_ds.generation.pictures import draw_grid
 from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
 from digit_ds.generation.settings import Decoding
-from digit_ds.model.decoder import load_model
+from digit_ds.model.transformer import load_model
 from digit_ds.parallel import launch
 from digit_ds.tokenizer.vqgan import load_vqgan
 

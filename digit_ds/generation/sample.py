@@ -17,9 +17,9 @@ from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
 from digit_ds.generation.provenance import Part, check_agreement
 from digit_ds.generation.settings import Decoding
 from digit_ds.generation.sources import ImageFolder, Source, TokenFile
-from digit_ds.model.decoder import Decoder, load_model
 from digit_ds.model.released import WEIGHTS, read_config
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.parallel import launch
 from digit_ds.parallel.progress import progress
 from digit_ds.tokenizer.codebook import load_codebook
@@ -279,7 +279,7 @@ def _labels(
     return [chosen[image % len(chosen)] for image in range(total)], names
 
 
-def _load(model: _Model, device: torch.device, precision: Precision) -> Decoder:
+def _load(model: _Model, device: torch.device, precision: Precision) -> Transformer:
     return load_model(model.directory, device=device, dtype=getattr(torch, precision))
 
 

@@ -21,8 +21,8 @@ from digit_ds.errors import UserError
 from digit_ds.generation.draws import uniforms
 from digit_ds.generation.filtering import candidates, draw, wide
 from digit_ds.generation.settings import Decoding
-from digit_ds.model.decoder import Decoder
 from digit_ds.model.sequences import prompt_tokens
+from digit_ds.model.transformer import Transformer
 from digit_ds.vocabulary import EOS
 
 
@@ -37,7 +37,7 @@ class Sampler(ABC):
         rows: images of one model call; smaller batches are padded to it.
     """
 
-    def __init__(self, model: Decoder, decoding: Decoding, seed: int, purpose: int, rows: int):
+    def __init__(self, model: Transformer, decoding: Decoding, seed: int, purpose: int, rows: int):
         self.model, self.decoding, self.seed, self.purpose, self.rows = model, decoding, seed, purpose, rows
         self.spec = model.spec
         self.device = next(model.parameters()).device
@@ -96,7 +96,7 @@ class AutoregressiveSampler(Sampler):
     is captured once in a CUDA graph and replayed for every token of every batch without the host looking at anything.
     """
 
-    def __init__(self, model: Decoder, decoding: Decoding, seed: int, purpose: int, rows: int):
+    def __init__(self, model: Transformer, decoding: Decoding, seed: int, purpose: int, rows: int):
         super().__init__(model, decoding, seed, purpose, rows)
         tokens, sequences = self.spec.tokens, rows * (2 if decoding.guidance.active else 1)
         # The last token is never read back, so it needs no place in the cache.

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from digit_ds.model.decoder import NORM_EPSILON, KeyValueCache, QkNorm
+from digit_ds.model.attention import NORM_EPSILON, KeyValueCache, QkNorm
 
 
 class Launch(NamedTuple):
@@ -156,7 +156,7 @@ class FusedCache(KeyValueCache):
     """A cache whose single steps run as one kernel a layer; prompts of several tokens attend in the general way."""
 
     def ready(self, qkv: Tensor, qk_norm: QkNorm | None, turn: Tensor | None) -> Tensor:
-        """See :func:`digit_ds.model.decoder.ready`; ``qkv`` itself is changed."""
+        """See :func:`digit_ds.model.attention.ready`; ``qkv`` itself is changed."""
         batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // (3 * self.heads)
         if (qk_norm is None and turn is None) or width % 2:  # an odd width has no halves
             return super().ready(qkv, qk_norm, turn)

@@ -1,13 +1,12 @@
 """The one description of a transformer's parameters, and every mapping that follows from it.
 
 ``SCHEMA`` has one rule a parameter: its name, shape, how tensor parallelism cuts it, how it starts, and what the
-published (fairseq) checkpoints call it. Initial weights, parameter counts, the mapping to and from published names,
-Megatron shards and the patterns of DeepSpeed's universal checkpoint are all derived from it.
+published (fairseq) checkpoints call it. Initial weights, parameter counts, the mapping to and from published names
+and Megatron shards are all derived from it.
 """
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -312,20 +311,3 @@ def unshard(parts: Sequence[Mapping[str, Tensor]], spec: TransformerSpec) -> Sta
         else:
             state[parameter.name] = torch.cat(pieces, dim)[: parameter.shape[0]]
     return state
-
-
-def name_pattern(rule: Rule, prefix: str = "") -> str:
-    """Regular expression that matches a rule's parameter names, whole."""
-    return "^" + re.escape(prefix) + re.escape(rule.name).replace(re.escape("{i}"), r"\d+") + "$"
-
-
-def split_patterns(prefix: str = "") -> dict[Split, list[str]]:
-    """Patterns of parameter names by how ranks share them, as DeepSpeed's universal checkpoint wants them.
-
-    ``prefix`` stands before each name (that of a wrapping module). Vocabulary tables are listed on their own, but as
-    their padding does not depend on the tensor-parallel size they may be joined along dim 0 like ``column`` ones.
-    """
-    patterns: dict[Split, list[str]] = {"replicated": [], "column": [], "row": [], "vocabulary": []}
-    for rule in SCHEMA:
-        patterns[rule.split].append(name_pattern(rule, prefix))
-    return patterns

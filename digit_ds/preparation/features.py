@@ -20,7 +20,7 @@ from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256, write_atomically, write_json
 from digit_ds.parallel.launch import device, is_main
 from digit_ds.preparation.jobs import Job, default_workers
-from digit_ds.preparation.loading import Decoder, Loading
+from digit_ds.preparation.loading import JpegDecoder, Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded, precision_dtype
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.tokenizer.encoder import load_encoder
@@ -47,7 +47,7 @@ def extract_features(
     dtype: str = "fp16",
     precision: str = "fp32",
     compile: bool = False,
-    decoder: Decoder = "cpu",
+    decoder: JpegDecoder = "cpu",
     workers: int | None = None,
     block_images: int = BLOCK_IMAGES,
     max_skipped: float = 0.25,

@@ -19,7 +19,7 @@ from digit_ds.parallel.helpers import obey_parent_only
 from digit_ds.preparation.jobs import Job
 from digit_ds.preparation.slab import Place, Slab
 
-Decoder = Literal["cpu", "gpu"]
+JpegDecoder = Literal["cpu", "gpu"]
 """``cpu``: Pillow in the workers, the same pixels on every machine; ``gpu``: JPEG files are decoded and cut on the GPU,
 whose pixel values differ by a level or two here and there."""
 
@@ -143,13 +143,13 @@ class Loading:
     """Views in a batch (rounded down to whole images, at least one)."""
     workers: int
     """Decoding processes; 0: decode in this one."""
-    decoder: Decoder = "cpu"
+    decoder: JpegDecoder = "cpu"
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise UserError(f"batch is {self.batch}, expected at least 1")
-        if self.decoder not in get_args(Decoder):
-            raise UserError(f"decoder is {self.decoder!r}, expected one of {', '.join(get_args(Decoder))}")
+        if self.decoder not in get_args(JpegDecoder):
+            raise UserError(f"decoder is {self.decoder!r}, expected one of {', '.join(get_args(JpegDecoder))}")
         if self.decoder == "gpu" and not torch.cuda.is_available():
             raise UserError("decoder is 'gpu', but this machine has no CUDA device")
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import get_args
 
-from digit_ds.preparation.loading import Decoder
+from digit_ds.preparation.loading import JpegDecoder
 
 
 def add_job_options(parser: argparse.ArgumentParser, out: str, block: str, block_images: int) -> None:
@@ -21,7 +21,7 @@ def add_job_options(parser: argparse.ArgumentParser, out: str, block: str, block
     parser.add_argument("--batch", type=int, default=256, help="views at a time")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="arithmetic")
     parser.add_argument("--compile", action="store_true", help="fuse the networks with torch.compile")
-    parser.add_argument("--decoder", choices=get_args(Decoder), default="cpu", help="where JPEG files are decoded")
+    parser.add_argument("--decoder", choices=get_args(JpegDecoder), default="cpu", help="where JPEG files are decoded")
     parser.add_argument("--workers", type=int, help="decoding processes per rank; default: all cores")
     parser.add_argument("--block-images", type=int, default=block_images, help=f"images per {block}")
     parser.add_argument("--max-skipped", type=float, default=0.25, help="largest share of unreadable images")

@@ -16,7 +16,7 @@ from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.parallel.launch import device, is_main
 from digit_ds.preparation.jobs import Job, default_workers
-from digit_ds.preparation.loading import Batch, Decoder, Loading
+from digit_ds.preparation.loading import Batch, JpegDecoder, Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded, precision_dtype
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.preparation.writing import WriterProcess
@@ -127,7 +127,7 @@ def tokenize_images(
     batch: int = 256,
     precision: str = "fp32",
     compile: bool = False,
-    decoder: Decoder = "cpu",
+    decoder: JpegDecoder = "cpu",
     workers: int | None = None,
     block_images: int = BLOCK_IMAGES,
     max_skipped: float = 0.25,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from digit_ds.model.decoder import Decoder, load_model
 from digit_ds.model.official import from_official
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.model.weights import initial_state
 from digit_ds.vocabulary import EOS, SPECIALS
 
@@ -127,13 +127,13 @@ def test_rotary_positions_and_qk_norm_reach_the_kernel(kind, width):
         for name, value in initial_state(spec, 1).items()
     }
     tokens = torch.randint(spec.vocabulary.embedding_rows, (3, spec.sequence_length), generator=generator)
-    exact, rounded = Decoder(spec).double().eval(), Decoder(spec).double().eval()
+    exact, rounded = Transformer(spec).double().eval(), Transformer(spec).double().eval()
     exact.load_state_dict(state)
     rounded.load_state_dict({name: value.bfloat16() for name, value in state.items()})
     wanted = exact(tokens)
     floor = (rounded(tokens) - wanted).square().mean().sqrt()  # as above: what storing weights in bfloat16 costs
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3 * float(floor))):
-        model = Decoder(spec).to("cuda", dtype).eval()
+        model = Transformer(spec).to("cuda", dtype).eval()
         model.load_state_dict(state)
         cache = model.new_cache(3, spec.sequence_length)
         assert isinstance(cache, FusedCache)

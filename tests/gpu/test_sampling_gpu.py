@@ -7,8 +7,9 @@ import torch
 from digit_ds.generation.draws import PRIOR, uniforms
 from digit_ds.generation.pipeline import make_sampler
 from digit_ds.generation.settings import Decoding, Guidance
-from digit_ds.model.decoder import Decoder, KeyValueCache
+from digit_ds.model.attention import KeyValueCache
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.transformer import Transformer
 from digit_ds.model.weights import initial_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -16,11 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DECODING = Decoding(top_k=50, guidance=Guidance(1.5, "cosine"))
 
 
-def model(kind: str, dtype: torch.dtype, device: str, width: int = 192, heads: int = 2) -> Decoder:
+def model(kind: str, dtype: torch.dtype, device: str, width: int = 192, heads: int = 2) -> Transformer:
     """Head width 96 by default, as in the large model: no power of two."""
     vq_codes, classes = (0, 10) if kind == "prior" else (300, 0)
     spec = TransformerSpec(kind, 3, width, heads, 4 * width, "pre", 256, 500, vq_codes, classes, (12, 12))
-    built = Decoder(spec)
+    built = Transformer(spec)
     built.load_state_dict(initial_state(spec, 1))
     return built.to(device, dtype).eval().requires_grad_(False)
 

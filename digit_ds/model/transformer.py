@@ -14,126 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from digit_ds.errors import UserError
-from digit_ds.model.released import read_model, save_model
-from digit_ds.model.rotary import rotate, rotation
+from digit_ds.model.attention import NORM_EPSILON, Attention, KeyValueCache
+from digit_ds.model.released import read_model
+from digit_ds.model.rotary import rotation
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import POSITION_OFFSET
-
-__all__ = ["Decoder", "KeyValueCache", "load_model", "save_model"]
-
-NORM_EPSILON = 1e-5
-
-
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, allocated once for ``length`` tokens.
-
-    Nothing in it changes shape or address and the position lives on the device, so that :meth:`Decoder.step` can be
-    captured in a CUDA graph and replayed.
-    """
-
-    def __init__(self, spec: TransformerSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, spec.heads, length, spec.head_width)
-        self.length, self.heads = length, spec.heads
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        """int64 [1]: how many tokens were seen, that is the position of the next one."""
-        self.rotation = rotation(spec, torch.arange(length, device=device), dtype)
-        """Of every position of the cache, as :meth:`Decoder.append` needs it; None: the model has position tables."""
-
-    def reset(self) -> None:
-        """Forget all tokens; the memory is used again."""
-        self.position.zero_()
-
-    def ready(self, qkv: Tensor, qk_norm: "QkNorm | None", turn: Tensor | None) -> Tensor:
-        """:func:`ready`, which may write into ``qkv``."""
-        return ready(qkv, self.heads, qk_norm, turn)
-
-    def attend(self, layer: int, qkv: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """Let new tokens join a layer's cache at ``positions`` [t] and see ``visible`` [t, length] of it.
-
-        ``qkv`` [B, t, 3D], rows grouped by head, from :meth:`ready` -> what the heads saw, [B, t, D].
-        """
-        query, key, value = split_heads(qkv, self.heads)
-        self.keys[layer].index_copy_(2, positions, key)
-        self.values[layer].index_copy_(2, positions, value)
-        seen = functional.scaled_dot_product_attention(query, self.keys[layer], self.values[layer], attn_mask=visible)
-        return join_heads(seen)
-
-
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T, 3D], grouped by head -> query, key and value, each [B, H, T, D / H]."""
-    query, key, value = qkv.unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
-    return query, key, value
-
-
-def join_heads(attended: Tensor) -> Tensor:
-    """[B, H, T, D / H] -> [B, T, D]."""
-    return attended.transpose(1, 2).flatten(2)
 
 
 def make_norm(spec: TransformerSpec) -> nn.Module:
     """LayerNorm or RMSNorm over the width."""
     kind = nn.LayerNorm if spec.normalization == "layer" else nn.RMSNorm
     return kind(spec.width, NORM_EPSILON)
-
-
-class QkNorm(nn.Module):
-    """RMSNorm of each head's query and key; row 0 of the weight scales queries, row 1 keys, of all heads alike."""
-
-    def __init__(self, spec: TransformerSpec):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2, spec.head_width))
-
-    def forward(self, qk: Tensor) -> Tensor:
-        """[B, T, H, 2, D / H], queries and keys, to the same shape."""
-        return functional.rms_norm(qk, qk.shape[-1:], eps=NORM_EPSILON) * self.weight
-
-
-def ready(qkv: Tensor, heads: int, qk_norm: QkNorm | None, turn: Tensor | None) -> Tensor:
-    """Make queries and keys ready to be compared, and to be kept: [B, T, 3D], grouped by head, to the same.
-
-    ``turn`` is :func:`digit_ds.model.rotary.rotation` of these T positions.
-    """
-    if qk_norm is None and turn is None:
-        return qkv
-    qk, value = qkv.unflatten(-1, (heads, 3, -1)).split((2, 1), dim=-2)  # [B, T, H, 2 and 1, D / H]
-    if qk_norm is not None:
-        qk = qk_norm(qk)
-    if turn is not None:
-        qk = rotate(qk, turn)
-    return torch.cat([qk, value], dim=-2).flatten(2)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; the rows of ``qkv`` are grouped by head (q, k, v of head 0, then of head 1, ...)."""
-
-    def __init__(self, spec: TransformerSpec):
-        super().__init__()
-        self.heads = spec.heads
-        self.causal = spec.causal
-        self.qkv = nn.Linear(spec.width, 3 * spec.width)
-        self.qk_norm = QkNorm(spec) if spec.qk_norm else None
-        self.out = nn.Linear(spec.width, spec.width)
-
-    def forward(self, hidden: Tensor, turn: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, T, D] over all positions; ``turn`` as in :func:`ready`."""
-        qkv = ready(self.qkv(hidden), self.heads, self.qk_norm, turn)
-        query, key, value = split_heads(qkv, self.heads)
-        return self.out(join_heads(functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)))
-
-    def step(
-        self,
-        hidden: Tensor,
-        turn: Tensor | None,
-        layer: int,
-        cache: KeyValueCache,
-        positions: Tensor,
-        visible: Tensor,
-    ) -> Tensor:
-        """[B, t, D] -> [B, t, D]: new tokens of this layer; the rest as in :meth:`KeyValueCache.attend`."""
-        qkv = cache.ready(self.qkv(hidden), self.qk_norm, turn)
-        return self.out(cache.attend(layer, qkv, positions, visible))
 
 
 class FeedForward(nn.Module):
@@ -175,7 +66,7 @@ class Layer(nn.Module):
         self.ffn = FeedForward(spec) if spec.activation == "gelu" else GatedFeedForward(spec)
 
     def forward(self, hidden: Tensor, turn: Tensor | None, *cached: Any) -> Tensor:
-        """[B, T, D] -> [B, T, D]; ``turn`` as in :func:`ready`.
+        """[B, T, D] -> [B, T, D]; ``turn`` as in :func:`digit_ds.model.attention.ready`.
 
         ``cached`` are :meth:`Attention.step`'s other arguments, none for a full pass.
         """
@@ -187,7 +78,7 @@ class Layer(nn.Module):
         return self.ffn_norm(hidden + self.ffn(hidden))
 
 
-class Decoder(nn.Module):
+class Transformer(nn.Module):
     """One of the four transformers; ids as in ``vocabulary``, parameters as in ``weights.SCHEMA``.
 
     Causal, but for the NAR decoder, which attends in both directions. A pixel decoder's sequence begins with
@@ -329,7 +220,7 @@ class Decoder(nn.Module):
 
 def load_model(
     directory: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Decoder:
+) -> Transformer:
     """Load a released model for inference: one process, evaluation mode, weights frozen.
 
     Args:
@@ -342,6 +233,6 @@ def load_model(
     """
     spec, state, _ = read_model(directory)
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Transformer(spec)
     model.load_state_dict({name: value.to(device, dtype) for name, value in state.items()}, assign=True)
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The training loss on whole logits; the vocabulary-parallel form of the same sum is in ``megatron.py``."""
+"""The training loss on whole logits: what ``digit_ds/model/vocabulary_loss.py`` is compared with."""
 
 import torch
 from torch import Tensor
