@@ -34,8 +34,9 @@ from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Loading
 from digit_ds.preparation.pipeline import Conveyor
 from digit_ds.preparation.staging import separate_queues
-from digit_ds.preparation.tokens import BlockWriter, Tokenizer
+from digit_ds.preparation.tokens import BlockWriter
 from digit_ds.tokenizer.codebook import save_codebook
+from digit_ds.tokenizer.tokenizer import Tokenizer
 from digit_ds.tokenizer.vqgan import MAGE_CONFIG
 from digit_ds.tokenizer.vqgan_network import VqganNetwork
 
@@ -206,6 +207,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
             root / "vqgan.ckpt" if with_vqgan else None,
             precision=options.precision,
             compile=cuda and not options.no_compile,
+            device=device(),
         )
         if not with_vqgan:
             report("encode, features", encode_speed(tokenizer.encoder, options.batch, options.seconds))

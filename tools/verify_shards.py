@@ -40,8 +40,9 @@ def main(arguments: list[str]) -> None:
 def tokenize_again(options: argparse.Namespace) -> None:
     """Compare a sample with the shards."""
     from digit_ds.data.shards import read_manifest
+    from digit_ds.parallel.launch import device
     from digit_ds.preparation.recheck import recheck, write_sheet
-    from digit_ds.preparation.tokens import Tokenizer
+    from digit_ds.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(
         options.encoder,
@@ -52,6 +53,7 @@ def tokenize_again(options: argparse.Namespace) -> None:
         num_heads=options.num_heads,
         image_size=read_manifest(options.shards).image_size,
         precision=options.precision,
+        device=device(),
     )
     found = recheck(options.shards, options.images, tokenizer, options.sample)
     for kind, share in found.agreement.items():

@@ -22,7 +22,6 @@ from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.parallel import launch
 from digit_ds.parallel.progress import progress
-from digit_ds.tokenizer.codebook import load_codebook
 from digit_ds.tokenizer.vqgan import Vqgan, load_vqgan
 
 Precision = Literal["float64", "float32", "bfloat16"]
@@ -218,24 +217,21 @@ def _image_source(
         raise UserError(f"{root}: cannot be tokenised for {first.directory}, whose grid {rows}x{columns} is not square")
     size = rows * painter.downsampling
     if first.spec.kind == "vq":
-        return ImageFolder(root, size, resize or size, painter, None, None, device), []
+        return ImageFolder(root, size, resize or size, painter.encode, device), []
     if encoder is None or codebook is None:
         raise UserError(f"{root}: needs the encoder's weights and the codebook to be turned into tokens")
-    from digit_ds.tokenizer.encoder import load_encoder  # takes as long to import as torch
+    from digit_ds.tokenizer.tokenizer import Tokenizer  # timm takes as long to import as torch
 
-    loaded_codebook = load_codebook(codebook, device=device)
-    layer = first.provenance.get("layer") or loaded_codebook.provenance.get("layer") or 3
-    loaded_encoder = load_encoder(encoder, layer, num_heads, device)
-    if loaded_encoder.width != loaded_codebook.centroids.shape[1]:
-        raise UserError(
-            f"{codebook}: has centroids of width {loaded_codebook.centroids.shape[1]}, "
-            f"but {encoder} makes features of width {loaded_encoder.width}"
-        )
+    layer = first.provenance.get("layer")
+    tokenizer = Tokenizer(encoder, codebook, None, layer=layer, num_heads=num_heads, image_size=size, device=device)
     parts = [
-        Part(f"codebook {codebook}", {**loaded_codebook.provenance, "codebook_sha256": loaded_codebook.sha256}),
-        Part(f"encoder {encoder}", loaded_encoder.provenance()),
+        Part(
+            f"codebook {codebook}",
+            {**tokenizer.codebook.provenance, "codebook_sha256": tokenizer.codebook.sha256},
+        ),
+        Part(f"encoder {encoder}", tokenizer.encoder.provenance()),
     ]
-    return ImageFolder(root, size, resize or size, painter, loaded_encoder, loaded_codebook, device), parts
+    return ImageFolder(root, size, resize or size, tokenizer.discriminative, device), parts
 
 
 def _check_vqgan(painter: Vqgan, stages: dict[str, _Model], path: Path | str) -> None:

@@ -4,8 +4,9 @@ Shapes: ``B`` images, ``G`` tokens of an image.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +16,6 @@ from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.generation.pipeline import BLOCK
-from digit_ds.tokenizer.codebook import Codebook
-from digit_ds.tokenizer.vqgan import Vqgan
-
-if TYPE_CHECKING:  # importing it takes as long as torch, and few jobs need it
-    from digit_ds.tokenizer.encoder import Encoder
 
 
 class Source(Protocol):
@@ -65,7 +61,7 @@ class TokenFile:
 class ImageFolder:
     """Pictures of a folder in sorted order, cut to ``size`` in their centre and tokenised on demand.
 
-    With ``encoder`` and ``codebook`` the codes are discriminative; without, they are the VQGAN's own.
+    ``encode`` gives the codes int64 [B, G] of float images [B, 3, size, size] in [0, 1].
     """
 
     def __init__(
@@ -73,16 +69,14 @@ class ImageFolder:
         root: Path | str,
         size: int,
         resize: int,
-        vqgan: Vqgan,
-        encoder: "Encoder | None",
-        codebook: Codebook | None,
+        encode: Callable[[Tensor], Tensor],
         device: torch.device,
     ):
         self.root, self.names = Path(root), list(walk(root))
         if not self.names:
             raise UserError(f"{root}: holds no images")
         self._crops = Crops(kind="training", size=size, resize=resize, views=1, seed=0)
-        self._vqgan, self._encoder, self._codebook, self._device = vqgan, encoder, codebook, device
+        self._encode, self._device = encode, device
         self.count = len(self.names)
         names_hash = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
         self.identity = {"image_names_sha256": names_hash, "resize": resize}
@@ -103,11 +97,7 @@ class ImageFolder:
             pictures = np.stack([self._picture(int(image)) for image in block])
             padded = torch.from_numpy(pictures)[torch.arange(BLOCK).clamp(max=len(block) - 1)]
             floats = padded.to(self._device).permute(0, 3, 1, 2).float() / 255
-            if self._encoder is None:
-                found = self._vqgan.encode(floats)
-            else:
-                found = self._codebook.assign(self._encoder(floats))
-            codes.append(found[: len(block)].cpu())
+            codes.append(self._encode(floats)[: len(block)].cpu())
         return torch.cat(codes)
 
     def _picture(self, image: int) -> np.ndarray:

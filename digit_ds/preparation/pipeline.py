@@ -106,8 +106,3 @@ class Conveyor:
         ready = torch.cuda.Event()
         ready.record()
         return Encoded(batch, host, ready)
-
-
-def precision_dtype(precision: str) -> torch.dtype:
-    """``fp32``, ``bf16`` or ``fp16`` as a torch dtype."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

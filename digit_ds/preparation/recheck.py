@@ -15,7 +15,7 @@ from digit_ds.data.shards import read_index, read_manifest, read_shard
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically
 from digit_ds.parallel.launch import device
-from digit_ds.preparation.tokens import Tokenizer
+from digit_ds.tokenizer.tokenizer import Tokenizer
 from digit_ds.tokenizer.vqgan import to_uint8
 
 CELL = 160

@@ -7,105 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from digit_ds.data.images import CropKind, Crops, class_name
 from digit_ds.data.shards import COLUMNS, ShardManifest, merge_blocks, write_block
-from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.parallel.launch import device, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Batch, JpegDecoder, Loading
-from digit_ds.preparation.pipeline import Conveyor, Encoded, precision_dtype
+from digit_ds.preparation.pipeline import Conveyor, Encoded
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.preparation.writing import WriterProcess
-from digit_ds.tokenizer.codebook import Codebook, load_codebook
-from digit_ds.tokenizer.encoder import load_encoder
-from digit_ds.tokenizer.vqgan import load_vqgan
+from digit_ds.tokenizer.tokenizer import Tokenizer
 
 BLOCK_IMAGES = 1024
 """Images of one block of shards."""
-LARGEST_CODE = np.iinfo(np.uint16).max
-
-
-class Tokenizer:
-    """Encoder, codebook and, if given, VQGAN that belong together: images -> both kinds of tokens."""
-
-    def __init__(
-        self,
-        encoder: Path | str,
-        codebook: Path | str,
-        vqgan: Path | str | None,
-        *,
-        vqgan_config: Path | str | None = None,
-        layer: int = 3,
-        num_heads: int | None = None,
-        image_size: int | None = None,
-        precision: str = "fp32",
-        compile: bool = False,
-    ) -> None:
-        """Load the three and refuse what does not fit together: width, provenance, token grid."""
-        dtype = precision_dtype(precision)
-        self.encoder = load_encoder(encoder, layer, num_heads, device=device(), dtype=dtype)
-        self.codebook = load_codebook(codebook, device=device())
-        self.vqgan = load_vqgan(vqgan, vqgan_config, device=device(), dtype=dtype) if vqgan else None
-        if self.vqgan is not None and device().type == "cuda":
-            self.vqgan.network.to(memory_format=torch.channels_last)
-        self.image_size = image_size or max(self.encoder.image_sizes)
-        self.grid = list(self.encoder.grid(self.image_size))
-        _check_codebook(self.codebook, Path(codebook), self.encoder, Path(encoder))
-        if self.vqgan is not None:
-            factor = self.vqgan.downsampling
-            vq_grid = [self.image_size // factor] * 2
-            if self.image_size % factor or vq_grid != self.grid:
-                raise UserError(
-                    f"{vqgan}: makes {vq_grid[0]} x {vq_grid[1]} tokens of an image of {self.image_size} pixels, but "
-                    f"{encoder} makes {self.grid[0]} x {self.grid[1]}; expected the same grid"
-                )
-            if self.vqgan.codes - 1 > LARGEST_CODE:
-                raise UserError(f"{vqgan}: has {self.vqgan.codes} codes, expected at most {LARGEST_CODE + 1}")
-
-        if compile:
-            self.encoder.compile()
-            if self.vqgan is not None:
-                self.vqgan.network.encoder.compile()
-
-    @property
-    def vq_codes(self) -> int:
-        """N, 0 without a VQGAN."""
-        return self.vqgan.codes if self.vqgan is not None else 0
-
-    def provenance(self) -> dict[str, Any]:
-        """Which files and which transform the tokens come from."""
-        return self.encoder.provenance() | {
-            "image_size": self.image_size,
-            "codebook_sha256": self.codebook.sha256,
-            "vqgan_sha256": self.vqgan.sha256 if self.vqgan is not None else None,
-        }
-
-    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Float [B, 3, H, W] in [0, 1] -> discriminative codes and, with a VQGAN, VQ codes: int64 [B, G] each."""
-        codes = self.codebook.assign(self.encoder(images))
-        return (codes,) if self.vqgan is None else (codes, self.vqgan.encode(images))
-
-
-def _check_codebook(codebook: Codebook, path: Path, encoder: Any, weights: Path) -> None:
-    """Refuse a codebook that was not made from this encoder's features."""
-    width = codebook.centroids.shape[1]
-    if width != encoder.width:
-        raise UserError(
-            f"{path}: has centroids of width {width}, but {weights} gives features of width {encoder.width}"
-        )
-    if codebook.codes - 1 > LARGEST_CODE:
-        raise UserError(f"{path}: has {codebook.codes} codes, expected at most {LARGEST_CODE + 1}")
-    ours = encoder.provenance()
-    for key in ("encoder_sha256", "layer", "transform"):
-        if key in codebook.provenance and codebook.provenance[key] != ours[key]:
-            raise UserError(
-                f"{path}: was made from features with {key} {codebook.provenance[key]}, but {weights} has "
-                f"{key} {ours[key]}; expected the same encoder"
-            )
 
 
 def tokenize_images(
@@ -174,6 +89,7 @@ def tokenize_images(
         image_size=image_size,
         precision=precision,
         compile=compile,
+        device=device(),
     )
     size = tokenizer.image_size
     ten = crops == "ten-crop"

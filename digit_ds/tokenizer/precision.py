@@ -1,4 +1,4 @@
-"""float32 that means float32: products on a GPU without TF32."""
+"""Arithmetic of the frozen networks: names of dtypes, and float32 without TF32 on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,3 +27,8 @@ def without_tf32(operand: Tensor) -> Iterator[None]:
     finally:
         for flag, value in zip(flags, before):
             flag.fp32_precision = value
+
+
+def precision_dtype(precision: str) -> torch.dtype:
+    """``fp32``, ``bf16`` or ``fp16`` as a torch dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
