@@ -32,7 +32,7 @@ $(VENV)/complete: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja packaging numpy torch torchvision
 	$(PIP) --no-build-isolation deepspeed
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-build-isolation --editable '.[cpu,dev]'
 	@touch $@
 
 clean: ## remove what demo and tests made; the environment stays

@@ -1,20 +1,26 @@
 """Packaging of digit_ds. Exact versions that are known to work together stand in constraints.txt."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.+)"', Path("digit_ds/__init__.py").read_text(encoding="utf-8"))[1]
 
 setup(
     name="digit_ds",
-    version="0.1.0",
+    version=VERSION,
     description="DiGIT image generation at cluster scale: Megatron-core layers under DeepSpeed, from raw images to FID",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["digit_ds", "digit_ds.*"]),
-    package_data={"digit_ds.demo": ["*.yaml"]},
+    # Recipes and DeepSpeed configurations stand beside the package in a checkout and inside it where it is installed.
+    packages=[*find_packages(include=["digit_ds", "digit_ds.*"]), "digit_ds.ds_configs"],
+    package_dir={"digit_ds.ds_configs": "ds_configs"},
+    package_data={"digit_ds": ["py.typed"], "digit_ds.demo": ["*.yaml"], "digit_ds.ds_configs": ["*.yaml", "*.json"]},
     install_requires=[
         "deepspeed>=0.19.8",
-        "faiss-cpu>=1.15",
         "matplotlib",
         "megatron-core>=0.16.1",
         "mosaicml-streaming>=0.13",
@@ -34,6 +40,8 @@ setup(
         "transformers>=4.57,<6",
     ],
     extras_require={
+        # faiss is optional; both packages install the same folder, so one of the two.
+        "cpu": ["faiss-cpu>=1.15"],
         "gpu": ["faiss-gpu>=1.15"],
         "dev": [
             "hypothesis",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from digit_ds import shipped
 from digit_ds.errors import UserError
 from digit_ds.model.spec import Activation, Normalization, NormPosition, Positions
 from digit_ds.vocabulary import Kind
@@ -221,7 +222,7 @@ class Recipe(Section):
     run: str
     """Run directory: metrics.jsonl, tb/, checkpoints/."""
     deepspeed: str = "zero1.json"
-    """DeepSpeed JSON, relative to the recipe's folder or to ds_configs/."""
+    """DeepSpeed JSON, relative to the recipe's folder or the working directory, or the name of a shipped one."""
     model: ModelConfig = ModelConfig()
     """The transformer."""
     data: DataConfig
@@ -245,16 +246,18 @@ class Recipe(Section):
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply ``section.key=value`` overrides (values in YAML syntax).
 
-    Relative paths inside a recipe are relative to the working directory.
+    ``path`` is a file or the name of a shipped recipe. Relative paths inside a recipe are relative to the working
+    directory.
 
     Raises:
         UserError: the file cannot be read, a key is unknown, a value has the wrong type, or a combination cannot work.
     """
-    path = Path(path)
+    path = shipped.find(path) or Path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}), expected a YAML recipe") from error
+        expected = f"expected a YAML recipe or one of {shipped.names('.yaml')}"
+        raise UserError(f"{path}: cannot be read ({error.strerror}), {expected}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):

@@ -85,7 +85,8 @@ def make_assigner(backend: str, device: torch.device) -> Assigner:
         preferred = "triton" if device.type == "cuda" else "faiss"
         backend = preferred if _available(preferred) else "torch"
     if backend in ("faiss", "triton") and not _available(backend):
-        raise UserError(f"backend {backend} is not installed, expected one of the others or its package")
+        package = {"faiss": "faiss-cpu or faiss-gpu (not both)", "triton": "triton"}[backend]
+        raise UserError(f"backend is {backend}, which is not installed; install {package}, or choose another backend")
     if backend == "triton":
         if device.type != "cuda":
             raise UserError("backend triton needs a CUDA device and found none, expected backend faiss or torch here")

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from digit_ds import shipped
 from digit_ds.config import Recipe
 from digit_ds.errors import UserError
 from digit_ds.files import read_json
 
-SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
-"""The DeepSpeed configurations that come with the project."""
 _OPTIMIZER_KEYS = (
     "optimizer",
     "scheduler",
@@ -45,10 +44,9 @@ def read_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
 
 def find_config(name: str) -> Path:
     """The file: as given (relative to the recipe's folder or the working directory), else among the shipped ones."""
-    for candidate in (Path(name), SHIPPED / name):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"deepspeed is {name!r}, which is neither a file nor one of {SHIPPED}")
+    if (path := shipped.find(name)) is None:
+        raise UserError(f"deepspeed is {name!r}, which is neither a file nor one of {shipped.names('.json')}")
+    return path
 
 
 def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, Any]:

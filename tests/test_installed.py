@@ -1,0 +1,81 @@
+"""The wheel, installed into an environment without a checkout and used from another directory."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+import digit_ds
+from digit_ds.files import read_json
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parents[1]
+SHARDS = REPOSITORY / "tests" / "golden" / "demo_shards"
+TINY = ("model.layers=1", "model.width=32", "model.heads=2", "training.steps=2", "training.global_batch=8")
+TINY += ("training.micro_batch=8", "training.precision=fp32", "training.compile=false", "data.workers=0")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Path:
+    """An environment with nothing but the wheel; its dependencies come from the environment of the tests."""
+    folder = tmp_path_factory.mktemp("installed")
+    source, environment = folder / "source", folder / "environment"
+    for name in ("digit_ds", "ds_configs"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, source)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    build = ("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, source)
+    subprocess.run([*pip, *build], check=True)
+    venv.create(environment, with_pip=False)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (wheel,) = folder.glob("*.whl")
+    python = ("--python", environment / "bin" / "python")
+    subprocess.run([*pip, *python, "install", "--no-deps", "--no-index", "--ignore-installed", wheel], check=True)
+    return environment
+
+
+def run(environment: Path, folder: Path, program: str, *words: object) -> str:
+    """A program of the environment in ``folder``; returns what it prints."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [environment / "bin" / program, *map(str, words)]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_what_is_installed(environment, tmp_path):
+    script = (
+        "import digit_ds; from digit_ds import shipped; from importlib import metadata, resources;"
+        "print(digit_ds.__file__, digit_ds.__version__, metadata.version('digit_ds'));"
+        "print((resources.files('digit_ds') / 'py.typed').is_file());"
+        "print(*sorted(path.name for path in shipped.FOLDER.iterdir()))"
+    )
+    facts, typed, files = run(environment, tmp_path, "python", "-c", script).splitlines()
+    where, *versions = facts.split()
+    assert Path(where).is_relative_to(environment)
+    assert versions == [digit_ds.__version__] * 2
+    assert typed == "True"
+    assert files.split() == sorted(path.name for path in (REPOSITORY / "ds_configs").iterdir())
+
+
+def test_a_shipped_recipe_trains_by_name_from_another_directory(environment, tmp_path):
+    data = (f"data.shards={SHARDS / 'train'}", f"data.validation={SHARDS / 'val'}")
+    run(environment, tmp_path, "digit-ds", "train", "vq_baseline.yaml", "run=run", *data, *TINY)
+    run(environment, tmp_path, "digit-ds", "export", "run", "model")
+    probe = ("probe", "--model", "model", "--train", SHARDS / "val", "--val", SHARDS / "val", "--passes", 1)
+    run(environment, tmp_path, "digit-ds", *probe, "--out", "probe")
+    assert 0 < read_json(tmp_path / "probe" / "probe.json")["best_accuracy"] <= 1
+
+
+def test_a_name_that_is_not_shipped_is_refused_with_those_that_are(environment, tmp_path):
+    done = subprocess.run([environment / "bin" / "digit-ds", "train", "nope.yaml"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().strip().splitlines()
+    assert "nope.yaml" in line and "base_prior.yaml" in line and "vq_baseline.yaml" in line
