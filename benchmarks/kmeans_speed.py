@@ -21,7 +21,7 @@ from kmeans_variants import DEFAULT, RECHECKS, VARIANTS, make_variant
 from digit_ds.clustering.assignment import FaissAssigner
 from digit_ds.clustering.exact import nearest_in_fp64
 from digit_ds.clustering.fixed_point import add_points, scale_for
-from digit_ds.clustering.shard import Batch
+from digit_ds.clustering.shard import PointBatch
 
 CUDA = torch.device("cuda")
 
@@ -160,7 +160,7 @@ def faiss_gpu(batch, centroids, truth):
 def compare(kind, asked, results):
     """All ways of assigning points of one ``kind``; appends to ``results``."""
     points = make_points(kind, asked.points, asked.width)
-    batch = Batch(0, points)
+    batch = PointBatch(0, points)
     centroids = points[torch.randperm(asked.points, generator=torch.Generator().manual_seed(1))[: asked.clusters]]
     run_all(f"{kind}, first", kind == "gaussian", batch, centroids, asked.variants, results)
     for _ in range(asked.later):

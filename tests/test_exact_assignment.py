@@ -5,7 +5,7 @@ import torch
 
 from digit_ds.clustering.bounds import GROUP, STEP, bounds, prepare_centroids, prepare_points
 from digit_ds.clustering.exact import ExactAssigner, nearest_in_fp64
-from digit_ds.clustering.shard import Batch
+from digit_ds.clustering.shard import PointBatch
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_assignment_is_that_of_fp64(case):
     points, centroids = CASES[case]()
     assigner = ExactAssigner(CPU)
     assigner.set_centroids(centroids)
-    codes = assigner.assign(Batch(0, points))
+    codes = assigner.assign(PointBatch(0, points))
     torch.testing.assert_close(codes, nearest_in_fp64(points, centroids.double()))
 
 
@@ -58,7 +58,7 @@ def test_the_recheck_is_needed_and_small():
     points, centroids = gaussian(6000, 100), gaussian(700, 100, 9) * 0.3
     assigner = ExactAssigner(CPU)
     assigner.set_centroids(centroids)
-    codes = assigner.assign(Batch(0, points))
+    codes = assigner.assign(PointBatch(0, points))
     rounded = (points.half().float() @ centroids.half().float().t() - centroids.square().sum(1) / 2).argmax(1)
     assert (rounded != codes).any()
     assert len(points) < assigner.rechecked < 3 * len(points)

@@ -9,7 +9,7 @@ torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_pr
 from digit_ds.clustering import kernels
 from digit_ds.clustering.exact import ExactAssigner, nearest_in_fp64
 from digit_ds.clustering.fixed_point import scale_for
-from digit_ds.clustering.shard import Batch
+from digit_ds.clustering.shard import PointBatch
 from kmeans_variants import make_variant
 
 random = torch.Generator().manual_seed(0)
@@ -24,8 +24,8 @@ for x, c, variant in cases:
     kernel = make_variant(torch.device("cpu"), variant)
     plain.set_centroids(c)
     kernel.set_centroids(c)
-    assert torch.equal(kernel.assign(Batch(0, x)), nearest_in_fp64(x, c.double())), variant
-    plain.assign(Batch(0, x))
+    assert torch.equal(kernel.assign(PointBatch(0, x)), nearest_in_fp64(x, c.double())), variant
+    plain.assign(PointBatch(0, x))
     assert kernel.doubtful == plain.doubtful, variant
     assert variant == "library" or int(kernel.rechecked) == plain.rechecked, variant
 

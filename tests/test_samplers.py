@@ -9,9 +9,9 @@ from golden_models import GOLDEN, golden_model
 from scipy import stats
 
 from digit_ds.errors import UserError
-from digit_ds.generation.draws import PIXELS, PRIOR, gumbel, philox, uniforms
+from digit_ds.generation.draws import PIXELS, PRIOR, gumbel, philox, philox_uniforms
 from digit_ds.generation.filtering import candidates, draw
-from digit_ds.generation.parallel import ParallelSampler, masked_again, masked_log_probabilities
+from digit_ds.generation.maskgit import MaskGitSampler, masked_again, masked_log_probabilities
 from digit_ds.generation.samplers import AutoregressiveSampler, guide
 from digit_ds.generation.settings import Decoding, Guidance
 from digit_ds.model.spec import TransformerSpec
@@ -47,12 +47,12 @@ def test_philox_gives_the_published_answers():
 
 
 def test_numbers_belong_to_the_image_and_differ_in_everything_else():
-    numbers = uniforms(3, torch.arange(100), PRIOR, 64)
-    assert torch.equal(numbers[[17, 5]], uniforms(3, torch.tensor([17, 5]), PRIOR, 64))
-    assert torch.equal(numbers[:, :10], uniforms(3, torch.arange(100), PRIOR, 10))
-    others = [uniforms(4, torch.arange(100), PRIOR, 64), uniforms(3, torch.arange(100), PIXELS, 64)]
-    others.append(uniforms(3, torch.arange(100), PRIOR, 64, step=1))
-    others.append(uniforms(3, torch.arange(100) + 2**33, PRIOR, 64))
+    numbers = philox_uniforms(3, torch.arange(100), PRIOR, 64)
+    assert torch.equal(numbers[[17, 5]], philox_uniforms(3, torch.tensor([17, 5]), PRIOR, 64))
+    assert torch.equal(numbers[:, :10], philox_uniforms(3, torch.arange(100), PRIOR, 10))
+    others = [philox_uniforms(4, torch.arange(100), PRIOR, 64), philox_uniforms(3, torch.arange(100), PIXELS, 64)]
+    others.append(philox_uniforms(3, torch.arange(100), PRIOR, 64, step=1))
+    others.append(philox_uniforms(3, torch.arange(100) + 2**33, PRIOR, 64))
     values = torch.stack([numbers, *others])
     assert values.unique().numel() == values.numel()
     assert stats.kstest(values.flatten().numpy(), "uniform").pvalue > 1e-3
@@ -109,7 +109,7 @@ def test_draws_follow_the_filtered_distribution(settings):
     assert kept == 30 if settings == Decoding() else 3 < kept < 20
     expected /= expected.sum()
     count = 200_000
-    numbers = uniforms(1, torch.arange(count), PRIOR, 1)[:, 0]
+    numbers = philox_uniforms(1, torch.arange(count), PRIOR, 1)[:, 0]
     rows = logits.expand(count, -1)
     drawn = draw(*candidates(rows, settings.temperature, settings.top_k, settings.top_p), numbers)
     counts = np.bincount(drawn.numpy(), minlength=30)
@@ -213,7 +213,7 @@ def test_parallel_sampler_runs_the_schedule():
     prefix = torch.randint(0, 96, (3, 256))
     known = torch.full((3, 256), -1)
     known[0, :200] = 7
-    sampler = ParallelSampler(model, Decoding(steps=8), 5, PIXELS, rows=3)
+    sampler = MaskGitSampler(model, Decoding(steps=8), 5, PIXELS, rows=3)
     codes = sampler(torch.arange(3)[[1, 2, 0]], prefix=prefix)
     assert seen == [256] + [math.floor(256 * math.cos(math.pi * step / 16)) for step in range(1, 8)]
     assert codes.min() >= 0 and codes.max() < model.spec.vq_codes
@@ -234,7 +234,7 @@ def test_an_image_is_the_same_in_any_batch(kind):
     model = Transformer(spec)
     model.load_state_dict(initial_state(spec, 1))
     model = model.double().eval()
-    sampler_class = ParallelSampler if kind == "nar" else AutoregressiveSampler
+    sampler_class = MaskGitSampler if kind == "nar" else AutoregressiveSampler
     decoding = Decoding(top_k=20, steps=4, guidance=Guidance(1.5 if model.spec.classes else 1.0))
     images = torch.arange(9) + 2**32
     prefix = torch.randint(0, 96, (9, 16)) if model.spec.prefix_length else None

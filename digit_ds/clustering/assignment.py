@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from digit_ds.clustering.shard import Batch
+from digit_ds.clustering.shard import PointBatch
 from digit_ds.errors import UserError
 
 BACKENDS = ("auto", "faiss", "torch", "triton")
@@ -22,7 +22,7 @@ class Assigner(Protocol):
     def set_centroids(self, centroids: torch.Tensor) -> None:
         """Take the centroids, float32 [K, D], centred as the points are."""
 
-    def assign(self, batch: Batch) -> torch.Tensor:
+    def assign(self, batch: PointBatch) -> torch.Tensor:
         """Index of the nearest centroid (L2) of each point, int64 [n]; the lower index where two are equally near."""
 
 
@@ -39,7 +39,7 @@ class TorchAssigner:
         self._transposed = centroids.to(self.device).t().contiguous()  # [D, K]
         self._half_squares = self._transposed.double().square().sum(0).div(2).float()
 
-    def assign(self, batch: Batch) -> torch.Tensor:
+    def assign(self, batch: PointBatch) -> torch.Tensor:
         """See ``Assigner``. The nearest centroid is the one with the largest x.c - |c|^2 / 2."""
         budget = _GPU_SCORES if self.device.type == "cuda" else _CPU_SCORES
         rows = max(1, budget // self._transposed.shape[1])
@@ -72,7 +72,7 @@ class FaissAssigner:
         index.add(centroids.to(self.device).contiguous())
         self._index = index
 
-    def assign(self, batch: Batch) -> torch.Tensor:
+    def assign(self, batch: PointBatch) -> torch.Tensor:
         """See ``Assigner``."""
         return self._index.search(batch.points, 1)[1][:, 0]
 

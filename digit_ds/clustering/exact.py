@@ -32,7 +32,7 @@ from digit_ds.clustering.bounds import (
     prepare_centroids,
     prepare_points,
 )
-from digit_ds.clustering.shard import Batch
+from digit_ds.clustering.shard import PointBatch
 
 _FP64_SCORES = 1 << 26
 
@@ -127,7 +127,7 @@ class ExactAssigner:
         """See ``Assigner``."""
         self.centroids = prepare_centroids(centroids.to(self.device))
 
-    def assign(self, batch: Batch) -> torch.Tensor:
+    def assign(self, batch: PointBatch) -> torch.Tensor:
         """See ``Assigner``."""
         if "exact" not in batch.kept:
             batch.kept["exact"] = prepare_points(batch.points)

@@ -17,7 +17,7 @@ _GPU_SHARE = 0.6
 
 
 @dataclass
-class Batch:
+class PointBatch:
     """``points`` float32 [n, D], centred, on the assigner's device; ``kept`` is the assigner's to fill once a batch."""
 
     start: int
@@ -34,7 +34,7 @@ class Shard:
         self.first = points.blocks * rank // world_size
         self.last = points.blocks * (rank + 1) // world_size
         self._blocks_at_once = _GPU_BLOCKS if device.type == "cuda" else 1
-        self._resident: dict[int, Batch] = {}
+        self._resident: dict[int, PointBatch] = {}
 
     @property
     def count(self) -> int:
@@ -45,7 +45,7 @@ class Shard:
         """(number, float32 rows) of each block; the next one is read while this one is worked on."""
         yield from self._read_ahead([(number, number + 1) for number in range(self.first, self.last)])
 
-    def batches(self, mean: np.ndarray) -> Iterator[Batch]:
+    def batches(self, mean: np.ndarray) -> Iterator[PointBatch]:
         """The centred points, batch by batch. Batches that fit the GPU stay there for the next call."""
         centre = torch.from_numpy(mean.astype(np.float32)).to(self.device)
         step = self._blocks_at_once
@@ -55,7 +55,7 @@ class Shard:
             if first not in self._resident:
                 number, rows = next(reader)
                 points = torch.from_numpy(rows).to(self.device).sub_(centre)
-                batch = Batch(number * BLOCK_ROWS, points)
+                batch = PointBatch(number * BLOCK_ROWS, points)
                 if self._fits(points):
                     self._resident[first] = batch
             else:

@@ -28,6 +28,11 @@ class Extractor(NamedTuple):
     """Feature layer of each metric."""
 
 
+def open_extractor(inception_weights: Path | str | None, features: Path | str | None) -> Extractor:
+    """The Inception network of ``inception_weights``, or the feature network ``features`` in its place."""
+    return inception(inception_weights) if features is None else feature_network(features)
+
+
 def inception(weights: Path | str | None) -> Extractor:
     """torch-fidelity's port of the TensorFlow Inception network, from a local copy of its weights.
 

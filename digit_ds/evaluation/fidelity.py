@@ -9,11 +9,12 @@ import torch
 from torch.utils.data import DataLoader
 from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_featuresdict_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_featuresdict_to_metric
 from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
 
 from digit_ds.data.feature_network import load_feature_network
 from digit_ds.errors import UserError
-from digit_ds.evaluation.extractors import Extractor, feature_network, inception
+from digit_ds.evaluation.extractors import Extractor, open_extractor
 from digit_ds.evaluation.pictures import Array, Pictures, Preparation, Statistics, open_pictures
 from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.parallel.helpers import loaders_in_one_sentence
@@ -48,10 +49,12 @@ def evaluate(
     Args:
         generated: folder of pictures or ``.npz`` with ``arr_0``.
         reference: the same, or an ``.npz`` of statistics (``mu``, ``sigma``), which give FID but no precision and
-        recall. inception_weights: local file of torch-fidelity's Inception weights; or
+            recall.
+        inception_weights: local file of torch-fidelity's Inception weights; or
         features: a feature network (``digit_ds.data.feature_network``) to use in its place.
         precision_recall: also compute precision and recall (memory grows with samples x reference).
-        preparation: how the reference folder's images are resized to ``size`` (``evaluation.pictures``).
+        preparation: how the reference folder's images are resized (``evaluation.pictures``).
+        size: side to which they are resized.
         classifier: a feature network that judges whether class-conditional samples show the class asked for; with
         labels: the sampling job's ``manifest.json`` (or an ``.npz`` with ``arr_1``), image by image.
         cache: folder for features and statistics, named by the content of pictures and extractor.
@@ -68,7 +71,7 @@ def evaluate(
     if isinstance(samples, Statistics):
         raise UserError(f"{generated}: holds statistics, expected generated pictures")
     against = open_pictures(reference, preparation, size)
-    extractor = inception(inception_weights) if features is None else feature_network(features)
+    extractor = open_extractor(inception_weights, features)
     asked = _asked_labels(labels, len(samples)) if classifier is not None else None
     if classifier is not None and asked is None:
         raise UserError(f"{classifier}: is to judge classes, but no labels were given to judge by")
@@ -113,7 +116,7 @@ def save_statistics(
     pictures = open_pictures(reference, preparation, size)
     if isinstance(pictures, Statistics):
         raise UserError(f"{reference}: holds statistics already, expected pictures")
-    extractor = inception(inception_weights) if features is None else feature_network(features)
+    extractor = open_extractor(inception_weights, features)
     with loaders_in_one_sentence():
         found = _reference_statistics(pictures, extractor, batch)
     write_atomically(out, lambda temporary: np.savez(temporary, **found, network=extractor.name))
@@ -140,7 +143,7 @@ class OnlineFid:
         features: Path | str | None = None,
     ):
         self._reference = open_pictures(reference)
-        self._extractor = inception(inception_weights) if features is None else feature_network(features)
+        self._extractor = open_extractor(inception_weights, features)
         self._statistics: dict[str, np.ndarray] | None = None
 
     def figures(self, pictures: np.ndarray) -> dict[str, float]:
@@ -149,7 +152,8 @@ class OnlineFid:
             with loaders_in_one_sentence():
                 self._statistics = _reference_statistics(self._reference, self._extractor, BATCH)
         samples = Array(pictures, "pictures of a model in training")
-        fid = _fid(samples, self._statistics, self._reference.name, self._extractor, None, BATCH)
+        found = _features(samples, self._extractor, ["fid"], None, BATCH)
+        fid = _fid(found, self._statistics, self._reference.name, self._extractor)
         return {f"online_fid_{len(samples)}": fid}
 
 
@@ -178,8 +182,10 @@ def _figures(
         if precision_recall:
             raise UserError(f"{against.name}: holds statistics, but precision and recall need the reference's pictures")
         theirs = _reference_statistics(against, extractor, batch)
-        metrics = {names["fid"]: _fid(samples, theirs, against.name, extractor, cache, batch)}
-        metrics |= calculate_metrics(**_settings(samples, None, extractor, cache, batch), isc=True)
+        found = _features(samples, extractor, ["fid", "isc"], cache, batch)
+        metrics = {names["fid"]: _fid(found, theirs, against.name, extractor)}
+        settings = _settings(samples, None, extractor, cache, batch)
+        metrics |= isc_featuresdict_to_metric(found, extractor.layers["isc"], **settings)
     else:
         settings = _settings(samples, against, extractor, cache, batch)
         metrics = calculate_metrics(**settings, fid=True, isc=True, prc=precision_recall)
@@ -198,15 +204,10 @@ def _reference_statistics(reference: Pictures | Statistics, extractor: Extractor
 
 
 def _fid(
-    samples: Pictures,
-    reference: dict[str, np.ndarray],
-    reference_name: str,
-    extractor: Extractor,
-    cache: Path | str | None,
-    batch: int,
+    features: dict[str, torch.Tensor], reference: dict[str, np.ndarray], reference_name: str, extractor: Extractor
 ) -> float:
-    """FID of pictures against a reference's mean and covariance."""
-    ours = _statistics(_features(samples, extractor, ["fid"], cache, batch), extractor)
+    """FID of pictures' features against a reference's mean and covariance."""
+    ours = _statistics(features, extractor)
     for name, value in reference.items():
         found, expected = list(value.shape), list(ours[name].shape)
         if found != expected:

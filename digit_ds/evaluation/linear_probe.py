@@ -51,7 +51,8 @@ def probe(
         model_dir: released model of kind ``prior`` or ``vq``.
         train_shards: labelled token shards; several views of an image are its augmentation.
         val_shards: labelled token shards to report accuracy on. The learning rate shown for a layer is its best one
-        there. out_dir: for the two files; one that holds the probe of something else is refused.
+            there.
+        out_dir: for the two files; one that holds the probe of something else is refused.
         passes: over all training samples, that is ``passes * views`` epochs of the images.
         batch: samples of a step, over all processes.
         learning_rates: peak rates, trained side by side (published: 0.4).

@@ -35,7 +35,7 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [word0, word1, word2, word3]
 
 
-def uniforms(seed: int, images: Tensor, purpose: int, count: int, step: int = 0) -> Tensor:
+def philox_uniforms(seed: int, images: Tensor, purpose: int, count: int, step: int = 0) -> Tensor:
     """Numbers in the open interval (0, 1).
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from digit_ds.errors import UserError
 from digit_ds.generation.draws import PIXELS, PRIOR
-from digit_ds.generation.parallel import ParallelSampler
+from digit_ds.generation.maskgit import MaskGitSampler
 from digit_ds.generation.samplers import AutoregressiveSampler, Sampler
 from digit_ds.generation.settings import Decoding
 from digit_ds.model.transformer import Transformer
@@ -33,7 +33,7 @@ class Codes(NamedTuple):
 def make_sampler(model: Transformer, decoding: Decoding, seed: int, rows: int) -> Sampler:
     """The sampler that fits a model: parallel for ``nar``, autoregressive for everything else."""
     purpose = PIXELS if model.spec.vocabulary.has_prefix else PRIOR
-    kind = ParallelSampler if model.spec.kind == "nar" else AutoregressiveSampler
+    kind = MaskGitSampler if model.spec.kind == "nar" else AutoregressiveSampler
     return kind(model, decoding, seed, purpose, rows)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from digit_ds.errors import UserError
-from digit_ds.generation.draws import uniforms
+from digit_ds.generation.draws import philox_uniforms
 from digit_ds.generation.filtering import candidates, draw, wide
 from digit_ds.generation.settings import Decoding
 from digit_ds.model.sequences import prompt_tokens
@@ -115,7 +115,7 @@ class AutoregressiveSampler(Sampler):
         if self.device.type == "cuda" and self._graph is None:
             self._graph = self._capture()
         prompts = self._prompts(labels, prefix)
-        self._numbers.copy_(uniforms(self.seed, images.to(self.device), self.purpose, self.spec.tokens))
+        self._numbers.copy_(philox_uniforms(self.seed, images.to(self.device), self.purpose, self.spec.tokens))
         self._known.copy_(known)
         self._token.copy_(prompts[:, -1:])
         self._cache.reset()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from digit_ds.clustering.shard import Batch
+from digit_ds.clustering.shard import PointBatch
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -62,7 +62,7 @@ def test_assignment_is_that_of_fp64(case, variant):
     points, centroids = CASES[case]()
     assigner = make_variant(CUDA, variant)
     assigner.set_centroids(centroids)
-    codes = assigner.assign(Batch(0, points))
+    codes = assigner.assign(PointBatch(0, points))
     assert int((codes != in_fp64(points, centroids)).sum()) == 0
 
 
@@ -71,14 +71,14 @@ def test_every_recheck_gives_the_same(recheck):
     points, centroids = CASES["gaussian"]()
     assigner = make_variant(CUDA, recheck=recheck)
     assigner.set_centroids(centroids)
-    assert torch.equal(assigner.assign(Batch(0, points)), in_fp64(points, centroids))
+    assert torch.equal(assigner.assign(PointBatch(0, points)), in_fp64(points, centroids))
 
 
 def test_few_points_are_doubtful():
     points, centroids = CASES["gaussian"]()
     assigner = ExactAssigner(CUDA)
     assigner.set_centroids(centroids)
-    assigner.assign(Batch(0, points))
+    assigner.assign(PointBatch(0, points))
     assert len(points) <= int(assigner.rechecked) < 3 * len(points)
     assert assigner.doubtful < 0.02 * len(points)
 
@@ -124,7 +124,7 @@ def test_faiss_on_the_gpu_is_exact_but_for_fp32s_rounding():
     assigner = FaissAssigner(CUDA)
     assert assigner.device.type == "cuda"
     assigner.set_centroids(centroids)
-    codes = assigner.assign(Batch(0, points))
+    codes = assigner.assign(PointBatch(0, points))
     exact = torch.cdist(points.double(), centroids.double())
     chosen = exact.gather(1, codes[:, None])[:, 0]
     assert (chosen - exact.amin(1)).max() < 1e-4  # TF32 would choose centroids that are 1e-2 farther away

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from digit_ds.generation.draws import PRIOR, uniforms
+from digit_ds.generation.draws import PRIOR, philox_uniforms
 from digit_ds.generation.pipeline import make_sampler
 from digit_ds.generation.settings import Decoding, Guidance
 from digit_ds.model.attention import KeyValueCache
@@ -39,7 +39,7 @@ def decoding(kind: str) -> Decoding:
 
 def test_random_numbers_are_those_of_the_cpu():
     images = torch.arange(1000) + 2**34
-    assert torch.equal(uniforms(7, images, PRIOR, 256), uniforms(7, images.cuda(), PRIOR, 256).cpu())
+    assert torch.equal(philox_uniforms(7, images, PRIOR, 256), philox_uniforms(7, images.cuda(), PRIOR, 256).cpu())
 
 
 @pytest.mark.parametrize(("width", "heads"), [(192, 2), (256, 4), (64, 4)])

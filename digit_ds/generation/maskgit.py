@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from digit_ds.generation.draws import CONFIDENCE, gumbel, uniforms
+from digit_ds.generation.draws import CONFIDENCE, gumbel, philox_uniforms
 from digit_ds.generation.filtering import candidates, draw, wide
 from digit_ds.generation.samplers import Sampler
 from digit_ds.vocabulary import MASK, SPECIALS
 
 
-class ParallelSampler(Sampler):
+class MaskGitSampler(Sampler):
     """Iterative decoding with a non-causal (NAR) pixel decoder, as published: cosine schedule of the number of masked
     tokens, confidence = log-probability of the drawn token plus Gumbel noise that fades out over the steps.
     """
@@ -28,12 +28,12 @@ class ParallelSampler(Sampler):
         for step in range(decoding.steps):
             tokens = self.spec.vocabulary.token(codes).masked_fill(unknown, MASK)
             logits = self.model(torch.cat([prompts, tokens], dim=1))[:, -self.spec.tokens :]
-            numbers = uniforms(self.seed, images, self.purpose, self.spec.tokens, step)
+            numbers = philox_uniforms(self.seed, images, self.purpose, self.spec.tokens, step)
             drawn = draw(*candidates(logits, decoding.temperature, decoding.top_k, decoding.top_p), numbers)
             codes = torch.where(unknown, drawn, codes)
             if step + 1 < decoding.steps:
                 scores = masked_log_probabilities(logits).gather(-1, codes[..., None]).squeeze(-1)
-                noise = gumbel(uniforms(self.seed, images, CONFIDENCE, self.spec.tokens, step))
+                noise = gumbel(philox_uniforms(self.seed, images, CONFIDENCE, self.spec.tokens, step))
                 unknown = masked_again(
                     unknown, scores, noise, (step + 1) / decoding.steps, at_first, decoding.choice_temperature
                 )
