@@ -5,11 +5,12 @@ import torch
 from training_parts import launch, recipe, start, train, write_shards
 
 from digit_ds.errors import UserError
+from digit_ds.model.megatron import check_reductions
 from digit_ds.model.partition import write_partitioned
 from digit_ds.model.released import read_model, save_model
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import initial_state
-from digit_ds.parallel.topology import Topology
+from digit_ds.parallel.topology import Topology, initialize
 from digit_ds.training.engine import _first_weights
 from digit_ds.training.export import export
 
@@ -84,3 +85,18 @@ def test_overwritten_slices_are_noticed(precision, tmp_path):
     group = start(train_without_mpu, (values,), 2, tmp_path / "log")
     assert 0 not in group.wait()
     assert "deepspeed.initialize changed this rank's weights" in group.output()
+
+
+def check_reductions_here(lost: bool, expected: str | None) -> None:
+    """On one of two tensor-parallel ranks; ``lost``: reductions do not reach the tensors that they were asked for."""
+    initialize(2, 60.0)
+    reduce = torch.distributed.all_reduce
+    if lost:
+        torch.distributed.all_reduce = lambda tensor, **options: reduce(tensor.clone(), **options)
+    assert check_reductions(torch.device("cpu")) == expected
+
+
+def test_a_lost_reduction_is_noticed_before_training(tmp_path):
+    launch(check_reductions_here, (False, None), 2, tmp_path / "sound")
+    problem = "the forward sum over 2 tensor-parallel ranks is [4.0], expected 8"
+    launch(check_reductions_here, (True, problem), 2, tmp_path / "lost")

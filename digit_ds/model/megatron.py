@@ -40,6 +40,13 @@ except ImportError:
     NORM_KERNEL = "torch LayerNorm"
 
 
+def _config(tensor_size: int) -> ModelParallelConfig:
+    """Megatron must neither draw weights (they come from a state dict) nor reach for a GPU that may not exist."""
+    return ModelParallelConfig(
+        tensor_model_parallel_size=tensor_size, use_cpu_initialization=True, perform_initialization=False
+    )
+
+
 class _Column(ColumnParallelLinear):
     """Output features cut over ranks. Alone there is nothing to communicate: a plain matrix product, which compiles."""
 
@@ -65,6 +72,27 @@ class _Row(RowParallelLinear):
             return F.linear(x, self.weight, self.bias)
         # Megatron-core 0.16.1 drops the reduction of a tensor that is not contiguous; a product of a contiguous one is.
         return super().forward(x.contiguous())[0]
+
+
+def check_reductions(device: torch.device) -> str | None:
+    """What is wrong with the sums over tensor-parallel ranks, None if nothing is.
+
+    Runs a column- and a row-parallel layer forward (the row's sum) and backward (the column's) on a tensor that is not
+    contiguous, whose reduction Megatron-core 0.16.1 drops unless the layers above prevent it.
+    """
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    options = {"config": _config(size), "init_method": nn.init.zeros_, "bias": False, "skip_bias_add": False}
+    column = _Column(2, 2 * size, gather_output=False, **options).to(device)
+    row = _Row(2 * size, 2, input_is_parallel=True, **options).to(device)
+    for layer in (column, row):
+        nn.init.ones_(layer.weight)
+    x = torch.ones(3, 2, 2, device=device).transpose(0, 1).requires_grad_()
+    y = row(column(x).transpose(0, 1))
+    y.sum().backward()
+    for name, found in (("forward", y), ("backward", x.grad)):
+        if not torch.equal(found, torch.full_like(found, 4 * size)):
+            return f"the {name} sum over {size} tensor-parallel ranks is {found.unique().tolist()}, expected {4 * size}"
+    return None
 
 
 def _norm(spec: TransformerSpec) -> nn.Module:
@@ -193,10 +221,7 @@ class MegatronTransformer(nn.Module):
         self.smoothing = smoothing
         tensor_size = parallel_state.get_tensor_model_parallel_world_size()
         check_tensor_size(spec, tensor_size)
-        # Megatron must neither draw weights (they come from a state dict) nor reach for a GPU that may not exist.
-        config = ModelParallelConfig(
-            tensor_model_parallel_size=tensor_size, use_cpu_initialization=True, perform_initialization=False
-        )
+        config = _config(tensor_size)
         vocabulary = spec.vocabulary
         self.embedding = VocabParallelEmbedding(
             padded_rows(vocabulary.embedding_rows), spec.width, init_method=nn.init.zeros_, config=config

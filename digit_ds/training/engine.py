@@ -19,9 +19,10 @@ from torch import Tensor
 from digit_ds.config import Recipe
 from digit_ds.errors import UserError
 from digit_ds.model import weights
-from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer
+from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer, check_reductions
 from digit_ds.model.partition import read_shard
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.parallel.decide import fail_together
 from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.optimizer import GuardedAdamW
@@ -244,9 +245,9 @@ def _kernels(recipe: Recipe, device: torch.device) -> str:
 
 
 def check_start() -> None:
-    """Refuse to train on a broken reduction: sum a non-contiguous tensor over the tensor-parallel group."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    probe = torch.ones(4, device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(probe, group=parallel_state.get_tensor_model_parallel_group())
-    if not torch.equal(probe, torch.full_like(probe, size)):
-        raise UserError(f"an all-reduce over {size} tensor-parallel ranks gives {probe.tolist()}, expected {size}")
+    """Refuse to train where tensor-parallel layers lose a reduction.
+
+    Raises:
+        UserError: on rank 0; the other ranks leave with it.
+    """
+    fail_together(check_reductions(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
