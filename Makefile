@@ -19,9 +19,10 @@ lint: environment ## ruff, layering contract, shellcheck where installed
 	$(BIN)/lint-imports --no-cache
 	@if command -v shellcheck >/dev/null; then shellcheck $(SHELL_SCRIPTS); else echo "shellcheck is not installed: shell scripts not linted"; fi
 
-format: environment ## rewrite the sources in the project's format
+format: environment ## rewrite the sources in the project's format and draw the layers in CONTRIBUTING.md
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/draw_layers.py
 
 environment: $(VENV)/complete
 

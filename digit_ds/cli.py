@@ -22,7 +22,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _preview(recipe):
-    """What training calls for a grid of samples and for figures; rooms on one floor do not know each other."""
+    """What training calls for a grid of samples and for figures; packages of one layer do not import each other."""
     wanted = recipe.preview
     if wanted.vqgan is None:
         return None, None

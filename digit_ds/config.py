@@ -1,7 +1,7 @@
 """The recipe: everything that defines a training run, typed, documented and checked before anything starts.
 
 A recipe is a YAML file; ``section.key=value`` on the command line overrides one field. Unknown keys, values of the
-wrong type and combinations that cannot work end in one sentence.
+wrong type and combinations that cannot work end in one line.
 """
 
 import re

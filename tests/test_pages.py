@@ -1,0 +1,22 @@
+"""Pages that are drawn from the code are as the code is."""
+
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_layers_in_contributing_are_those_of_the_code():
+    drawer = runpy.run_path(str(ROOT / "docs" / "draw_layers.py"))
+    drawn = drawer["page"]()
+    assert "  training --> config\n" in drawn and "  training --> errors\n" not in drawn
+    assert (ROOT / "CONTRIBUTING.md").read_text() == drawn, "run python docs/draw_layers.py"
+
+
+def test_files_that_contributing_names_exist():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    names = {word.strip("`,;:()") for word in page.split() if word.startswith("`")}
+    files = {name for name in names if name.endswith(".py")}
+    assert len(files) > 15
+    places = (ROOT, ROOT / "digit_ds")
+    assert [name for name in sorted(files) if not any((place / name).is_file() for place in places)] == []
