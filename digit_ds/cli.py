@@ -198,7 +198,9 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--generated", required=True, help="folder of pictures, or .npz in ADM's layout")
+    parser.add_argument(
+        "--generated", required=True, help="folder of a sampling job or of pictures, or .npz in ADM's layout"
+    )
     parser.add_argument("--reference", required=True, help="the same, or .npz of statistics (mu, sigma)")
     parser.add_argument("--out", required=True, help="JSON file to write")
     add_reference_options(parser)

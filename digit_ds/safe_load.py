@@ -1,4 +1,4 @@
-"""Reading PyTorch checkpoint files that somebody else wrote, without running what may be hidden in them."""
+"""Reading checkpoints and arrays that somebody else wrote, without running what may be hidden in them."""
 
 import re
 import warnings
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from digit_ds.errors import UserError
@@ -47,6 +48,51 @@ def _reason(error: Exception) -> str:
         name = foreign[1].rstrip(".")
         return f"holds a Python object ({name}) that could run code, expected a checkpoint of tensors and plain values"
     return "is not a PyTorch checkpoint, or a damaged or truncated one"
+
+
+def load_npy(path: Path | str, expected: str, mmap: bool = False) -> np.ndarray:
+    """Read a ``.npy`` file, memory-mapped with ``mmap``; never a pickle.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or is something else, such as an ``.npz``; says what was ``expected``.
+    """
+    array = _load_numpy(path, expected, lambda found: found, ".npy file of numbers", "r" if mmap else None)
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: is an archive of arrays, expected {expected}")
+    return array
+
+
+def load_npz(path: Path | str, *names: str) -> dict[str, np.ndarray]:
+    """Read the arrays ``names`` (none named: all) of an ``.npz``; never a pickle.
+
+    Raises:
+        UserError: the file cannot be read, is damaged or no ``.npz``, or lacks one of them.
+    """
+
+    def read(found: Any) -> dict[str, np.ndarray]:
+        if isinstance(found, np.ndarray):
+            raise UserError(f"{path}: is a single array, expected {expected}")
+        with found as archive:
+            missing = [name for name in names if name not in archive.files]
+            if missing:
+                raise UserError(f"{path}: holds no array {missing[0]!r}")
+            return {name: archive[name] for name in names or archive.files}
+
+    expected = f"an .npz with {' and '.join(map(repr, names))}" if names else "an .npz of arrays"
+    return _load_numpy(path, expected, read, ".npz of arrays of numbers")
+
+
+def _load_numpy(path: Path | str, expected: str, read: Callable[[Any], Any], kind: str, mmap_mode: Any = None) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return read(np.load(path, mmap_mode=mmap_mode, allow_pickle=False))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected {expected}") from error
+    except Exception as error:  # a damaged archive raises anything, from BadZipFile to zlib.error and MemoryError
+        raise UserError(f"{path}: is not a complete {kind}, expected {expected}") from error
 
 
 def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], source: Path | str) -> None:

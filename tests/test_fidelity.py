@@ -219,3 +219,59 @@ def test_what_a_loader_process_refuses_is_one_sentence(parts, tmp_path, monkeypa
             work()
         assert str(refused.value).startswith(f"{folder / 'broken.png'}: is no readable image")
     assert not (tmp_path / "out.npz").exists()
+
+
+def _noise(folder: Path, *sides: int) -> Path:
+    """A folder of pictures of noise, one for each of ``sides``."""
+    folder.mkdir(parents=True)
+    for number, side in enumerate(sides):
+        noise = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number:06d}.png")
+    return folder
+
+
+def test_a_sampling_job_is_scored_by_its_pictures_alone(parts, tmp_path):
+    root, *_ = parts
+    judge, job = root / "judge.safetensors", tmp_path / "job"
+    _noise(job / "images", *[32] * 6)
+    Image.new("RGB", (100, 70)).save(job / "grid.png")
+    manifest = {"format": 1, "complete": True, "count": 6, "labels": [0] * 6, "classes": [], "settings": {}}
+    (job / "manifest.json").write_text(json.dumps(manifest))
+    options = {"features": judge, "batch": 1}  # with one picture a batch no difference of size is seen
+    result = evaluate(job, root / "one", tmp_path / "job.json", **options)
+    alone = evaluate(job / "images", root / "one", tmp_path / "images.json", **options)
+    assert result["samples"] == 6 and result["fid"] == alone["fid"]
+    for changed, message in (
+        ({"complete": False}, "is a sampling job that is not complete"),
+        ({"count": 5}, "holds 6 pictures, expected the 5 of its manifest.json"),
+    ):
+        (job / "manifest.json").write_text(json.dumps(manifest | changed))
+        with pytest.raises(UserError, match=message):
+            evaluate(job, root / "one", tmp_path / "x.json", **options)
+
+
+def test_pictures_of_different_sizes_are_refused_or_made_equal(parts, tmp_path, monkeypatch):
+    root, *_ = parts
+    options = {"features": root / "judge.safetensors"}
+    samples, mixed = _noise(tmp_path / "samples", *[32] * 4), _noise(tmp_path / "mixed", 32, 48, 40)
+    large, one = _noise(tmp_path / "large", *[48] * 4), _noise(tmp_path / "one", 32)
+    (tmp_path / "empty").mkdir()
+    for given, reference, message in (
+        (samples, mixed, r"mixed/000001.png: has 48 x 48 pixels and 000000.png 32 x 32, expected pictures of one size"),
+        (mixed, samples, r"mixed/000001.png: has 48 x 48 pixels"),
+        (samples, large, r"large: its pictures have 48 x 48 pixels and those of \S+samples 32 x 32, expected one size"),
+        (one, samples, r"one: holds 1 picture\(s\), expected at least 2"),
+        (samples, one, r"one: holds 1 picture\(s\), expected at least 2"),
+        (samples, tmp_path / "empty", "empty: holds no images"),
+        (samples / "000000.png", samples, "is neither a folder of images nor an .npz file"),
+    ):
+        for batch in (1, 64):
+            with pytest.raises(UserError, match=message):
+                evaluate(given, reference, tmp_path / "out.json", batch=batch, **options)
+    with pytest.raises(UserError, match="expected more than 3 for precision and recall"):
+        evaluate(_noise(tmp_path / "three", 32, 32, 32), samples, tmp_path / "o.json", precision_recall=True, **options)
+    with pytest.raises(UserError, match="48 x 48 pixels"):
+        save_statistics(mixed, tmp_path / "out.npz", **options)
+    assert not (tmp_path / "out.json").exists() and not (tmp_path / "out.npz").exists()
+    prepared = evaluate(samples, mixed, tmp_path / "out.json", preparation="published", size=32, **options)
+    assert prepared["reference_samples"] == 3

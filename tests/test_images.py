@@ -204,3 +204,63 @@ def test_impossible_crops_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             Crops(*arguments)
+
+
+@pytest.fixture
+def no_ghostscript(tmp_path, monkeypatch):
+    """A program ``gs`` in front of the path that leaves a mark when it is started; the mark must not appear."""
+    mark, programs = tmp_path / "started", tmp_path / "bin"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow looks once for each process
+    yield
+    assert not mark.exists()
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_an_eps_file_starts_no_ghostscript_wherever_pictures_are_read(tmp_path, no_ghostscript, capsys):
+    from digit_ds.evaluation.fidelity import save_statistics
+    from digit_ds.generation.pictures import read_png
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(EPS)
+    with pytest.raises(UnreadableImageError, match="not an image"):
+        decode(folder / "a.jpg")
+    with pytest.raises(UserError, match="is no readable image"):
+        save_statistics(folder, tmp_path / "out.npz", features="unread")
+    with pytest.raises(Image.UnidentifiedImageError):
+        read_png(folder / "a.jpg")
+
+
+@pytest.mark.parametrize("name", ["EPS", "JPEG2000", "ICO", "PCX", "SGI", "TGA", "DDS"])
+def test_formats_that_are_not_listed_are_no_images(tmp_path, name):
+    if name == "EPS":
+        (tmp_path / "a.png").write_bytes(EPS)
+    else:
+        smooth(32, 32).save(tmp_path / "a.png", format=name)
+    with pytest.raises(UnreadableImageError, match="not an image"):
+        decode(tmp_path / "a.png")
+
+
+def test_files_of_other_formats_are_counted(tmp_path, capsys):
+    from digit_ds.data.images import list_images
+    from digit_ds.preparation.jobs import Job
+
+    images = tmp_path / "images"
+    (images / "b").mkdir(parents=True)
+    for name in ("a.avif", "b/b.AVIF", "b/c.heic", "README", ".hidden"):
+        (images / name).touch()
+    said = "passed over 4 files: 2 .avif, 1 .heic, 1 without a suffix"
+    with pytest.raises(UserError, match=rf"holds no images \({said}\)"):
+        list_images(images)
+    with pytest.raises(UserError, match=rf"holds no images \({said}\)"):
+        Job(tmp_path / "none", images, {}, 8)
+    smooth(40, 40).save(images / "good.png")
+    assert list_images(images) == ["good.png"]
+    with Job(tmp_path / "out", images, {}, 8):
+        assert capsys.readouterr().err.splitlines() == [f"warning: {images}: {said}"] * 2

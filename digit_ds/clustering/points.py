@@ -10,6 +10,7 @@ import numpy as np
 
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256
+from digit_ds.safe_load import load_npy
 
 # Blocks are fixed by the rows' numbers and not by the number of processes, so that all runs compute the same.
 BLOCK_ROWS = 4096
@@ -122,14 +123,11 @@ def open_points(path: Path | str) -> Points:
 
 def _open(path: Path, bf16: bool) -> np.memmap:
     """Map a two-dimensional floating-point ``.npy`` file, or one of the bits of bfloat16 numbers."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as a .npy array ({error})") from error
+    array = load_npy(path, "a .npy array", mmap=True)
     mapped = isinstance(array, np.memmap) and array.ndim == 2
     numbers = mapped and (array.dtype == np.uint16 if bf16 else array.dtype.kind == "f" and array.dtype.itemsize <= 8)
     if not numbers:
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        found = f"{array.dtype} {list(array.shape)}"
         expected = "the bits of bfloat16 numbers in uint16" if bf16 else "floating-point numbers"
         raise UserError(f"{path}: holds {found}, expected {expected} [points, width]")
     if not array.flags.c_contiguous:

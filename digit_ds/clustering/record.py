@@ -13,6 +13,7 @@ from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically
 from digit_ds.lock import DirectoryLock
 from digit_ds.parallel.launch import is_main
+from digit_ds.safe_load import load_npz
 
 
 @dataclass
@@ -79,10 +80,9 @@ class Record:
         if not self._state_file.exists():
             return None
         try:
-            with np.load(self._state_file, allow_pickle=False) as stored:
-                facts = json.loads(str(stored["facts"]))
-                centroids, mean = stored["centroids"], stored["mean"]
-        except (OSError, ValueError, KeyError) as error:
+            stored = load_npz(self._state_file, "facts", "centroids", "mean")
+            facts, centroids, mean = json.loads(str(stored["facts"])), stored["centroids"], stored["mean"]
+        except (UserError, ValueError) as error:
             raise UserError(
                 f"{self._state_file}: cannot be read ({error}), remove {self.folder} to start anew"
             ) from error

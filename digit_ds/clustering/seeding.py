@@ -11,6 +11,7 @@ from digit_ds.clustering.points import BLOCK_ROWS, Points
 from digit_ds.clustering.shard import Shard
 from digit_ds.errors import UserError
 from digit_ds.parallel.decide import from_main, gather
+from digit_ds.safe_load import load_npy
 
 # k-means|| (Bahmani et al. 2012): each round draws about as many candidates as there are clusters; five rounds are
 # where the paper's results level off.
@@ -25,16 +26,9 @@ def random_centroids(points: Points, clusters: int, seed: int) -> np.ndarray:
 
 def centroids_from_file(path: Path | str, clusters: int, width: int) -> np.ndarray:
     """Centroids float32 [K, D] stored as a ``.npy`` file."""
-    try:
-        centroids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a .npy array of initial centroids ({error}); "
-            "--init expects random, k-means++ or such a file"
-        ) from error
-    if not isinstance(centroids, np.ndarray) or centroids.shape != (clusters, width):
-        found = list(centroids.shape) if isinstance(centroids, np.ndarray) else "an archive"
-        raise UserError(f"{path}: initial centroids are {found}, expected [{clusters}, {width}]")
+    centroids = load_npy(path, "random, k-means++ or a .npy array of initial centroids for --init")
+    if centroids.shape != (clusters, width):
+        raise UserError(f"{path}: initial centroids are {list(centroids.shape)}, expected [{clusters}, {width}]")
     if centroids.dtype.kind != "f" or not np.isfinite(centroids).all():
         raise UserError(
             f"{path}: initial centroids hold {centroids.dtype} values not all finite, expected finite floating point"

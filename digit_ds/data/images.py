@@ -7,11 +7,13 @@ kept) is drawn from a seed, that name and the number of the view, never from the
 import hashlib
 import math
 import os
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,6 +26,10 @@ SUFFIXES = frozenset(
 )
 """Files that are taken for images, in lower case; whether they are is found out by decoding them."""
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that are decoded. Pillow chooses by content, and some of its other formats start
+programs (EPS: Ghostscript) or have decoders that are rarely tested."""
+
 CropKind = Literal["training", "random", "ten-crop", "random-resized-crop"]
 """``training``: the centre crop, then random crops with flips; ``random``: random crops with flips from the first view
 on; ``ten-crop``: four corners and the centre, then their mirror images; ``random-resized-crop``: a random part of the
@@ -34,11 +40,12 @@ STRETCHED = 16
 128,000 x 256."""
 
 
-def walk(root: Path | str) -> Iterator[str]:
+def walk(root: Path | str, passed_over: Counter[str] | None = None) -> Iterator[str]:
     """Names of the image files below ``root``, sorted as strings, one directory in memory at a time.
 
     Hidden files and folders are left out; symbolic links are followed unless they lead back to a folder above. A link
-    to nothing counts as an image, so that it is reported when it cannot be read.
+    to nothing counts as an image, so that it is reported when it cannot be read. Files of other suffixes are counted
+    in ``passed_over`` by suffix.
 
     Raises:
         UserError: ``root`` is not a folder, or a folder cannot be listed.
@@ -46,7 +53,42 @@ def walk(root: Path | str) -> Iterator[str]:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: is not a folder, expected a folder of images")
-    yield from _walk(str(root), "", (_inode(str(root)),))
+    yield from _walk(str(root), "", (_inode(str(root)),), Counter() if passed_over is None else passed_over)
+
+
+def list_images(root: Path | str) -> list[str]:
+    """All names that :func:`walk` gives; a warning says which files were passed over.
+
+    Raises:
+        UserError: there are none, or as :func:`walk`.
+    """
+    passed_over: Counter[str] = Counter()
+    names = list(walk(root, passed_over))
+    if not names:
+        raise no_images(root, passed_over)
+    warn_of_passed_over(root, passed_over)
+    return names
+
+
+def no_images(root: Path | str, passed_over: Counter[str]) -> UserError:
+    """The error of a folder without images."""
+    others = f" ({describe_passed_over(passed_over)})" if passed_over else ""
+    return UserError(f"{root}: holds no images{others}, expected files such as .jpg or .png")
+
+
+def warn_of_passed_over(root: Path | str, passed_over: Counter[str]) -> None:
+    """Say on stderr how many files of which suffixes were not taken for images."""
+    if passed_over:
+        print(f"warning: {root}: {describe_passed_over(passed_over)}", file=sys.stderr, flush=True)
+
+
+def describe_passed_over(passed_over: Counter[str]) -> str:
+    """``passed over 12 files: 10 .avif, 2 .heic``."""
+    by_count = sorted(passed_over.items(), key=lambda item: (-item[1], not item[0], item[0]))
+    kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in by_count[:5]]
+    if rest := sum(count for _, count in by_count[5:]):
+        kinds.append(f"{rest:,} others")
+    return f"passed over {passed_over.total():,} files: {', '.join(kinds)}"
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -54,7 +96,7 @@ def _inode(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _walk(directory: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _walk(directory: str, prefix: str, above: tuple[tuple[int, int], ...], passed_over: Counter[str]) -> Iterator[str]:
     """Names below ``directory``; ``above`` are the inodes of the folders that contain it and of itself."""
     try:
         with os.scandir(directory) as entries:
@@ -68,9 +110,11 @@ def _walk(directory: str, prefix: str, above: tuple[tuple[int, int], ...]) -> It
             path = f"{directory}/{name}"
             inode = _inode(path)
             if inode not in above:
-                yield from _walk(path, f"{prefix}{name}/", (*above, inode))
-        elif os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122
+                yield from _walk(path, f"{prefix}{name}/", (*above, inode), passed_over)
+        elif (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:  # noqa: PTH122
             yield prefix + name
+        else:
+            passed_over[suffix] += 1
 
 
 def _is_folder(entry: os.DirEntry) -> bool | None:
@@ -91,6 +135,11 @@ class UnreadableImageError(Exception):
     """Why a file gives no picture; the message is a short reason without the file's name."""
 
 
+def open_image(source: Path | str | BinaryIO) -> Image.Image:
+    """``Image.open`` for :data:`FORMATS` alone; pixels are decoded when they are asked for."""
+    return Image.open(source, formats=FORMATS)
+
+
 def decode(path: Path | str) -> Image.Image:
     """Decode the first frame of an image file to upright 8-bit RGB.
 
@@ -103,7 +152,7 @@ def decode(path: Path | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images and odd metadata: what cannot be used raises
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 image.load()
                 return _rgb(_upright(image))
     except UnreadableImageError:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from digit_ds.data.images import open_image
 from digit_ds.demo.charts import bar_chart, line_chart
 from digit_ds.demo.digits import read_images, read_labels
 from digit_ds.demo.pictures import labelled_grid, named_rows
@@ -90,7 +91,7 @@ def _figure_table(figures: dict[str, Any]) -> str:
 
 
 def _generated_and_real(out: Path) -> str:
-    samples = Image.open(out / "samples.png")
+    samples = open_image(out / "samples.png")
     held_out = out / "images" / "val"
     real = labelled_grid(read_images(held_out), read_labels(held_out), COLUMNS)
     return f'<div class="beside">{_image(samples, "generated")}{_image(real, "real, held out")}</div>'

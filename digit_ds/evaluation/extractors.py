@@ -1,6 +1,5 @@
 """Feature extractors for torch-fidelity: Inception from a local file, or a feature network from one."""
 
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from digit_ds.data.feature_network import load_feature_network
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
+from digit_ds.safe_load import load_torch
 
 INCEPTION = "inception-v3-compat"
 
@@ -45,8 +45,8 @@ def inception(weights: Path | str | None) -> Extractor:
             "local copy of weights-inception-2015-12-05-6726825d.pth (torch-fidelity's), or a feature network instead"
         )
     try:  # torch-fidelity itself would run whatever code the file contains
-        torch.load(weights, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        load_torch(weights)
+    except UserError as error:
         raise UserError(
             f"{weights}: is no file of tensors alone, expected torch-fidelity's Inception weights"
         ) from error

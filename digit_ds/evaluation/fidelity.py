@@ -15,9 +15,10 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 from digit_ds.data.feature_network import load_feature_network
 from digit_ds.errors import UserError
 from digit_ds.evaluation.extractors import Extractor, open_extractor
-from digit_ds.evaluation.pictures import Array, Pictures, Preparation, Statistics, open_pictures
+from digit_ds.evaluation.pictures import Array, Pictures, Preparation, Statistics, describe_sides, open_pictures
 from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.parallel.helpers import loaders_in_one_sentence
+from digit_ds.safe_load import load_npz
 
 ENOUGH = 50_000
 """Samples below which FID is biased upwards too much to be compared with published figures."""
@@ -25,6 +26,8 @@ SPLITS = 10
 """Parts over which the Inception Score is averaged."""
 BATCH = 64
 """Pictures of one forward pass unless told."""
+NEIGHBOURS = 3
+"""Nearest neighbours that span the manifolds of precision and recall (torch-fidelity's default)."""
 FEW = 5_000
 """Below this many pictures, starting loader processes takes longer than decoding."""
 
@@ -47,9 +50,9 @@ def evaluate(
     """Score generated pictures against a reference, print the figures and write them to ``out_json``.
 
     Args:
-        generated: folder of pictures or ``.npz`` with ``arr_0``.
+        generated: folder of pictures, a sampling job's folder, or ``.npz`` with ``arr_0``.
         reference: the same, or an ``.npz`` of statistics (``mu``, ``sigma``), which give FID but no precision and
-            recall.
+            recall. Its pictures must be of the samples' size, as they are or once they are prepared.
         inception_weights: local file of torch-fidelity's Inception weights; or
         features: a feature network (``digit_ds.data.feature_network``) to use in its place.
         precision_recall: also compute precision and recall (memory grows with samples x reference).
@@ -71,6 +74,7 @@ def evaluate(
     if isinstance(samples, Statistics):
         raise UserError(f"{generated}: holds statistics, expected generated pictures")
     against = open_pictures(reference, preparation, size)
+    _check_comparable(samples, against, precision_recall)
     extractor = open_extractor(inception_weights, features)
     asked = _asked_labels(labels, len(samples)) if classifier is not None else None
     if classifier is not None and asked is None:
@@ -148,13 +152,31 @@ class OnlineFid:
 
     def figures(self, pictures: np.ndarray) -> dict[str, float]:
         """``online_fid_N`` of N pictures uint8 [N, H, W, 3]: the number is in the name, since FID grows as N falls."""
+        samples = Array(pictures, "pictures of a model in training")
+        _check_comparable(samples, self._reference)
         if self._statistics is None:
             with loaders_in_one_sentence():
                 self._statistics = _reference_statistics(self._reference, self._extractor, BATCH)
-        samples = Array(pictures, "pictures of a model in training")
         found = _features(samples, self._extractor, ["fid"], None, BATCH)
         fid = _fid(found, self._statistics, self._reference.name, self._extractor)
         return {f"online_fid_{len(samples)}": fid}
+
+
+def _check_comparable(samples: Pictures, against: Pictures | Statistics, precision_recall: bool = False) -> None:
+    """Refuse sets whose scores would mean nothing: of different sizes, or with fewer pictures than neighbours."""
+    if isinstance(against, Statistics):
+        return
+    if samples.sides != against.sides:
+        raise UserError(
+            f"{against.name}: its pictures have {describe_sides(against.sides)} pixels and those of {samples.name} "
+            f"{describe_sides(samples.sides)}, expected one size: --preparation and --size resize a reference folder"
+        )
+    for pictures in (samples, against) if precision_recall else ():
+        if len(pictures) <= NEIGHBOURS:
+            raise UserError(
+                f"{pictures.name}: holds {len(pictures)} pictures, expected more than {NEIGHBOURS} for precision and "
+                "recall"
+            )
 
 
 def class_accuracy(pictures: Pictures, classifier: Path | str, labels: np.ndarray, batch: int = BATCH) -> float:
@@ -261,13 +283,17 @@ def _asked_labels(labels: Path | str | None, count: int) -> np.ndarray | None:
     if labels is None:
         return None
     if Path(labels).suffix == ".npz":
-        with np.load(labels, allow_pickle=False) as arrays:
-            found = arrays.get("arr_1")
+        found = load_npz(labels, "arr_1")["arr_1"]
     else:
-        found = read_json(labels).get("labels")
-    if found is None or len(found) != count or (found := np.asarray(found, np.int64)).min() < 0:
+        manifest = read_json(labels)
+        found = manifest.get("labels") if isinstance(manifest, dict) else None
+    try:
+        asked = np.asarray(found)
+    except ValueError:  # lists of different lengths
+        asked = np.empty(0)
+    if asked.shape != (count,) or asked.dtype.kind not in "iu" or asked.min() < 0:
         raise UserError(f"{labels}: has no class label for each of the {count} generated pictures")
-    return found
+    return asked.astype(np.int64)
 
 
 def _warning(count: int) -> str | None:

@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from digit_ds.data.images import UnreadableImageError, decode, walk
+from digit_ds.data.images import UnreadableImageError, decode, list_images
 from digit_ds.errors import UserError
+from digit_ds.files import read_json
+from digit_ds.safe_load import load_npz
 
 Preparation = Literal["none", "published", "adm"]
 """``none``: as they are. ``published``: short side to ``size`` by antialiased bicubic interpolation, centre crop.
@@ -25,6 +27,8 @@ class Pictures(Protocol):
 
     name: str
     content_hash: str
+    sides: tuple[int, int]
+    """Height and width of every picture."""
 
     def __len__(self) -> int: ...
 
@@ -33,15 +37,14 @@ class Pictures(Protocol):
 
 
 class Folder(Dataset):
-    """All pictures below a folder, sorted."""
+    """All pictures below a folder, sorted; all of one size."""
 
     def __init__(self, root: Path | str, preparation: Preparation = "none", size: int | None = None):
         if preparation != "none" and size is None:
             raise UserError(f"{root}: preparation {preparation!r} needs a size in pixels")
         self.root, self.preparation, self.size = Path(root), preparation, size
-        self.files = list(walk(root))
-        if not self.files:
-            raise UserError(f"{root}: holds no images")
+        self.files = list_images(root)
+        self.sides = (size, size) if preparation != "none" else self._read(0).size[::-1]
         self.name = f"{root}" if preparation == "none" else f"{root} ({preparation} preparation, {size} pixels)"
 
     @property
@@ -56,13 +59,22 @@ class Folder(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def _read(self, index: int) -> Image.Image:
         try:
-            image = decode(self.root / self.files[index])
+            return decode(self.root / self.files[index])
         except UnreadableImageError as error:
             raise UserError(f"{self.root / self.files[index]}: is no readable image ({error})") from error
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self._read(index)
         if self.preparation != "none":
             image = prepare(image, self.preparation, self.size)
+        if (found := image.size[::-1]) != self.sides:
+            raise UserError(
+                f"{self.root / self.files[index]}: has {describe_sides(found)} pixels and {self.files[0]} "
+                f"{describe_sides(self.sides)}, expected pictures of one size, or a reference with --preparation and "
+                "--size"
+            )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -70,7 +82,7 @@ class Array(Dataset):
     """Pictures uint8 [N, H, W, 3] in memory."""
 
     def __init__(self, pictures: np.ndarray, name: str):
-        self.pictures, self.name = pictures, name
+        self.pictures, self.name, self.sides = pictures, name, pictures.shape[1:3]
 
     @property
     def content_hash(self) -> str:
@@ -98,14 +110,15 @@ class Statistics:
 def open_pictures(
     path: Path | str, preparation: Preparation = "none", size: int | None = None
 ) -> Pictures | Statistics:
-    """Whatever ``path`` is: a folder, an ``.npz`` of pictures, or an ``.npz`` of statistics.
+    """Whatever ``path`` is: a folder, a sampling job's folder, an ``.npz`` of pictures or one of statistics.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is none of them, or holds fewer than two pictures, which have no covariance.
     """
     path = Path(path)
     if path.is_dir():
-        return Folder(path, preparation, size)
+        pictures = _job(path, preparation, size) if _is_job(path) else Folder(path, preparation, size)
+        return _at_least_two(pictures)
     if path.suffix != ".npz":
         raise UserError(f"{path}: is neither a folder of images nor an .npz file")
     if preparation != "none":
@@ -113,13 +126,44 @@ def open_pictures(
     try:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # BadZipFile, OSError, and of damaged directories also others
         raise UserError(f"{path}: cannot be read ({error}), expected an .npz file") from error
     if "arr_0.npy" in names:
-        return _adm_array(path)
+        return _at_least_two(_adm_array(path))
     if {"mu.npy", "sigma.npy"} <= names:
         return Statistics(path, str(_array(path, "network")) if "network.npy" in names else None)
     raise UserError(f"{path}: holds {', '.join(sorted(names))}, expected arr_0 (pictures) or mu and sigma (statistics)")
+
+
+def describe_sides(sides: tuple[int, int]) -> str:
+    """Height and width as ``WIDTH x HEIGHT``."""
+    return f"{sides[1]} x {sides[0]}"
+
+
+def _is_job(path: Path) -> bool:
+    """Whether a folder is a sampling job's: ``images/``, and beside it a manifest that counts them."""
+    return (path / "images").is_dir() and (path / "manifest.json").is_file()
+
+
+def _job(path: Path, preparation: Preparation, size: int | None) -> Folder:
+    """The pictures of a complete sampling job; its grid is none of them."""
+    manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("count"), int):
+        raise UserError(f"{path / 'manifest.json'}: has no 'count', expected the manifest of a sampling job")
+    if not manifest.get("complete"):
+        raise UserError(f"{path}: is a sampling job that is not complete, expected its command to be run to the end")
+    pictures = Folder(path / "images", preparation, size)
+    if len(pictures) != manifest["count"]:
+        raise UserError(
+            f"{path / 'images'}: holds {len(pictures)} pictures, expected the {manifest['count']} of its manifest.json"
+        )
+    return pictures
+
+
+def _at_least_two(pictures: Pictures) -> Pictures:
+    if len(pictures) < 2:
+        raise UserError(f"{pictures.name}: holds {len(pictures)} picture(s), expected at least 2")
+    return pictures
 
 
 def prepare(image: Image.Image, preparation: Preparation, size: int) -> Image.Image:
@@ -149,10 +193,4 @@ def _adm_array(path: Path) -> Array:
 
 
 def _array(path: Path, name: str) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[name]
-    except KeyError:
-        raise UserError(f"{path}: holds no array {name!r}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}), expected an .npz with {name!r}") from error
+    return load_npz(path, name)[name]

@@ -22,6 +22,7 @@ from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.generation.pictures import draw_grid, read_png, write_adm_array, write_png
 from digit_ds.generation.pipeline import BLOCK
 from digit_ds.lock import DirectoryLock, is_empty
+from digit_ds.safe_load import load_npz
 
 FORMAT = 1
 GRID_ROWS, GRID_COLUMNS = 16, 10
@@ -121,9 +122,8 @@ class Job:
         """Join the parts, mark the job complete and let others in."""
         parts = defaultdict(list)
         for block in range(self.blocks):
-            with np.load(self.part(block), allow_pickle=False) as part:
-                for name in part.files:
-                    parts[name].append(part[name])
+            for name, values in load_npz(self.part(block)).items():
+                parts[name].append(values)
         tokens = {name: np.concatenate(values) for name, values in parts.items()}
         labels = np.asarray(self.labels, np.int64)
         write_atomically(self.out / "tokens.npz", lambda temporary: np.savez(temporary, label=labels, **tokens))

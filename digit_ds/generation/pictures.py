@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from digit_ds.data.images import open_image
 from digit_ds.files import write_atomically
 
 FAST_COMPRESSION = 1
@@ -20,7 +21,7 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 def read_png(path: Path) -> np.ndarray:
     """Read a picture as uint8 [H, W, 3]."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return np.asarray(image.convert("RGB"))
 
 

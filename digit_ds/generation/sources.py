@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode, walk
+from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode, list_images
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.generation.pipeline import BLOCK
+from digit_ds.safe_load import load_npz
 
 
 class Source(Protocol):
@@ -38,13 +39,7 @@ class TokenFile:
     """
 
     def __init__(self, path: Path | str, name: str, tokens: int, codes: int):
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                values = arrays[name]
-        except KeyError:
-            raise UserError(f"{path}: holds no array {name!r}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}), expected an .npz with an array {name!r}") from error
+        values = load_npz(path, name)[name]
         if values.ndim != 2 or values.shape[1] != tokens or not np.issubdtype(values.dtype, np.integer):
             raise UserError(f"{path}: {name} is {values.dtype} {list(values.shape)}, expected integers [N, {tokens}]")
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < codes:
@@ -72,9 +67,7 @@ class ImageFolder:
         encode: Callable[[Tensor], Tensor],
         device: torch.device,
     ):
-        self.root, self.names = Path(root), list(walk(root))
-        if not self.names:
-            raise UserError(f"{root}: holds no images")
+        self.root, self.names = Path(root), list_images(root)
         self._crops = Crops(kind="training", size=size, resize=resize, views=1, seed=0)
         self._encode, self._device = encode, device
         self.count = len(self.names)

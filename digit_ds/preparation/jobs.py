@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from digit_ds.data.images import class_name, walk
+from digit_ds.data.images import class_name, no_images, walk, warn_of_passed_over
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.lock import NAME as LOCK
@@ -107,14 +108,16 @@ class Job:
     def _open(self, settings: dict[str, Any]) -> None:
         """Make the directory, or check that what lies there is this very job, begun earlier; rank 0 locks it."""
         _check_begun(self.out, settings)  # before the lock, which leaves its mark
-        names = walk(self.root)
+        passed_over: Counter[str] = Counter()
+        names = walk(self.root, passed_over)
         first = next(names, None)
         if first is None:
-            raise UserError(f"{self.root}: holds no images, expected files such as .jpg or .png")
+            raise no_images(self.root, passed_over)
         self._lock = DirectoryLock(self.out)
         try:
             begun = _check_begun(self.out, settings)  # another job may have come first
             self._begin(settings, chain([first], names), begun)
+            warn_of_passed_over(self.root, passed_over)
         except BaseException:
             self._lock.release()
             raise

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256, write_atomically, write_json
+from digit_ds.safe_load import load_npy
 from digit_ds.tokenizer.precision import without_tf32
 
 _CPU_DISTANCES, _GPU_DISTANCES = 1 << 24, 1 << 28  # held at a time: 64 MiB and 1 GiB
@@ -67,14 +68,7 @@ def load_codebook(path: Path | str, device: torch.device | str = "cpu") -> Codeb
             was written for another file.
     """
     path = Path(path)
-    try:
-        array = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected centroids in .npy") from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: is not a complete .npy file of numbers, expected centroids [codes, width]") from error
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: is an archive of arrays, expected one .npy array of centroids [codes, width]")
+    array = load_npy(path, "one .npy array of centroids [codes, width]")
     if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
         raise UserError(
             f"{path}: holds {array.dtype} of shape {list(array.shape)}, expected floating-point centroids "
