@@ -1,34 +1,75 @@
 """The one exception a user may cause, and how a command ends with it."""
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 LINGER_SECONDS = 1.0
 """How long a rank that failed under srun stays: srun ends the others at once, and words still on their way are lost."""
+
+_SITUATIONS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENODEV,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+)
+"""What a file system answers when its state, not this program, is at fault."""
 
 
 class UserError(Exception):
     """What the user can mend: one sentence naming the file or key, what was found and what was expected."""
 
 
+def file_error(error: OSError, path: Path | str | None = None) -> UserError | None:
+    """The one line for a failure of the file system that the user can mend; None for any other ``OSError``.
+
+    Args:
+        error: as raised; its own file name is used if it has one.
+        path: where the failure happened, for errors without a file name (a full disk at ``write``).
+    """
+    if error.errno not in _SITUATIONS:
+        return None
+    name = error.filename if error.filename is not None else path
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    if name is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return None
+    if name is not None and error.errno == errno.ENAMETOOLONG:
+        name = f"{str(name)[:80]}..."
+    return UserError(f"{name or 'a file'}: cannot be used ({error.strerror})")
+
+
 def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> None:
     """Run a command-line ``main(arguments)`` and leave the process with its exit status.
 
-    A ``UserError`` becomes one sentence on stderr and exit status 2, Ctrl-C a word and 130. ``--debug``, accepted by
-    every command, lets the traceback through instead.
+    A ``UserError``, or a file that cannot be read or written, becomes one line on stderr and exit status 2, Ctrl-C a
+    word and 130. ``--debug``, accepted by every command, lets the traceback through instead.
     """
+    _use_utf8()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
     try:
         status = main(arguments) or 0
-    except UserError as error:
-        if debug:
+    except (UserError, OSError) as error:
+        known = error if isinstance(error, UserError) else file_error(error)
+        if debug or known is None:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {known}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
         if debug:
@@ -40,3 +81,13 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     if status and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         time.sleep(LINGER_SECONDS)
     sys.exit(status)
+
+
+def _use_utf8() -> None:
+    """Start this process again with UTF-8 file names where the locale says ASCII (``LC_ALL=C PYTHONUTF8=0``).
+
+    File names on Linux are bytes, and those that people give are UTF-8 whatever the locale of a batch job is.
+    """
+    if sys.getfilesystemencoding().lower() != "utf-8" and sys.orig_argv[1:2] != ["-Xutf8"]:
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, "-Xutf8", *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from digit_ds.errors import UserError
 def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
     """Call ``write(temporary)`` and move its result to ``path``: readers see the old file or the whole new one.
 
-    A folder that cannot be made or written to, or a full disk, is the user's error.
+    The file gets the mode that the umask leaves, whatever the writer gives it. A folder that cannot be made or written
+    to, or a full disk, is the user's error.
     """
     path = Path(path)
     try:
@@ -22,17 +24,35 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, unless it is there; a link to nothing is the user's error."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                raise UserError(
+                    f"{place}: is a link to {place.readlink()}, which does not exist, expected a directory"
+                ) from error
+        raise
+
+
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     # The suffix is kept because writers such as numpy.save append their own when it is missing.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors gives its files 0600: colleagues could not read them
         write(temporary)
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode & 0o777)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it must not hide why nothing could be written
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value: Any) -> None:

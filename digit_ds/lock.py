@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import IO
 
 from digit_ds.errors import UserError
+from digit_ds.files import make_directory
 
 NAME = ".lock"
+
+_FIRST = (".settings.", ".manifest.", ".recipe.", ".demo.")
+"""Beginnings of the passing names of the files that jobs write first, see ``write_atomically``."""
 
 
 class DirectoryLock:
@@ -40,9 +44,14 @@ class DirectoryLock:
             raise UserError(f"{self._directory}: cannot be written to ({error.strerror or error})") from error
 
     def release(self) -> None:
-        """Let others in; the directory is removed again if it was made here and holds nothing."""
-        self._path.unlink(missing_ok=True)
-        self._stream.close()
+        """Let others in; the directory is removed again if it was made here and holds nothing.
+
+        Never fails: a directory that became read-only or was removed is reported by the job that wrote there.
+        """
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._stream.close()
         if self._made:
             with suppress(OSError):
                 self._directory.rmdir()
@@ -50,7 +59,7 @@ class DirectoryLock:
     def _acquire(self) -> IO[str]:
         while True:
             try:
-                self._directory.mkdir(parents=True, exist_ok=True)
+                make_directory(self._directory)
                 stream = self._path.open("a+", encoding="utf-8")
             except FileNotFoundError:  # whoever made the directory removed it just now
                 continue
@@ -86,5 +95,5 @@ class DirectoryLock:
 
 
 def is_empty(directory: Path) -> bool:
-    """Whether a directory holds nothing, or only what a lock leaves whose holder was killed."""
-    return all(path.name == NAME for path in directory.iterdir())
+    """Whether a directory holds nothing, or only what a job leaves that was killed in its first moment."""
+    return all(path.name == NAME or path.name.startswith(_FIRST) for path in directory.iterdir())

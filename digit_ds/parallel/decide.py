@@ -5,14 +5,15 @@ systems). A refusal ends every process with exit status 2 and is printed once, b
 identity for a process alone and must be called by all ranks in the same order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from digit_ds.errors import UserError
-from digit_ds.parallel.launch import is_main
+from digit_ds.errors import UserError, file_error
+from digit_ds.parallel.launch import host, is_main, rank
 
 T = TypeVar("T")
 
@@ -31,12 +32,24 @@ def _control_group() -> dist.ProcessGroup:
     return _groups[world]
 
 
+@contextmanager
+def _peers() -> Iterator[dist.ProcessGroup]:
+    """The control group; when a process of it is gone, the others say so in one line."""
+    try:
+        yield _control_group()
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {rank()} on {host()}: another process of this job has ended, its own message says why"
+        ) from error
+
+
 def gather(value: T) -> list[T]:
     """The picklable ``value`` of every process, in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_control_group())
+    with _peers() as group:
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -44,7 +57,8 @@ def from_main(compute: Callable[[], T]) -> T:
     """Run ``compute`` on rank 0 and return its picklable result on all processes.
 
     Raises:
-        UserError: on rank 0, what ``compute`` raised; the other ranks leave silently with the same exit status.
+        UserError: on rank 0, what ``compute`` raised, or a file that it could not use; the other ranks leave silently
+            with the same exit status.
         SystemExit: on the other ranks, when ``compute`` raised anything on rank 0.
     """
     value, error = None, None
@@ -52,11 +66,12 @@ def from_main(compute: Callable[[], T]) -> T:
         try:
             value = compute()
         except BaseException as caught:  # the others must not wait for a rank that is gone
-            error = caught
+            error = _one_line(caught)
     if dist.is_initialized():
         status = None if error is None else 2 if isinstance(error, UserError) else 1
         shared = [value, status]
-        dist.broadcast_object_list(shared, src=0, group=_control_group())
+        with _peers() as group:
+            dist.broadcast_object_list(shared, src=0, group=group)
         value, status = shared
         if status is not None and not is_main():
             raise SystemExit(status)
@@ -74,7 +89,59 @@ def fail_together(problem: str | None) -> None:
         raise SystemExit(2)
 
 
+def on_all(compute: Callable[[], T]) -> T:
+    """Run ``compute`` on every process, such as reading a file that all need; no process goes on when one cannot.
+
+    Raises:
+        UserError: on rank 0, what the first process raised that could not.
+        SystemExit: on the other ranks.
+    """
+    value, problem = None, None
+    try:
+        value = compute()
+    except (UserError, OSError) as error:
+        known = _one_line(error)
+        if not isinstance(known, UserError):
+            raise
+        if not dist.is_initialized():
+            raise known from error
+        problem = str(known)
+    fail_together(problem)
+    return value
+
+
+def agree(value: T, what: str) -> T:
+    """Return ``value`` when every process has the same one; otherwise all end.
+
+    Args:
+        value: picklable and comparable; mappings are compared key by key.
+        what: names it in the refusal.
+
+    Raises:
+        UserError: on rank 0, naming the process and the first key that differs.
+    """
+    values = gather(value)
+    for number, other in enumerate(values):
+        if other != values[0]:
+            detail = ""
+            if isinstance(other, dict) and isinstance(values[0], dict):
+                keys = other.keys() | values[0].keys()
+                key = min(key for key in keys if other.get(key) != values[0].get(key))
+                detail = f" ({key}: {other.get(key)} and {values[0].get(key)})"
+            fail_together(
+                f"{what}: rank {number} reads something else than rank 0{detail}, "
+                "expected files that all processes share"
+            )
+    return value
+
+
+def _one_line(error: BaseException) -> BaseException:
+    """A failure of the file system as the user's error, anything else as it is."""
+    return (isinstance(error, OSError) and file_error(error)) or error
+
+
 def wait_for_all() -> None:
     """Wait until all processes are here, however long they work."""
     if dist.is_initialized():
-        dist.barrier(group=_control_group())
+        with _peers() as group:
+            dist.barrier(group=group)

@@ -18,7 +18,8 @@ from torch import Tensor
 from digit_ds.data.images import Crops, uniforms
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256, write_atomically, write_json
-from digit_ds.parallel.launch import device, is_main
+from digit_ds.parallel.decide import from_main, on_all, wait_for_all
+from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import JpegDecoder, Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded
@@ -82,7 +83,8 @@ def extract_features(
         raise UserError("points and fraction are both given, expected one of them")
     if decoder == "gpu":
         separate_queues()
-    model = load_encoder(encoder, layer, num_heads, device=device(), dtype=precision_dtype(precision))
+    initialize()
+    model = on_all(lambda: load_encoder(encoder, layer, num_heads, device=device(), dtype=precision_dtype(precision)))
     if compile:
         model.compile()
     size = image_size or min(model.image_sizes)
@@ -132,9 +134,9 @@ def extract_features(
             return
         missing = job.my_blocks(lambda block: _report_path(job.out, block).is_file())
         Conveyor(loading, device(), encode, write, annotate).run(job, missing, "features")
-        job.barrier()
-        job.on_main(lambda: _merge(job, provenance, model.width, dtype, max_skipped))
-        job.barrier()
+        wait_for_all()
+        from_main(lambda: _merge(job, provenance, model.width, dtype, max_skipped))
+        wait_for_all()
 
 
 def _report_path(out: Path, block: int) -> Path:

@@ -13,28 +13,24 @@ manifest.json     written last: the job is complete
 ```
 """
 
-import datetime
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from digit_ds.data.images import class_name, no_images, walk, warn_of_passed_over
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.lock import NAME as LOCK
-from digit_ds.lock import DirectoryLock
-from digit_ds.parallel.launch import initialize, is_main, rank, world_size
-
-Result = TypeVar("Result")
+from digit_ds.parallel.decide import agree, from_main
+from digit_ds.parallel.launch import initialize, rank, world_size
+from digit_ds.workdir import WorkDirectory, is_begun
 
 
 @dataclass(frozen=True)
@@ -54,14 +50,14 @@ class Job:
         self.out = Path(out)
         self.root = Path(images)
         self.block_images = block_images
-        self._lock: DirectoryLock | None = None
         initialize()
-        # Waits last as long as the slowest rank's work or the listing of the folder: no ordinary timeout fits.
-        self._group = None
-        if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
-        self.on_main(lambda: self._open(settings | {"block_images": block_images}))
-        catalogue = read_json(self.out / "catalogue.json")
+        settings = agree(settings | {"block_images": block_images}, f"{self.out}, its settings")
+        self._directory = WorkDirectory(self.out, lambda: is_begun(self.out, _stored(self.out), settings))
+        try:
+            catalogue = from_main(lambda: self._begin(settings, self._directory.found))
+        except BaseException:
+            self._directory.release()
+            raise
         self.images: int = catalogue["images"]
         self.classes: list[str] = catalogue["classes"]
         self._offsets: list[int] = catalogue["offsets"]
@@ -70,62 +66,27 @@ class Job:
         return self
 
     def __exit__(self, *failure: Any) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        self._directory.__exit__(*failure)
 
     @property
     def complete(self) -> bool:
-        """Whether an earlier run finished the job."""
-        return (self.out / "manifest.json").is_file()
+        """Whether an earlier run finished the job, as rank 0 sees it; all processes ask together."""
+        return from_main((self.out / "manifest.json").is_file)
 
     @property
     def blocks(self) -> int:
         """Number of blocks of the whole job."""
         return len(self._offsets)
 
-    def on_main(self, work: Callable[[], Result]) -> Result | None:
-        """Run ``work`` on rank 0 while the others wait; when it raises a UserError there, all leave."""
-        failure, result = None, None
-        if is_main():
-            try:
-                result = work()
-            except UserError as error:
-                failure = error
-        if self._group is not None:
-            failed = [failure is not None]
-            dist.broadcast_object_list(failed, src=0, group=self._group)
-            if failed[0] and not is_main():
-                raise SystemExit(2)  # rank 0 says why
-        if failure:
-            raise failure
-        return result
-
-    def barrier(self) -> None:
-        """Wait for all ranks, however long they work."""
-        if self._group is not None:
-            dist.barrier(group=self._group)
-
-    def _open(self, settings: dict[str, Any]) -> None:
-        """Make the directory, or check that what lies there is this very job, begun earlier; rank 0 locks it."""
-        _check_begun(self.out, settings)  # before the lock, which leaves its mark
+    def _begin(self, settings: dict[str, Any], begun: bool) -> dict[str, Any]:
+        """Write the settings and the list of images, which must be that of the earlier run; return the catalogue."""
         passed_over: Counter[str] = Counter()
-        names = walk(self.root, passed_over)
-        first = next(names, None)
+        found = walk(self.root, passed_over)
+        first = next(found, None)
         if first is None:
             raise no_images(self.root, passed_over)
-        self._lock = DirectoryLock(self.out)
-        try:
-            begun = _check_begun(self.out, settings)  # another job may have come first
-            self._begin(settings, chain([first], names), begun)
-            warn_of_passed_over(self.root, passed_over)
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _begin(self, settings: dict[str, Any], names: Iterator[str], begun: bool) -> None:
-        """Write the settings and the list of images, which must be that of the earlier run if there was one."""
         write_json(self.out / "settings.json", settings)
-        names = self._list(names)
+        names = self._list(chain([first], found))
         if begun and (self.out / "catalogue.json").is_file():
             known = read_json(self.out / "catalogue.json")
             if known["sha256"] != names["sha256"]:
@@ -136,6 +97,8 @@ class Job:
                 )
         (self.out / "images.jsonl.new").replace(self.out / "images.jsonl")
         write_json(self.out / "catalogue.json", names)
+        warn_of_passed_over(self.root, passed_over)
+        return names
 
     def _list(self, names: Iterable[str]) -> dict[str, Any]:
         """Write the sorted names to ``images.jsonl.new`` and return the catalogue."""
@@ -163,8 +126,9 @@ class Job:
         return Block(number, number * self.block_images, names)
 
     def my_blocks(self, done: Callable[[int], bool]) -> list[int]:
-        """Numbers of the blocks that this rank has yet to do."""
-        return [number for number in range(rank(), self.blocks, world_size()) if not done(number)]
+        """Numbers of the blocks that this rank has yet to do, of those that rank 0 does not see ``done``."""
+        missing = from_main(lambda: [number for number in range(self.blocks) if not done(number)])
+        return [number for number in missing if number % world_size() == rank()]
 
     def finish(self, reports: Iterable[dict[str, Any]], max_skipped: float) -> int:
         """Write ``skipped.json`` from the blocks' reports and return how many images it lists.
@@ -185,30 +149,10 @@ class Job:
         return len(skipped)
 
 
-def _check_begun(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether this very job was begun in a directory; anything else that lies there is refused."""
+def _stored(out: Path) -> dict[str, Any] | None:
+    """The settings of the job that was begun in a directory."""
     path = out / "settings.json"
-    if path.is_file():
-        _check_same(out, read_json(path), settings)
-        return True
-    if out.exists() and (not out.is_dir() or any(_foreign(out))):
-        raise UserError(f"{out}: already holds other files, expected an empty or a new directory")
-    return False
-
-
-def _check_same(out: Path, begun: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse a directory in which another job was begun, naming the first difference."""
-    for key in sorted(begun.keys() | wanted.keys()):
-        if begun.get(key) != wanted.get(key):
-            raise UserError(
-                f"{out}: already holds the results of another run, with {key} {begun.get(key)!r} where this one has "
-                f"{wanted.get(key)!r}; expected the same settings or another output directory"
-            )
-
-
-def _foreign(out: Path) -> Iterator[Path]:
-    """What lies in a directory, but for what a run leaves that is killed in its first moment."""
-    return (path for path in out.iterdir() if path.name != LOCK and not path.name.startswith(".settings."))
+    return read_json(path) if path.is_file() else None
 
 
 def default_workers() -> int:

@@ -11,7 +11,8 @@ import numpy as np
 from digit_ds.data.images import CropKind, Crops, class_name
 from digit_ds.data.shards import COLUMNS, ShardManifest, merge_blocks, write_block
 from digit_ds.files import read_json, write_json
-from digit_ds.parallel.launch import device, is_main
+from digit_ds.parallel.decide import from_main, on_all, wait_for_all
+from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Batch, JpegDecoder, Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded
@@ -79,17 +80,20 @@ def tokenize_images(
     """
     if decoder == "gpu":
         separate_queues()
-    tokenizer = Tokenizer(
-        encoder,
-        codebook,
-        vqgan,
-        vqgan_config=vqgan_config,
-        layer=layer,
-        num_heads=num_heads,
-        image_size=image_size,
-        precision=precision,
-        compile=compile,
-        device=device(),
+    initialize()
+    tokenizer = on_all(
+        lambda: Tokenizer(
+            encoder,
+            codebook,
+            vqgan,
+            vqgan_config=vqgan_config,
+            layer=layer,
+            num_heads=num_heads,
+            image_size=image_size,
+            precision=precision,
+            compile=compile,
+            device=device(),
+        )
     )
     size = tokenizer.image_size
     ten = crops == "ten-crop"
@@ -117,9 +121,9 @@ def tokenize_images(
         with BlockWriter(job, tokenizer, cut) as write:
             conveyor = Conveyor(loading, device(), lambda pixels, _extra: tokenizer.encode(pixels), write)
             conveyor.run(job, missing, "tokens")
-        job.barrier()
-        job.on_main(lambda: _merge(job, tokenizer, cut, max_skipped))
-        job.barrier()
+        wait_for_all()
+        from_main(lambda: _merge(job, tokenizer, cut, max_skipped))
+        wait_for_all()
 
 
 class BlockWriter:
