@@ -4,34 +4,16 @@ A recipe is a YAML file; ``section.key=value`` on the command line overrides one
 wrong type and combinations that cannot work end in one line.
 """
 
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from digit_ds import shipped
 from digit_ds.errors import UserError
 from digit_ds.model.spec import Activation, Normalization, NormPosition, Positions
+from digit_ds.settings import PathText, Section, ShortPrecision, parse_yaml, read_yaml
 from digit_ds.vocabulary import Kind
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``3e-4`` is a number, as in YAML 1.2 (1.1, PyYAML's, reads a string)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced from strings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
 
 
 class ModelConfig(Section):
@@ -75,11 +57,11 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Token shards."""
 
-    shards: str
+    shards: PathText
     """Directory of training shards, or an object-store URL (``s3://``, ``gs://``, ...)."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Local directory for shards of a remote ``shards``."""
-    validation: str | None = None
+    validation: PathText | None = None
     """Directory or URL of validation shards; unset: no validation."""
     shuffle_seed: int = 0
     """Seed of the sample order; keep it when resuming."""
@@ -87,12 +69,15 @@ class DataConfig(Section):
     """Loader processes per rank."""
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW (decoupled weight decay, as fairseq's Adam)."""
 
     learning_rate: float = Field(3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = Field((0.9, 0.98), strict=False)
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.98), strict=False)
     """Adam's exponential decay rates."""
     epsilon: float = Field(1e-8, gt=0)
     """Adam's denominator term (fairseq's default)."""
@@ -128,9 +113,9 @@ class TrainingConfig(Section):
     """Images of one forward pass on one data-parallel rank; keep it over layouts for equal dropout masks."""
     seed: int = 1
     """Seed of the initial weights and of dropout."""
-    start_from: str | None = None
+    start_from: PathText | None = None
     """Model directory (released, or cut by ``to-megatron``) whose weights a new run starts from; unset: drawn."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Annotated[Literal["fp32", "bf16"], ShortPrecision] = "bf16"
     """Compute precision; master weights, gradient accumulation and reduction are fp32 either way."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Smoothing spread over the whole output vocabulary (fairseq's convention as the golden data state it)."""
@@ -190,11 +175,11 @@ class PreviewConfig(Section):
     TensorBoard, and an FID of few samples. What cannot be drawn is a warning and no end of the run.
     """
 
-    vqgan: str | None = None
+    vqgan: PathText | None = None
     """VQGAN checkpoint that paints; unset: no pictures."""
-    vqgan_config: str | None = None
+    vqgan_config: PathText | None = None
     """Its taming-style YAML; unset: MAGE's."""
-    partner: str | None = None
+    partner: PathText | None = None
     """Model directory of the other stage: a pixel decoder for a prior, a prior for a pixel decoder."""
     rows: int = Field(8, ge=1)
     """Rows of the grid; with a class-conditional prior the first classes, one a row."""
@@ -207,21 +192,21 @@ class PreviewConfig(Section):
     fid_samples: int = Field(0, ge=0)
     """N: the FID of N pictures, classes in turn, is logged as ``online_fid_N``; 0: none. It compares checkpoints of
     a run and is no published figure (those are of 50,000). Must take less than ``training.timeout_seconds``."""
-    fid_reference: str | None = None
+    fid_reference: PathText | None = None
     """Its reference: ``.npz`` of statistics (``mu``, ``sigma``) or of pictures (``arr_0``), or a folder, which is read
     at the first checkpoint."""
-    fid_inception_weights: str | None = None
+    fid_inception_weights: PathText | None = None
     """Local file of torch-fidelity's Inception weights; or"""
-    fid_features: str | None = None
+    fid_features: PathText | None = None
     """a feature network (safetensors) in their place."""
 
 
 class Recipe(Section):
     """One training run."""
 
-    run: str
+    run: PathText
     """Run directory: metrics.jsonl, tb/, checkpoints/."""
-    deepspeed: str = "zero1.json"
+    deepspeed: PathText = "zero1.json"
     """DeepSpeed JSON, relative to the recipe's folder or the working directory, or the name of a shipped one."""
     model: ModelConfig = ModelConfig()
     """The transformer."""
@@ -253,24 +238,13 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
         UserError: the file cannot be read, a key is unknown, a value has the wrong type, or a combination cannot work.
     """
     path = shipped.find(path) or Path(path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        expected = f"expected a YAML recipe or one of {shipped.names('.yaml')}"
-        raise UserError(f"{path}: cannot be read ({error.strerror}), {expected}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, expected a mapping of sections")
+    values = read_yaml(path, f"expected a YAML recipe or one of {shipped.names('.yaml')}")
     for override in overrides or []:
         _apply(values, override)
     named = values.get("deepspeed")
     if isinstance(named, str) and (path.parent / named).is_file():
         values["deepspeed"] = str(path.parent / named)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error)}") from error
+    recipe = Recipe.read(values, str(path))
     _check_combinations(recipe, path)
     return recipe
 
@@ -285,24 +259,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"{name}: {section!r} is a value, not a section")
-    try:
-        values[key] = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: {text!r} is not valid YAML") from error
-
-
-def _first_problem(error: ValidationError) -> str:
-    """The first validation error as a phrase that names the key, what was found and what was expected."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        return f"unknown key {key!r}, expected one of {', '.join(section.model_fields)}"
-    if problem["type"] == "missing":
-        return f"key {key!r} is missing"
-    return f"{key} is {problem['input']!r}, expected: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+    values[key] = parse_yaml(text, f"{name} is {text!r}")
 
 
 def _check_combinations(recipe: Recipe, path: Path) -> None:

@@ -73,6 +73,11 @@ def test_overrides_reach_their_field_with_yaml_types(recipe_file):
         (["model.activation=swiglu", "parallel.tensor=16", "model.ffn_width=2744"], ["ffn_width 2744", "tensor 16"]),
         (["model.kind=ar", "model.class_conditional=true"], ["class_conditional", "ar"]),
         (["training.class_dropout=0.1"], ["training.class_dropout", "class_conditional"]),
+        (["optimizer.learning_rate=.inf"], ["optimizer.learning_rate", "inf", "finite number"]),
+        (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate", "nan", "finite number"]),
+        (["optimizer.betas=[0.9, 1.5]"], ["optimizer.betas.1", "1.5", "less than 1"]),
+        (["run=~no_such_user/run"], ["run", "no_such_user", "home folder"]),
+        (["training.seed={a: 1, a: 2}"], ["training.seed", "'a' stands twice"]),
         (["training.global_batch=100"], ["training.global_batch 100", "training.micro_batch 64"]),
     ],
 )
@@ -87,7 +92,15 @@ def test_what_is_wrong_is_named_in_one_sentence(recipe_file, overrides, words):
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("run: x\n", "'data' is missing"), ("[1, 2]", "list"), ("run: [", "not valid YAML"), ("", "mapping")],
+    [
+        (MINIMAL + "training: {global_batch: 64}\n", "key 'training' stands twice .*line 4"),
+        ("run: 2020-13-45\n", "not valid YAML"),
+        ("1: 2\n", "mapping of sections"),
+        ("run: x\n", "'data' is missing"),
+        ("[1, 2]", "list"),
+        ("run: [", "not valid YAML"),
+        ("", "mapping"),
+    ],
 )
 def test_files_that_are_no_recipes(tmp_path, text, word):
     path = tmp_path / "recipe.yaml"
@@ -95,6 +108,21 @@ def test_files_that_are_no_recipes(tmp_path, text, word):
     with pytest.raises(UserError, match=word) as caught:
         load_recipe(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_files_in_another_encoding_are_refused(tmp_path, encoding):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(MINIMAL.replace("runs/x", "runs/\u00fc").encode(encoding))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        load_recipe(path)
+
+
+def test_the_home_folder_is_meant_by_a_tilde(recipe_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe(recipe_file, ["run=~/run", "data.shards=~/shards", "training.precision=float32"])
+    assert (recipe.run, recipe.data.shards) == (f"{tmp_path}/run", f"{tmp_path}/shards")
+    assert recipe.training.precision == "fp32"
 
 
 def test_missing_file(tmp_path):

@@ -1,0 +1,280 @@
+"""Typed settings: one class for each stage, from which its command line, its YAML section, its record and its page in
+``docs/reference.md`` come.
+
+A field's type, default and docstring are written once, where it is declared. ``Section.read`` makes settings from plain
+values, ``add_options`` and ``from_options`` make them from a command line, ``read_yaml`` reads a file of them.
+(pydantic-settings has a command line too: it writes an error over several lines, shows a nullable option's type as
+``{str,null}``, and has neither ``--no-flip`` as a chain's key nor groups.)
+"""
+
+import argparse
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from digit_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field looks on the command line, where its name and type do not say it: ``Annotated[int, Option(...)]``."""
+
+    metavar: str | tuple[str, ...] | None = None
+    """What stands for the value in the help."""
+    name: str = ""
+    """Name of the flag, and of the key in YAML, where it is not the field's: ``vqgan_config`` is ``--vqgan-config``."""
+    aliases: tuple[str, ...] = ()
+    """Earlier names, accepted and not shown."""
+    positional: bool = False
+    """Given by place, not by a flag."""
+    group: str = ""
+    """Heading in the help."""
+
+
+def _path(value: Any) -> Any:
+    """A path as text, with ``~`` expanded; what is none is refused by the field's type."""
+    if not isinstance(value, (str, Path)):
+        return value
+    if not str(value):
+        raise ValueError("a path, not an empty text")
+    try:
+        return str(Path(value).expanduser()) if str(value).startswith("~") else str(value)
+    except RuntimeError as error:
+        raise ValueError(f"the home folder of an existing user ({error})") from error
+
+
+_LONG = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+ShortPrecision = BeforeValidator(lambda value: _LONG.get(value, value) if isinstance(value, str) else value)
+"""For a choice of precisions: ``float32`` and the like, the names that PyTorch has, are taken for ``fp32``."""
+
+PathText = Annotated[str, BeforeValidator(_path)]
+"""A file, a folder or the URL of one, as text; ``~`` is expanded."""
+
+
+Settings = TypeVar("Settings", bound="Section")
+
+
+class Section(BaseModel):
+    """Base of all settings: unknown keys are errors, texts are not taken for numbers, numbers are finite."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def read(cls: type[Settings], values: Mapping[str, Any], source: str = "") -> Settings:
+        """Settings from ``values`` by name; names of flags (``no_flip``) and earlier names are understood as well.
+
+        Raises:
+            UserError: the first key that is unknown, missing or of another type; ``source`` stands before it.
+        """
+        try:
+            return cls.model_validate(_by_field(cls, values))
+        except ValidationError as error:
+            raise UserError(
+                f"{source}: {first_problem(error, cls)}" if source else first_problem(error, cls)
+            ) from error
+
+
+def _option(field: FieldInfo) -> Option:
+    """A field's ``Option``, or one that says nothing."""
+    return next((part for part in field.metadata if isinstance(part, Option)), Option())
+
+
+def _names(section: type[Section]) -> Iterator[tuple[str, str, bool]]:
+    """All that a field of a section can be called: name, field, and whether that name means its contrary."""
+    for name, field in section.model_fields.items():
+        option = _option(field)
+        for other in (name, option.name, *option.aliases):
+            if other:
+                yield other, name, False
+                if field.annotation is bool:
+                    yield f"no_{other}", name, True
+
+
+def _by_field(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` under the names of the fields."""
+    known = {name: (field, contrary) for name, field, contrary in _names(section)}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        field, contrary = known.get(key, (key, False))
+        found[field] = not value if contrary and isinstance(value, bool) else value
+    return found
+
+
+def key_of(section: type[Section], name: str) -> str:
+    """What a field is called in YAML and, with dashes, on the command line."""
+    return _option(section.model_fields[name]).name or name
+
+
+def first_problem(error: ValidationError, section: type[Section], flags: bool = False) -> str:
+    """The first thing that is wrong as a phrase: key (with ``flags`` the option), what was found, what was expected."""
+    problem = error.errors()[0]
+    where = [part for part in problem["loc"] if part != "[key]"]
+    fields: Any = section
+    for number, part in enumerate(where):  # a list's positions and a union's members are no sections
+        if not (isinstance(fields, type) and issubclass(fields, Section)) or part not in fields.model_fields:
+            break
+        where[number], fields = key_of(fields, part), fields.model_fields[part].annotation
+    key = ".".join(map(str, where))
+    if flags and key:
+        key = f"--{key.replace('_', '-')}"
+    if problem["type"] == "extra_forbidden":
+        names = ", ".join(key_of(fields, name) for name in fields.model_fields)
+        return f"unknown key {key!r}, expected one of {names}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing"
+    said = problem["msg"].removeprefix("Value error, ")
+    if not key:  # a check of several fields together
+        return said if problem["type"] == "value_error" else f"is {problem['input']!r}, expected: {_small(said)}"
+    return f"{key} is {problem['input']!r}, expected: {_small(said)}"
+
+
+def _small(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``3e-4`` is a number, as in YAML 1.2 (PyYAML's 1.1 reads a string), and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a second key of one name, of which PyYAML keeps the last in silence."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that a YAML text stands for.
+
+    Raises:
+        UserError: it is not valid YAML, or a key stands twice.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2020-13-45 is a date that is none
+        raise UserError(f"{source}: is not valid YAML ({' '.join(str(error).split())})") from error
+
+
+def read_yaml(path: Path, expected: str = "expected a YAML file") -> dict[str, Any]:
+    """The mapping in a YAML file, UTF-8.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, not valid YAML, has a key twice, or holds no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}), {expected}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}), {expected} in UTF-8") from error
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: holds {type(values).__name__}, expected a mapping of sections")
+    return values
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose errors are one line, as all others of this project."""
+
+    def error(self, message: str) -> Any:
+        """Refuse the command line."""
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def add_options(parser: argparse.ArgumentParser, section: type[Section]) -> None:
+    """An option for each field of ``section``: flag, type, choices, default and help from its declaration."""
+    groups: dict[str, Any] = {"": parser}
+    for name, field in section.model_fields.items():
+        option = _option(field)
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        words = {"help": _help(field), "default": argparse.SUPPRESS, **_value(field)}
+        if option.positional:
+            if not field.is_required():
+                words["nargs"] = words.get("nargs", "?").replace("+", "*")
+            groups[option.group].add_argument(name, **{"metavar": (option.name or name).upper()} | words)
+            continue
+        flag = _flag(key_of(section, name))
+        groups[option.group].add_argument(flag, dest=name, required=field.is_required(), **words)
+        for alias in option.aliases:
+            parser.add_argument(_flag(alias), dest=name, **{**words, "help": argparse.SUPPRESS})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _plain(annotation: Any) -> Any:
+    """A type without ``None`` and without what ``Annotated`` adds."""
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
+            (annotation,) = (part for part in get_args(annotation) if part is not type(None))
+        else:
+            return annotation
+
+
+def _value(field: FieldInfo) -> dict[str, Any]:
+    """How argparse is to read a field's value. Choices and ranges are the settings' own to check."""
+    kind, metavar = _plain(field.annotation), _option(field).metavar
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    words: dict[str, Any] = {}
+    if get_origin(kind) in (list, tuple):
+        inner = [_plain(part) for part in get_args(kind)]
+        several = get_origin(kind) is list or Ellipsis in inner
+        words, kind = {"nargs": "+" if several else len(inner)}, inner[0]
+    if get_origin(kind) is Literal:
+        words["metavar"] = "{" + ",".join(map(str, get_args(kind))) + "}"
+        kind = type(get_args(kind)[0])
+    words["type"] = kind
+    return words if metavar is None else words | {"metavar": metavar}
+
+
+def _help(field: FieldInfo) -> str:
+    """A field's docstring in one line, with its default where that says something."""
+    text = " ".join((field.description or "").replace("``", "").split()).removesuffix(".")
+    return (text + default_text(field)).replace("%", "%%")
+
+
+def default_text(field: FieldInfo) -> str:
+    """`` (default: 3)``; nothing where there is none or the docstring says what happens."""
+    default = field.get_default(call_default_factory=True)
+    if field.is_required() or default is None or default is False or default == []:
+        return ""
+    if default is True:
+        return " (default: yes)"
+    return f" (default: {' '.join(map(str, default)) if isinstance(default, (list, tuple)) else default})"
+
+
+def from_options(section: type[Settings], options: argparse.Namespace) -> Settings:
+    """The settings that a parsed command line gives.
+
+    Raises:
+        UserError: names the first option that is outside its range or does not fit another one.
+    """
+    given = {name: value for name, value in vars(options).items() if name in section.model_fields}
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        raise UserError(first_problem(error, section, flags=True)) from error

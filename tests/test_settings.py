@@ -1,0 +1,106 @@
+"""The bridge from settings to a command line and to YAML, held by a small class that has every kind of field."""
+
+import argparse
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from digit_ds.errors import UserError
+from digit_ds.settings import Option, Parser, PathText, Section, ShortPrecision, add_options, from_options
+
+
+class Drawing(Section):
+    """What is drawn."""
+
+    source: Annotated[PathText, Option(positional=True, metavar="DIR")]
+    """Folder of pictures."""
+    out: PathText
+    """Folder to write."""
+    count: int | None = Field(None, ge=1)
+    """Pictures; default: all."""
+    scale: float = Field(1.5, gt=0)
+    """Share of 100 % that is kept."""
+    classes: list[int] | None = None
+    """Labels to draw."""
+    interval: Annotated[tuple[float, float], Option(metavar=("FROM", "TO"))] = Field((0.0, 1.0), strict=False)
+    """Where it acts."""
+    flips: Annotated[bool, Option(name="flip")] = True
+    """Whether pictures may be mirrored."""
+    precision: Annotated[Literal["fp32", "bf16"], ShortPrecision, Option(group="arithmetic", aliases=("dtype",))] = (
+        "fp32"
+    )
+    """Arithmetic."""
+
+
+def parse(*words: str) -> Drawing:
+    parser = Parser(prog="draw")
+    add_options(parser, Drawing)
+    return from_options(Drawing, parser.parse_args(["pictures", "--out", "o", *words]))
+
+
+def test_every_kind_of_field_comes_from_the_command_line_and_from_yaml():
+    words = ("--count", "3", "--scale", "2e-1", "--classes", "4", "2", "--interval", "0.25", "1", "--no-flip")
+    settings = parse(*words, "--dtype", "bfloat16")
+    expected = {"source": "pictures", "out": "o", "count": 3, "scale": 0.2, "classes": [4, 2], "flips": False}
+    expected |= {"interval": (0.25, 1.0), "precision": "bf16"}
+    assert settings.model_dump() == expected
+    yaml = {**expected, "no_flip": True, "dtype": "bf16", "interval": [0.25, 1.0]}
+    assert Drawing.read({key: value for key, value in yaml.items() if key not in ("flips", "precision")}) == settings
+    assert parse().model_dump() == Drawing(source="pictures", out="o").model_dump()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "0"], "--count is 0, expected: input should be greater than or equal to 1"),
+        (["--count", "many"], "draw: argument --count: invalid int value: 'many'; see draw --help"),
+        (["--scale", "nan"], "--scale is nan, expected: input should be a finite number"),
+        (["--scale=-inf"], "--scale is -inf, expected: input should be a finite number"),
+        (["--precision", "fp8"], "--precision is 'fp8', expected: input should be 'fp32' or 'bf16'"),
+        (["--flop"], "draw: unrecognized arguments: --flop; see draw --help"),
+        (["--interval", "1"], "draw: argument --interval: expected 2 arguments; see draw --help"),
+        (["--out", ""], "--out is '', expected: a path, not an empty text"),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_the_option(words, message):
+    with pytest.raises(UserError) as caught:
+        parse(*words)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"out": "o"}, "chain.yaml: draw: key 'source' is missing"),
+        (
+            {"source": "s", "out": "o", "flop": 1},
+            "chain.yaml: draw: unknown key 'flop', expected one of source, out, count, scale, classes, interval, flip, "
+            "precision",
+        ),
+        (
+            {"source": "s", "out": "o", "count": "3"},
+            "chain.yaml: draw: count is '3', expected: input should be a valid integer",
+        ),
+        (
+            {"source": "s", "out": "o", "no_flip": 1},
+            "chain.yaml: draw: flip is 1, expected: input should be a valid boolean",
+        ),
+    ],
+)
+def test_what_is_wrong_in_yaml_is_one_line_with_the_key(values, message):
+    with pytest.raises(UserError) as caught:
+        Drawing.read(values, "chain.yaml: draw")
+    assert str(caught.value) == message
+
+
+def test_help_comes_from_the_docstrings():
+    parser = Parser(prog="draw", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120))
+    add_options(parser, Drawing)
+    text = parser.format_help()
+    lines = [line.strip() for line in text.splitlines()]
+    assert "--scale SCALE         Share of 100 % that is kept (default: 1.5)" in lines
+    assert "--flip, --no-flip     Whether pictures may be mirrored (default: yes)" in lines
+    assert "--interval FROM TO    Where it acts (default: 0.0 1.0)" in lines
+    assert lines[lines.index("arithmetic:") + 1] == "--precision {fp32,bf16}"
+    assert "--dtype" not in text
