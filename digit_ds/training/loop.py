@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 from digit_ds.config import Recipe
 from digit_ds.data.stream import Chunks, TokenBatch, TokenStream, sample_hash
 from digit_ds.errors import UserError
-from digit_ds.lock import DirectoryLock
 from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
+from digit_ds.parallel.decide import agree, together
 from digit_ds.parallel.helpers import loaders_in_one_sentence, shield_tracker
 from digit_ds.training import checkpoint, runs
 from digit_ds.training.deepspeed_config import read_deepspeed_config
@@ -30,6 +31,7 @@ from digit_ds.training.pace import Pace
 from digit_ds.training.preemption import STATUS, StopSignal
 from digit_ds.training.schedule import learning_rate, random_order_share
 from digit_ds.training.watchdog import Watchdog
+from digit_ds.workdir import WorkDirectory
 
 SampleGrid = Callable[[Path], Tensor]
 """Draws samples of a released model directory as one picture [3, H, W]."""
@@ -51,45 +53,38 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figure
         UserError: the recipe, the shards or the run directory cannot be used, or the run diverged.
         SystemExit: with status 75 after SIGTERM, SIGUSR1 or Ctrl-C on any rank; the step was finished and saved.
     """
-    runs.check_run_directory(Path(recipe.run), recipe)
-    read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
     shield_tracker()
-    place = topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
-    watchdog = Watchdog(STACKS_AFTER * recipe.training.timeout_seconds)
-    stop, lock = StopSignal(), None
     try:
-        lock = _lock(recipe, place)
-        check_start()
-        with loaders_in_one_sentence():
-            stopped = _Run(recipe, place, sample_grid, figures).run(watchdog, stop)
+        place = _join(recipe)
+    except BaseException:
+        topology.abandon()
+        raise
+    run, watchdog = Path(recipe.run), Watchdog(STACKS_AFTER * recipe.training.timeout_seconds)
+    stop = StopSignal()
+    try:
+        with WorkDirectory(run, lambda: runs.check_run_directory(run, recipe)):
+            check_start()
+            with loaders_in_one_sentence():
+                stopped = _Run(recipe, place, sample_grid, figures).run(watchdog, stop)
     except BaseException:
         topology.abandon()
         raise
     finally:
         watchdog.stop()
         stop.restore()
-        if lock is not None:
-            lock.release()
     topology.finish()
     if stopped:
         raise SystemExit(STATUS)
 
 
-def _lock(recipe: Recipe, place: topology.Topology) -> DirectoryLock | None:
-    """Lock the run directory on rank 0, for all processes; when another run has it, all leave."""
-    lock, refusal = None, None
-    if launch.is_main():
-        try:
-            lock = DirectoryLock(recipe.run)
-            runs.check_run_directory(Path(recipe.run), recipe)  # another run may have come first
-        except UserError as error:
-            refusal = error
-    (refused,) = place.sum([int(refusal is not None)])
-    if refused:
-        if lock is not None:
-            lock.release()
-        raise refusal or SystemExit(2)  # rank 0 says why
-    return lock
+def _join(recipe: Recipe) -> topology.Topology:
+    """Join the other processes, once all have read the same recipe and DeepSpeed file."""
+    launch.initialize(timedelta(seconds=recipe.training.timeout_seconds))
+    agree(recipe.model_dump(mode="json"), "the recipe")
+    with together():
+        deepspeed = read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
+    agree(deepspeed, str(recipe.deepspeed))
+    return topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
 
 
 class _Run:
