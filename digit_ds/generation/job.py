@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from digit_ds.errors import UserError
-from digit_ds.files import read_json, write_atomically, write_json
+from digit_ds.files import make_directory, read_json, write_atomically, write_json
 from digit_ds.generation.pictures import draw_grid, read_png, write_adm_array, write_png
 from digit_ds.generation.pipeline import BLOCK
-from digit_ds.lock import DirectoryLock, is_empty
+from digit_ds.parallel.decide import from_main
 from digit_ds.safe_load import load_npz
+from digit_ds.workdir import WorkDirectory, is_begun
 
 FORMAT = 1
 GRID_ROWS, GRID_COLUMNS = 16, 10
@@ -41,7 +42,6 @@ class Job:
     def __init__(self, out: Path | str, settings: dict[str, Any], labels: list[int], class_names: list[str]):
         self.out, self.settings, self.labels, self.class_names = Path(out), settings, labels, class_names
         self.count = len(labels)
-        self._lock: DirectoryLock | None = None
 
     @property
     def blocks(self) -> int:
@@ -68,22 +68,16 @@ class Job:
             pictures.
         """
         path = self.out / "manifest.json"
-        if not path.exists():
-            if self.out.exists() and not (self.out.is_dir() and is_empty(self.out)):
-                raise UserError(
-                    f"{self.out}: exists but is no sampling job (no manifest.json), expected a new or empty folder"
-                )
-            return False
-        manifest = read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = read_json(path) if path.exists() else {}
+        if path.exists() and (not isinstance(manifest, dict) or manifest.get("format") != FORMAT):
             raise UserError(f"{path}: is not a sampling manifest of format {FORMAT}")
-        found = manifest.get("settings", {})
-        for key in sorted(self.settings.keys() | found.keys()):
-            if self.settings.get(key) != found.get(key):
-                raise UserError(
-                    f"{self.out}: holds a job whose {key} is {_brief(found.get(key))}, but this one's is "
-                    f"{_brief(self.settings.get(key))}; name another output folder"
-                )
+        is_begun(
+            self.out,
+            manifest.get("settings", {}) if manifest else None,
+            self.settings,
+            another="holds a job",
+            foreign="exists but is no sampling job (no manifest.json)",
+        )
         if not manifest.get("complete"):
             return False
         missing = [image for image in range(self.count) if not self.picture(image).exists()]
@@ -94,16 +88,27 @@ class Job:
             )
         return True
 
-    def begin(self) -> None:
-        """Make the directory and its manifest, locked until the end; an unfinished job's stays as it is.
+    def begin(self) -> WorkDirectory[bool]:
+        """Make the directory and its manifest, locked until the end; all processes together.
+
+        Returns:
+            The directory; ``found`` says whether the job is complete, in which case nothing was made or locked.
 
         Raises:
             UserError: another process is writing there, or came first with another job.
         """
-        self._lock = DirectoryLock(self.out)
-        self.is_complete()
-        (self.out / "images").mkdir(parents=True, exist_ok=True)
-        (self.out / "parts").mkdir(exist_ok=True)
+        self._directory = WorkDirectory(self.out, self.is_complete, bool)
+        if not self._directory.found:
+            try:
+                from_main(self._make)
+            except BaseException:
+                self._directory.release()
+                raise
+        return self._directory
+
+    def _make(self) -> None:
+        make_directory(self.out / "images")
+        make_directory(self.out / "parts")
         if not (self.out / "manifest.json").exists():
             self._write_manifest(complete=False)
 
@@ -135,7 +140,7 @@ class Job:
         write_atomically(self.out / "grid.png", self._grid().save)
         self._write_manifest(complete=True)
         shutil.rmtree(self.out / "parts")
-        self._lock.release()
+        self._directory.release()
 
     def _write_manifest(self, complete: bool) -> None:
         manifest = {
@@ -161,9 +166,3 @@ class Job:
             name = "" if label < 0 else self.class_names[label] if label < len(self.class_names) else str(label)
             named.append((name, [read_png(self.picture(image)) for image in rows[row]]))
         return draw_grid(named)
-
-
-def _brief(value: Any) -> str:
-    """A setting in a sentence; hashes are cut short."""
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -21,6 +21,7 @@ from digit_ds.model.released import WEIGHTS, read_config
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.parallel import launch
+from digit_ds.parallel.decide import agree, from_main, together, wait_for_all
 from digit_ds.parallel.progress import progress
 from digit_ds.tokenizer.vqgan import Vqgan, load_vqgan
 
@@ -95,70 +96,67 @@ def sample(
         UserError: parts do not belong together, ``out_dir`` is another job's, or an argument cannot be.
     """
     launch.initialize()
-    device = launch.device()
-    precision = precision or ("bfloat16" if device.type == "cuda" else "float64")
-    batch = batch or (512 if device.type == "cuda" else 64)
-    for name, number in (("batch", batch), ("count", count), ("count per class", per_class)):
-        if number is not None and number < 1:
-            raise UserError(f"{name} is {number}, expected at least 1")
-    given = from_images is not None or from_tokens is not None
-    stages = _stages(prior, pixel_decoder, given, keep)
-    first = stages.get("prior", stages.get("pixel_decoder"))
-    painter = load_vqgan(vqgan, vqgan_config, device, getattr(torch, vqgan_precision))
-    if vqgan_compile:
-        painter.compile_decoder()
-    source = None
-    parts = [Part(f"model {model.directory}", model.provenance) for model in stages.values()]
-    parts.append(Part(f"VQGAN {vqgan}", {"vqgan_sha256": painter.sha256}))
-    if from_tokens is not None:
-        written = "vq" if first.spec.kind == "vq" else "discriminative"
-        limit = first.spec.vq_codes if written == "vq" else first.spec.discriminative_codes
-        source = TokenFile(from_tokens, written, first.spec.tokens, limit)
-    elif from_images is not None:
-        source, used = _image_source(from_images, resize, encoder, num_heads, codebook, first, painter, device)
-        parts += used
-    check_agreement(parts)
-    _check_vqgan(painter, stages, vqgan)
+    with together():
+        device = launch.device()
+        precision = precision or ("bfloat16" if device.type == "cuda" else "float64")
+        batch = batch or (512 if device.type == "cuda" else 64)
+        for name, number in (("batch", batch), ("count", count), ("count per class", per_class)):
+            if number is not None and number < 1:
+                raise UserError(f"{name} is {number}, expected at least 1")
+        given = from_images is not None or from_tokens is not None
+        stages = _stages(prior, pixel_decoder, given, keep)
+        first = stages.get("prior", stages.get("pixel_decoder"))
+        painter = load_vqgan(vqgan, vqgan_config, device, getattr(torch, vqgan_precision))
+        if vqgan_compile:
+            painter.compile_decoder()
+        source = None
+        parts = [Part(f"model {model.directory}", model.provenance) for model in stages.values()]
+        parts.append(Part(f"VQGAN {vqgan}", {"vqgan_sha256": painter.sha256}))
+        if from_tokens is not None:
+            written = "vq" if first.spec.kind == "vq" else "discriminative"
+            limit = first.spec.vq_codes if written == "vq" else first.spec.discriminative_codes
+            source = TokenFile(from_tokens, written, first.spec.tokens, limit)
+        elif from_images is not None:
+            source, used = _image_source(from_images, resize, encoder, num_heads, codebook, first, painter, device)
+            parts += used
+        check_agreement(parts)
+        _check_vqgan(painter, stages, vqgan)
 
-    labels, names = _labels(first, source, count, per_class, classes)
-    prior_decoding, pixel_decoding = prior_decoding or Decoding(), pixel_decoding or Decoding()
-    settings = {
-        **{name: sha256(model.directory / WEIGHTS) for name, model in stages.items()},
-        "vqgan": painter.sha256,
-        "prior_decoding": asdict(prior_decoding) if "prior" in stages else None,
-        "pixel_decoding": asdict(pixel_decoding) if "pixel_decoder" in stages else None,
-        "count": len(labels),
-        "classes": None if classes is None else list(classes),
-        "seed": seed,
-        "precision": precision,
-        "vqgan_precision": vqgan_precision,
-        "vqgan_compiled": vqgan_compile or None,
-        "source": None if source is None else {**source.identity, "keep": keep},
-    }
-    job = Job(out_dir, _jsonable(settings), labels, names)
-    complete = job.is_complete()
-    launch.barrier()  # everyone has looked before anyone writes
-    if complete:
-        if launch.is_main():
-            print(f"{out_dir}: complete already, {job.count} pictures")
-        return
+        labels, names = _labels(first, source, count, per_class, classes)
+        prior_decoding, pixel_decoding = prior_decoding or Decoding(), pixel_decoding or Decoding()
+        settings = {
+            **{name: sha256(model.directory / WEIGHTS) for name, model in stages.items()},
+            "vqgan": painter.sha256,
+            "prior_decoding": asdict(prior_decoding) if "prior" in stages else None,
+            "pixel_decoding": asdict(pixel_decoding) if "pixel_decoder" in stages else None,
+            "count": len(labels),
+            "classes": None if classes is None else list(classes),
+            "seed": seed,
+            "precision": precision,
+            "vqgan_precision": vqgan_precision,
+            "vqgan_compiled": vqgan_compile or None,
+            "source": None if source is None else {**source.identity, "keep": keep},
+        }
+    settings = agree(_jsonable(settings), f"{out_dir}, its settings")
+    job = Job(out_dir, settings, labels, names)
+    with job.begin() as directory:
+        if directory.found:
+            if launch.is_main():
+                print(f"{out_dir}: complete already, {job.count} pictures")
+            return
+        rows = min(batch, len(labels))
+        decodings = {"prior": prior_decoding, "pixel_decoder": pixel_decoding}
+        with together():
+            samplers = {
+                name: make_sampler(_load(model, device, precision), decodings[name], seed, rows)
+                for name, model in stages.items()
+            }
+        pipeline = Pipeline(samplers.get("prior"), samplers.get("pixel_decoder"), painter)
+        _run(job, pipeline, source, keep, rows)
+        wait_for_all()
+        from_main(lambda: job.finish(adm_array))
     if launch.is_main():
-        job.begin()
-    launch.barrier()
-
-    rows = min(batch, len(labels))
-    decodings = {"prior": prior_decoding, "pixel_decoder": pixel_decoding}
-    samplers = {
-        name: make_sampler(_load(model, device, precision), decodings[name], seed, rows)
-        for name, model in stages.items()
-    }
-    pipeline = Pipeline(samplers.get("prior"), samplers.get("pixel_decoder"), painter)
-    _run(job, pipeline, source, keep, rows)
-    launch.barrier()
-    if launch.is_main():
-        job.finish(adm_array)
         print(f"{out_dir}: {job.count} pictures")
-    launch.barrier()
 
 
 def _stages(
@@ -297,7 +295,7 @@ def _share(missing: list[int], rows: int) -> Iterator[list[int]]:
 
 def _run(job: Job, pipeline: Pipeline, source: Source | None, keep: int | None, rows: int) -> None:
     """Write this process's missing blocks; pictures are compressed in threads while the next tokens are drawn."""
-    missing = job.missing_blocks()
+    missing = from_main(job.missing_blocks)
     done = job.blocks - len(missing)
     conditional = pipeline.prior is not None and bool(pipeline.prior.spec.classes)
     pending: list[Future] = []
