@@ -22,10 +22,11 @@ from digit_ds.clustering.shard import Shard
 from digit_ds.clustering.splitting import split_clusters
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
-from digit_ds.parallel.decide import fail_together, from_main, gather
+from digit_ds.parallel.decide import fail_together, from_main, gather, together
 from digit_ds.parallel.launch import device, initialize, is_main, rank, world_size
 from digit_ds.parallel.progress import progress
 from digit_ds.tokenizer.codebook import save_codebook
+from digit_ds.workdir import WorkDirectory
 
 # fp64 numbers handled at once when centroids are moved
 _CPU_NUMBERS, _GPU_NUMBERS = 1 << 20, 1 << 26
@@ -75,20 +76,17 @@ def train_kmeans(
         }
     )
     record = Record(out, settings)
-    from_main(record.lock)
-    try:
+    with WorkDirectory(record.folder, record.finished, bool) as directory:
+        if directory.found:
+            if is_main():
+                print(f"{out}: is complete already, nothing to do")
+            return directory.found
         return _train(points, record, settings, backend, init)
-    finally:
-        record.unlock()
 
 
 def _train(points: Points, record: Record, settings: dict[str, Any], backend: str, init: str) -> dict[str, Any]:
-    """Cluster and write the codebook, or find it complete; see ``train_kmeans``."""
+    """Cluster and write the codebook; see ``train_kmeans``."""
     out, iterations = record.out, settings["iterations"]
-    if finished := from_main(record.finished):
-        if is_main():
-            print(f"{out}: is complete already, nothing to do")
-        return finished
     assigner = _assigner(backend)
     shard = Shard(points, rank(), world_size(), assigner.device)
     state = from_main(record.load)
@@ -117,13 +115,8 @@ def _train(points: Points, record: Record, settings: dict[str, Any], backend: st
 
 def _assigner(backend: str) -> Assigner:
     """The back end; when a process cannot have it, all end with the first one's sentence."""
-    assigner, problem = None, None
-    try:
-        assigner = make_assigner(backend, device())
-    except UserError as error:
-        problem = str(error)
-    fail_together(problem)
-    return assigner
+    with together():
+        return make_assigner(backend, device())
 
 
 def _opened(features: Path | str, clusters: int, iterations: int, out: Path) -> Points:

@@ -11,9 +11,9 @@ import numpy as np
 
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically
-from digit_ds.lock import DirectoryLock
 from digit_ds.parallel.launch import is_main
 from digit_ds.safe_load import load_npz
+from digit_ds.workdir import is_begun
 
 
 @dataclass
@@ -54,16 +54,6 @@ class Record:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._board: Any = None
-        self._lock: DirectoryLock | None = None
-
-    def lock(self) -> None:
-        """Keep other jobs out of the folder until ``unlock``; on rank 0."""
-        self._lock = DirectoryLock(self.folder)
-
-    def unlock(self) -> None:
-        """Let others in."""
-        if self._lock is not None:
-            self._lock.release()
 
     def finished(self) -> dict[str, Any] | None:
         """The facts of this very run when its codebook is complete; ``out`` of another run is refused."""
@@ -71,9 +61,8 @@ class Record:
             return None
         beside = self.out.with_suffix(".json")
         facts = read_json(beside).get("kmeans", {}) if beside.exists() else {}
-        if facts.get("settings") == self.settings:
-            return facts
-        raise UserError(f"{self.out}: exists already and is of another run, expected a new name for --out")
+        is_begun(self.out, facts.get("settings", {}), self.settings, another="exists already and is of another run")
+        return facts
 
     def load(self) -> State | None:
         """The state to continue from, or None at the start of a run."""
@@ -87,12 +76,7 @@ class Record:
                 f"{self._state_file}: cannot be read ({error}), remove {self.folder} to start anew"
             ) from error
         settings = facts.pop("settings")
-        if settings != self.settings:
-            differing = ", ".join(key for key in self.settings if settings.get(key) != self.settings[key])
-            raise UserError(
-                f"{self.folder}: holds an unfinished run that differs in {differing}, "
-                "expected the same call, another --out or the folder removed"
-            )
+        is_begun(self.folder, settings, self.settings, another="holds an unfinished run")
         return State(centroids=centroids, mean=mean, **facts)
 
     def save(self, state: State) -> None:

@@ -24,9 +24,9 @@ def run(out: Path | str, small: bool = False) -> None:
     """
     out = Path(out).resolve()
     check_checkout()
-    claim(out, "demo.json", {"small": small})
-    if not run_steps(steps(out, SMALL if small else FULL)):
-        print(f"{out}: complete already, nothing to do; delete the folder to start again")
+    with claim(out, "demo.json", {"small": small}):
+        if not run_steps(steps(out, SMALL if small else FULL)):
+            print(f"{out}: complete already, nothing to do; delete the folder to start again")
     print(
         f"\npictures   {out / 'samples.png'}\nreport     {out / 'report.html'}\nfigures    {out / 'report.json'}\n"
         f"curves     tensorboard --logdir {shlex.quote(str(out))}"

@@ -17,6 +17,7 @@ from pathlib import Path
 import digit_ds
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
+from digit_ds.workdir import WorkDirectory, is_begun
 
 REPOSITORY = Path(digit_ds.__file__).parents[1]
 _PAUSE_SECONDS = 0.05
@@ -78,17 +79,23 @@ class Step:
         write_json(self.note, note)
 
 
-def claim(out: Path, marker: str, settings: dict) -> None:
-    """Refuse a folder with other results; leave the settings in the file ``marker`` of ours."""
+def claim(out: Path, marker: str, settings: dict) -> WorkDirectory[bool]:
+    """Lock the folder of a demo and leave the settings in the file ``marker``; one with other results is refused."""
     path = out / marker
-    if path.exists():
-        found = read_json(path)
-        if found != settings:
-            raise UserError(f"{out}: holds a demo run with {found}, expected {settings}; name another folder")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and holds no demo run (no {marker}), expected a new or empty folder")
-    else:
+
+    def look() -> bool:
+        return is_begun(
+            out,
+            read_json(path) if path.exists() else None,
+            settings,
+            another="holds a demo run with other settings",
+            foreign=f"exists and holds no demo run (no {marker})",
+        )
+
+    directory = WorkDirectory(out, look)
+    if not directory.found:
         write_json(path, settings)
+    return directory
 
 
 def run_steps(steps: Sequence[Step], jobs: int = 1) -> bool:

@@ -141,18 +141,18 @@ def make_table(out: Path | str, seeds: list[int], jobs: int, small: bool = False
     check_checkout()
     if jobs < 1 or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"jobs is {jobs}, seeds are {seeds}, expected at least one job and different seeds from 0 on")
-    claim(out, "settings.json", {"table": True, "small": small})
-    scale = SMALL if small else FULL
-    if prepare:
-        run_steps(Stages(out, scale).shared(), jobs)
-        print(f"{out}: prepared; the same command without --prepare goes on from here, on any machine")
-        return
-    run_steps(steps(out, scale, seeds), jobs)
-    table = measure(out, scale, seeds)
-    write_json(out / "table.json", table)
-    text = as_markdown(table)
-    write_atomically(out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
-    print(f"\n{text}\n{out / 'table.json'}")
+    with claim(out, "settings.json", {"table": True, "small": small}):
+        scale = SMALL if small else FULL
+        if prepare:
+            run_steps(Stages(out, scale).shared(), jobs)
+            print(f"{out}: prepared; the same command without --prepare goes on from here, on any machine")
+            return
+        run_steps(steps(out, scale, seeds), jobs)
+        table = measure(out, scale, seeds)
+        write_json(out / "table.json", table)
+        text = as_markdown(table)
+        write_atomically(out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
+        print(f"\n{text}\n{out / 'table.json'}")
 
 
 def measure(out: Path, scale: Scale, seeds: list[int]) -> dict[str, Any]:

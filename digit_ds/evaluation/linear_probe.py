@@ -21,7 +21,9 @@ from digit_ds.model.released import WEIGHTS, read_config
 from digit_ds.model.sequences import start_tokens
 from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.parallel import launch
+from digit_ds.parallel.decide import agree, from_main, together
 from digit_ds.parallel.progress import progress
+from digit_ds.workdir import WorkDirectory, is_begun
 
 MOMENTUM = 0.9
 CACHE_BYTES = 4 << 30
@@ -66,59 +68,66 @@ def probe(
         UserError: model and shards do not belong together, or an argument cannot be.
     """
     launch.initialize()
-    device = launch.device()
-    if passes < 1 or batch < 1 or not learning_rates:
-        raise UserError(f"passes is {passes}, batch {batch}, expected at least 1 and at least one learning rate")
-    spec, provenance, _ = read_config(Path(model_dir))
-    if spec.kind not in ("prior", "vq"):
-        raise UserError(f"{model_dir}: is a {spec.kind} model, expected a prior or vq model to probe")
-    manifests = [read_manifest(train_shards), read_manifest(val_shards)]
-    for path, manifest in zip((train_shards, val_shards), manifests):
-        _check_shards(path, manifest, model_dir, provenance, spec.kind)
-    if manifests[0].classes != manifests[1].classes:
-        raise UserError(f"{val_shards}: its classes are not those of {train_shards}")
-    settings = {
-        "model": sha256(Path(model_dir) / WEIGHTS),
-        "train": manifests[0].index_sha256,
-        "val": manifests[1].index_sha256,
-        "passes": passes,
-        "batch": batch,
-        "learning_rates": list(learning_rates),
-        "seed": seed,
-    }
+    with together():
+        device = launch.device()
+        if passes < 1 or batch < 1 or not learning_rates:
+            raise UserError(f"passes is {passes}, batch {batch}, expected at least 1 and at least one learning rate")
+        spec, provenance, _ = read_config(Path(model_dir))
+        if spec.kind not in ("prior", "vq"):
+            raise UserError(f"{model_dir}: is a {spec.kind} model, expected a prior or vq model to probe")
+        manifests = [read_manifest(train_shards), read_manifest(val_shards)]
+        for path, manifest in zip((train_shards, val_shards), manifests):
+            _check_shards(path, manifest, model_dir, provenance, spec.kind)
+        if manifests[0].classes != manifests[1].classes:
+            raise UserError(f"{val_shards}: its classes are not those of {train_shards}")
+        settings = {
+            "model": sha256(Path(model_dir) / WEIGHTS),
+            "train": manifests[0].index_sha256,
+            "val": manifests[1].index_sha256,
+            "passes": passes,
+            "batch": batch,
+            "learning_rates": list(learning_rates),
+            "seed": seed,
+        }
+    settings = agree(settings, f"{out_dir}, its settings")
     target = Path(out_dir) / "probe.json"
-    if target.exists():
-        found = read_json(target)
-        if found.get("settings") != settings:
-            raise UserError(
-                f"{target}: is of another model, other shards or other settings; name another output folder"
-            )
-        if launch.is_main():
-            print(
-                f"{target}: complete already, best layer {found['best_layer']}, accuracy {found['best_accuracy']:.4f}"
-            )
-        return found
-    launch.barrier()
+    with WorkDirectory(out_dir, lambda: _complete(target, settings), bool) as directory:
+        if found := directory.found:
+            if launch.is_main():
+                best = f"best layer {found['best_layer']}, accuracy {found['best_accuracy']:.4f}"
+                print(f"{target}: complete already, {best}")
+            return found
+        with together():
+            model = load_model(model_dir, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+            tokens = [_read(shards, spec.kind) for shards in (train_shards, val_shards)]
+        train, val = (_Features(model, *part, batch) for part in tokens)
+        classifiers = Classifiers(spec.layers, spec.width, len(manifests[0].classes), learning_rates, device)
+        _fit(classifiers, train, passes, batch, seed)
+        accuracy = _accuracy(classifiers, val, batch)  # [R, L]
+        result = {
+            "settings": settings,
+            "model": str(model_dir),
+            "train_samples": len(train.labels),
+            "val_samples": len(val.labels),
+            **_table(accuracy, learning_rates),
+        }
+        from_main(lambda: _write(target, result))
+        return result
 
-    model = load_model(model_dir, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    train = _Features(model, *_read(train_shards, spec.kind), batch)
-    val = _Features(model, *_read(val_shards, spec.kind), batch)
-    classifiers = Classifiers(spec.layers, spec.width, len(manifests[0].classes), learning_rates, device)
-    _fit(classifiers, train, passes, batch, seed)
-    accuracy = _accuracy(classifiers, val, batch)  # [R, L]
-    result = {
-        "settings": settings,
-        "model": str(model_dir),
-        "train_samples": len(train.labels),
-        "val_samples": len(val.labels),
-        **_table(accuracy, learning_rates),
-    }
-    if launch.is_main():
-        write_atomically(Path(out_dir) / "probe.png", lambda temporary: _plot(result, temporary))
-        write_json(target, result)
-        print(f"{target}: best layer {result['best_layer']}, accuracy {result['best_accuracy']:.4f}")
-    launch.barrier()
-    return result
+
+def _complete(target: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``probe.json`` holds if it is of these settings; None: there is none. The folder may hold other files."""
+    if not target.exists():
+        return None
+    found = read_json(target)
+    is_begun(target, found.get("settings", {}), settings, another="holds a probe")
+    return found
+
+
+def _write(target: Path, result: dict[str, Any]) -> None:
+    write_atomically(target.with_name("probe.png"), lambda temporary: _plot(result, temporary))
+    write_json(target, result)
+    print(f"{target}: best layer {result['best_layer']}, accuracy {result['best_accuracy']:.4f}")
 
 
 class Classifiers:
