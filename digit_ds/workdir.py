@@ -3,7 +3,7 @@
 1. All processes of the job call ``WorkDirectory(path, look)`` together; rank 0 alone looks at the file system.
 2. ``look`` reads what lies there: nothing (a new job), this very job (it continues, or is complete), or something else,
    which ``is_begun`` refuses with one line that names the first setting that differs.
-3. Rank 0 looks, locks the directory, and looks again, since another job may have come first.
+3. Rank 0 looks, locks the directory unless the job is complete, and looks again: another job may have come first.
 4. What ``look`` returned goes to all processes. After a refusal all leave with exit status 2; rank 0 prints it, once.
 5. Then every process must see the directory: one that does not is on another file system, and all leave.
 6. The job writes its settings first and every file whole or not at all (``digit_ds.files``), so that it can be killed
@@ -35,6 +35,8 @@ class WorkDirectory(Generic[Found]):
     Args:
         path: the directory; made where it does not exist, and removed again if nothing was written.
         look: reads on rank 0 what lies there, twice, and raises a ``UserError`` where the job must not go on.
+        is_complete: whether what ``look`` returned means that nothing is left to do: the directory, which may be
+            read-only by then, is not locked.
 
     Attributes:
         found: what ``look`` returned, on every process.
@@ -43,10 +45,15 @@ class WorkDirectory(Generic[Found]):
         UserError: on rank 0, when ``look`` refused or another job is writing there; the others leave silently.
     """
 
-    def __init__(self, path: Path | str, look: Callable[[], Found]) -> None:
+    def __init__(
+        self, path: Path | str, look: Callable[[], Found], is_complete: Callable[[Found], bool] = lambda _: False
+    ) -> None:
         self.path = Path(path)
         self._lock: DirectoryLock | None = None
+        self._is_complete = is_complete
         self.found: Found = from_main(lambda: self._enter(look))
+        if is_complete(self.found):
+            return
         try:
             fail_together(self._unseen())
         except BaseException:
@@ -54,7 +61,9 @@ class WorkDirectory(Generic[Found]):
             raise
 
     def _enter(self, look: Callable[[], Found]) -> Found:
-        look()  # before the lock, which leaves its mark
+        found = look()  # before the lock, which leaves its mark
+        if self._is_complete(found):
+            return found
         self._lock = DirectoryLock(self.path)
         try:
             return look()

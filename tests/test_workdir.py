@@ -10,7 +10,7 @@ from preparation_parts import call, make_codebook, make_encoder, make_images, st
 
 from digit_ds import workdir
 from digit_ds.errors import UserError, run_command
-from digit_ds.parallel.decide import agree, on_all
+from digit_ds.parallel.decide import agree, together
 from digit_ds.parallel.launch import initialize
 from digit_ds.workdir import WorkDirectory, is_begun
 
@@ -62,7 +62,12 @@ def test_a_rank_on_another_file_system_ends_all(views, capfd):
 
 def test_a_file_that_one_rank_cannot_read_ends_all(views, capfd):
     (views[0] / "weights").touch()
-    assert ranks(views, lambda: on_all(Path("weights").read_bytes)) == [2, 2]
+
+    def read() -> None:
+        with together():
+            Path("weights").read_bytes()
+
+    assert ranks(views, read) == [2, 2]
     (line,) = lines(capfd.readouterr().err)
     assert line == "error: weights: cannot be used (No such file or directory)"
 

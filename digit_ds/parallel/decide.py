@@ -89,16 +89,19 @@ def fail_together(problem: str | None) -> None:
         raise SystemExit(2)
 
 
-def on_all(compute: Callable[[], T]) -> T:
-    """Run ``compute`` on every process, such as reading a file that all need; no process goes on when one cannot.
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what every process does for itself, such as reading files: when one cannot, none goes on.
+
+    Nothing inside may wait for other processes.
 
     Raises:
-        UserError: on rank 0, what the first process raised that could not.
+        UserError: on rank 0, what the first process raised that could not, or a file that it could not use.
         SystemExit: on the other ranks.
     """
-    value, problem = None, None
+    problem = None
     try:
-        value = compute()
+        yield
     except (UserError, OSError) as error:
         known = _one_line(error)
         if not isinstance(known, UserError):
@@ -107,7 +110,6 @@ def on_all(compute: Callable[[], T]) -> T:
             raise known from error
         problem = str(known)
     fail_together(problem)
-    return value
 
 
 def agree(value: T, what: str) -> T:

@@ -18,7 +18,7 @@ from torch import Tensor
 from digit_ds.data.images import Crops, uniforms
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256, write_atomically, write_json
-from digit_ds.parallel.decide import from_main, on_all, wait_for_all
+from digit_ds.parallel.decide import from_main, together, wait_for_all
 from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import JpegDecoder, Loading
@@ -84,7 +84,8 @@ def extract_features(
     if decoder == "gpu":
         separate_queues()
     initialize()
-    model = on_all(lambda: load_encoder(encoder, layer, num_heads, device=device(), dtype=precision_dtype(precision)))
+    with together():
+        model = load_encoder(encoder, layer, num_heads, device=device(), dtype=precision_dtype(precision))
     if compile:
         model.compile()
     size = image_size or min(model.image_sizes)

@@ -11,7 +11,7 @@ import numpy as np
 from digit_ds.data.images import CropKind, Crops, class_name
 from digit_ds.data.shards import COLUMNS, ShardManifest, merge_blocks, write_block
 from digit_ds.files import read_json, write_json
-from digit_ds.parallel.decide import from_main, on_all, wait_for_all
+from digit_ds.parallel.decide import from_main, together, wait_for_all
 from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Batch, JpegDecoder, Loading
@@ -81,8 +81,8 @@ def tokenize_images(
     if decoder == "gpu":
         separate_queues()
     initialize()
-    tokenizer = on_all(
-        lambda: Tokenizer(
+    with together():
+        tokenizer = Tokenizer(
             encoder,
             codebook,
             vqgan,
@@ -94,7 +94,6 @@ def tokenize_images(
             compile=compile,
             device=device(),
         )
-    )
     size = tokenizer.image_size
     ten = crops == "ten-crop"
     cut = Crops(crops, size, resize or (round(1.1 * size) if ten else size), views or (10 if ten else 1), seed, flips)
