@@ -63,6 +63,7 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    status: str | int | None
     try:
         status = main(arguments) or 0
     except (UserError, OSError) as error:

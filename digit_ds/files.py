@@ -11,7 +11,7 @@ from typing import Any
 from digit_ds.errors import UserError
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary)`` and move its result to ``path``: readers see the old file or the whole new one.
 
     The file gets the mode that the umask leaves, whatever the writer gives it. A folder that cannot be made or written
@@ -37,7 +37,7 @@ def make_directory(path: Path) -> None:
         raise
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     make_directory(path.parent)
     # The suffix is kept because writers such as numpy.save append their own when it is missing.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")

@@ -1,6 +1,6 @@
 """Nearest centroids: the back ends faiss, torch and triton behind one small interface."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -66,7 +66,7 @@ class FaissAssigner:
 
     def set_centroids(self, centroids: torch.Tensor) -> None:
         """See ``Assigner``."""
-        index = self._faiss.IndexFlatL2(centroids.shape[1])
+        index: Any = self._faiss.IndexFlatL2(centroids.shape[1])
         if self._resources is not None:
             index = self._faiss.index_cpu_to_gpu(self._resources, self.device.index or 0, index)
         index.add(centroids.to(self.device).contiguous())

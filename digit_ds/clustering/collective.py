@@ -16,7 +16,7 @@ def largest(tensor: torch.Tensor) -> torch.Tensor:
     return _reduce(tensor, dist.ReduceOp.MAX)
 
 
-def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp) -> torch.Tensor:
+def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
     if not dist.is_initialized():
         return tensor
     # NCCL takes CUDA tensors alone; on gloo everything is on the CPU already.

@@ -203,6 +203,7 @@ def _move(state: State, sums: torch.Tensor, counts: torch.Tensor) -> tuple[float
     """
     clusters, width = sums.shape
     moved = np.empty((clusters, width), np.float32)
+    assert state.spread is not None  # known since the points were first read
     inertia = state.spread
     codes_at_once = max(1, (_GPU_NUMBERS if sums.is_cuda else _CPU_NUMBERS) // width)
     for part in range(0, clusters, codes_at_once):

@@ -66,7 +66,7 @@ class Points:
             path, dtype, offset = self._sources[file]
             skipped = (position - self._starts[file]) * self.width * dtype.itemsize
             try:
-                stored = np.memmap(path, dtype, "r", offset + skipped, (end - position, self.width))
+                stored: np.ndarray = np.memmap(path, dtype, "r", offset + skipped, (end - position, self.width))
                 if self._bf16:  # the upper half of a float32
                     stored = (stored.astype(np.uint32) << 16).view(np.float32)
                 rows[position - start : end - start] = stored
@@ -132,4 +132,5 @@ def _open(path: Path, bf16: bool) -> np.memmap:
         raise UserError(f"{path}: holds {found}, expected {expected} [points, width]")
     if not array.flags.c_contiguous:
         raise UserError(f"{path}: is stored column by column (Fortran order), expected row by row")
+    assert isinstance(array, np.memmap)
     return array

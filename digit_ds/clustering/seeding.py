@@ -112,7 +112,7 @@ def _thin_out(
     squares = rows.square().sum(1)
     weight = torch.from_numpy(weights).to(device, torch.float64)
     distances = torch.full_like(squares, torch.inf)
-    chosen = []
+    chosen: list[int] = []
     for place in range(clusters):
         # An untouched point has chance weight x distance; before the first draw all are equally far.
         mass = weight * (distances.double() if place else 1.0)

@@ -18,6 +18,7 @@ A picture's input are its values in [0, 1]: channels averaged to one if ``channe
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,9 @@ FORMAT = "feature-network-1"
 class FeatureNetwork(nn.Module):
     """The network of such a file."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(
         self, side: int, channels: int, weights: Sequence[Tensor], biases: Sequence[Tensor], mean: Tensor, scale: Tensor
     ):
@@ -48,7 +52,7 @@ class FeatureNetwork(nn.Module):
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return self.layers[-1].out_features
+        return cast(nn.Linear, self.layers[-1]).out_features
 
     def inputs(self, pictures: Tensor) -> Tensor:
         """Pictures uint8 [B, 3, H, W] -> what the first layer is given, float32 [B, I]."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def fit(
                     "optimizer": optimizer.state_dict(),
                     "random": torch.get_rng_state(),
                 }
-                write_atomically(unfinished, lambda path, state=state: torch.save(state, path))
+                write_atomically(unfinished, partial(torch.save, state))
 
 
 def draw(images: Tensor, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def _curves(out: Path, figures: dict[str, Any]) -> str:
             name: [(line["step"], line[key]) for line in lines if key in line]
             for name, key in (("training", "nll"), ("held out", "validation_nll"))
         }
-        drawn = {name: points for name, points in series.items() if points}
+        drawn: dict[str, Sequence[tuple[float, float]]] = {name: points for name, points in series.items() if points}
         charts.append(_figure(line_chart(drawn, "steps", rule), caption))
     return f'<div class="beside">{"".join(charts)}</div>'
 

@@ -39,8 +39,8 @@ def write_report(out: Path) -> None:
 def measure(out: Path) -> dict[str, Any]:
     """All figures of report.json."""
     held_out = out / "images" / "val"
-    train_images, train_labels = (read(out / "images" / "train") for read in (read_images, read_labels))
-    judge = train_judge(train_images, train_labels)
+    training = out / "images" / "train"
+    judge = train_judge(read_images(training), read_labels(training))
 
     pictures, labels = read_job(out / "samples")
     named = judge.predict(as_originals(pictures))

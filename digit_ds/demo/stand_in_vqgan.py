@@ -40,6 +40,9 @@ RARE = 0.03
 class _Training(nn.Module):
     """The network and how often each code was used lately."""
 
+    usage: Tensor
+    step: Tensor
+
     def __init__(self, images: Tensor):
         super().__init__()
         self.network = VqganNetwork(CONFIG, CODES).to(memory_format=torch.channels_last)
@@ -52,7 +55,7 @@ class _Training(nn.Module):
         images = distort(draw(self.images, BATCH), turn=0.1, stretch=0.05, move=2)
         latents = self.network.encode(images.contiguous(memory_format=torch.channels_last))  # [B, C, h, w]
         vectors = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)  # [B*h*w, C]
-        codebook = self.network.quantize["embedding"].weight
+        codebook = self.network.codebook.weight
         if self.step == 0:
             codebook.data.copy_(vectors[torch.randperm(len(vectors))[:CODES]])
         codes = self.network.quantise(latents.detach())

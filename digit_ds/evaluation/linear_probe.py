@@ -223,15 +223,15 @@ def _accuracy(classifiers: Classifiers, val: _Features, batch: int) -> Tensor:
 
 def _table(accuracy: Tensor, learning_rates: Sequence[float]) -> dict[str, Any]:
     """Accuracies [R, L] as a table of layers, and the best of them."""
-    layers = []
+    layers: list[dict[str, Any]] = []
     for layer in range(accuracy.shape[1]):
-        best = int(accuracy[:, layer].argmax())
+        chosen = int(accuracy[:, layer].argmax())
         by_rate = {str(rate): float(value) for rate, value in zip(learning_rates, accuracy[:, layer])}
         layers.append(
             {
                 "layer": layer,
-                "accuracy": float(accuracy[best, layer]),
-                "learning_rate": learning_rates[best],
+                "accuracy": float(accuracy[chosen, layer]),
+                "learning_rate": learning_rates[chosen],
                 "by_learning_rate": by_rate,
             }
         )

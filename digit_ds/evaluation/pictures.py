@@ -26,7 +26,11 @@ class Pictures(Protocol):
     """What torch-fidelity is given, and what names it."""
 
     name: str
-    content_hash: str
+
+    @property
+    def content_hash(self) -> str:
+        """Names the pixels."""
+
     sides: tuple[int, int]
     """Height and width of every picture."""
 
@@ -67,7 +71,7 @@ class Folder(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         image = self._read(index)
-        if self.preparation != "none":
+        if self.size is not None and self.preparation != "none":
             image = prepare(image, self.preparation, self.size)
         if (found := image.size[::-1]) != self.sides:
             raise UserError(

@@ -9,6 +9,7 @@ the default generator, which Megatron's scheme keeps equal over a tensor-paralle
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,7 @@ def check_reductions(device: torch.device) -> str | None:
     y = row(column(x).transpose(0, 1))
     y.sum().backward()
     for name, found in (("forward", y), ("backward", x.grad)):
+        assert found is not None
         if not torch.equal(found, torch.full_like(found, 4 * size)):
             return f"the {name} sum over {size} tensor-parallel ranks is {found.unique().tolist()}, expected {4 * size}"
     return None
@@ -254,7 +256,7 @@ class MegatronTransformer(nn.Module):
             for parameter in sliced:
                 parameter.tensor_model_parallel = True
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]  # overloads
         """Parameters under the schema's names (Megatron's layers add empty ``_extra_state`` entries of their own)."""
         state = super().state_dict(*args, **kwargs)
         for name in [name for name in state if name.endswith("_extra_state")]:
@@ -310,6 +312,7 @@ class MegatronTransformer(nn.Module):
     def _learned_positions(self, positions: Tensor) -> Tensor:
         """[T, D] or [B, T, D] for ``positions`` [T] or [B, T]."""
         prefix, place = self.spec.prefix_length, positions + POSITION_OFFSET
+        assert self.positions is not None
         learned = self.positions(place[..., : place.shape[-1] - prefix])
         if self.prefix_positions is not None:
             learned = torch.cat([self.prefix_positions(place[:prefix]), learned])
@@ -317,6 +320,7 @@ class MegatronTransformer(nn.Module):
 
     def _target(self, positions: Tensor) -> Tensor:
         """[T, D] or [B, T, D]: embedding of the place that each position predicts; the last predicts the end."""
+        assert self.target_positions is not None
         places = positions[..., 1:] - 1
         return F.pad(self.target_positions(places), (0, 0, 0, 1))
 

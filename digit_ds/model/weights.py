@@ -209,9 +209,9 @@ def _draw(parameter: Parameter, spec: TransformerSpec, seed: int) -> Tensor:
 # --- published names ---------------------------------------------------------------------------------------------
 
 
-def fuse_qkv(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Three [D, ...] tensors -> [3D, ...] with rows grouped by head: for each head its q, k and v rows."""
-    grouped = [part.unflatten(0, (heads, -1)) for part in (query, key, value)]  # [heads, D / heads, ...]
+def fuse_qkv(parts: Sequence[Tensor], heads: int) -> Tensor:
+    """Query, key and value, [D, ...] each -> [3D, ...] with rows grouped by head: for each head its q, k and v rows."""
+    grouped = [part.unflatten(0, (heads, -1)) for part in parts]  # [heads, D / heads, ...]
     return torch.stack(grouped, dim=1).flatten(0, 2)
 
 
@@ -237,7 +237,7 @@ def from_official_names(official: Mapping[str, Tensor], spec: TransformerSpec, s
                     f"{source}: tensor 'decoder.{name}' has shape {list(part.shape)}, expected {list(shape)} "
                     "by the checkpoint's other tensors"
                 )
-        state[parameter.name] = parts[0] if len(parts) == 1 else fuse_qkv(*parts, heads=spec.heads)
+        state[parameter.name] = parts[0] if len(parts) == 1 else fuse_qkv(parts, spec.heads)
     known = {name for parameter in parameters(spec) for name in parameter.official}
     if extra := sorted(set(official) - known):
         raise UserError(f"{source}: tensor 'decoder.{extra[0]}' belongs to no published DiGIT {spec.kind} model")

@@ -8,7 +8,7 @@ identity for a process alone and must be called by all ranks in the same order.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -26,9 +26,12 @@ _groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 def _control_group() -> dist.ProcessGroup:
     """A gloo group of all processes: Python objects between hosts, without touching a device."""
     world = dist.group.WORLD
+    assert world is not None  # callers look first
     if world not in _groups:
         _groups.clear()
-        _groups[world] = dist.new_group(backend="gloo", timeout=_WAIT)
+        created = dist.new_group(backend="gloo", timeout=_WAIT)
+        assert isinstance(created, dist.ProcessGroup)
+        _groups[world] = created
     return _groups[world]
 
 
@@ -69,7 +72,7 @@ def from_main(compute: Callable[[], T]) -> T:
             error = _one_line(caught)
     if dist.is_initialized():
         status = None if error is None else 2 if isinstance(error, UserError) else 1
-        shared = [value, status]
+        shared: list[Any] = [value, status]
         with _peers() as group:
             dist.broadcast_object_list(shared, src=0, group=group)
         value, status = shared
@@ -77,7 +80,7 @@ def from_main(compute: Callable[[], T]) -> T:
             raise SystemExit(status)
     if error is not None:
         raise error
-    return value
+    return cast(T, value)
 
 
 def fail_together(problem: str | None) -> None:

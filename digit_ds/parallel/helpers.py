@@ -29,6 +29,7 @@ def obey_parent_only(_worker: int = 0) -> None:
 
 def _listen(forker: int) -> None:
     parent = multiprocessing.parent_process()
+    assert parent is not None  # a helper is somebody's child
     # A parent that forked is missed at once. One that had a server fork is another process, and seen by its pipe.
     while os.getppid() == forker and parent.is_alive():
         received = signal.sigtimedwait(_STOPPING, _LOOK_SECONDS)

@@ -90,6 +90,7 @@ def _from_launcher(environment: Mapping[str, str]) -> Place | None:
 def _named_inside_srun(environment: Mapping[str, str], rank: int | None, world: int) -> Place:
     """A task of srun whose RANK or WORLD_SIZE somebody set too (``initialize`` does): both must say the same."""
     task = _from_srun(environment)
+    assert task is not None  # SLURM_STEP_NUM_TASKS was found
     if world != task.world_size or rank not in (None, task.rank):
         raise UserError(
             f"RANK={rank} WORLD_SIZE={world} contradict srun, which made this task {task.rank} of {task.world_size}: "
@@ -230,7 +231,9 @@ def _srun_address() -> tuple[str, int]:
             socket.getaddrinfo(host, None)
         except OSError:  # node names that are not host names: Slurm knows the address
             node = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=True)
-            host = re.search(r"NodeAddr=(\S+)", node.stdout)[1]
+            if (address := re.search(r"NodeAddr=(\S+)", node.stdout)) is None:
+                raise UserError(f"scontrol show node {host} says no NodeAddr, expected the node's address") from None
+            host = address[1]
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"MASTER_ADDR is not set and scontrol cannot name the hosts of {nodes} ({error})") from error
     return host, 10000 + int(job) % 20000

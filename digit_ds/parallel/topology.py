@@ -91,7 +91,9 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
             create_gloo_process_groups=False,
             distributed_timeout_minutes=timeout_seconds / 60,
         )
-    mailbox = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    world_group = dist.group.WORLD
+    mailbox = world_group if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(mailbox, dist.ProcessGroup)
     return Topology(
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -3,6 +3,7 @@
 Shapes: `N` features, `K` codes, `E` width.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def nearest(features: Tensor, centroids: Tensor, split: Tensor | None = None) ->
     """
     flat = features.reshape(-1, features.shape[-1])  # [N, E]
     centroids = centroids.float()
+    index_of: Callable[[Tensor, Tensor], Tensor]
     if _is_split(flat):
         index_of, operand = _nearest_split, split_centroids(centroids) if split is None else split
     else:

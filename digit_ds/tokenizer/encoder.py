@@ -38,6 +38,10 @@ class Encoder(nn.Module):
         image_sizes: the accepted heights (= widths).
     """
 
+    prefix: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, checkpoint: VitCheckpoint, layer: int, num_heads: int, dtype: torch.dtype, path: Path | str):
         super().__init__()
         self.width, self.depth, self.patch_size = checkpoint.width, checkpoint.depth, checkpoint.patch_size
@@ -59,7 +63,7 @@ class Encoder(nn.Module):
             num_heads=num_heads,
             # timm truncates width * mlp_ratio: the half keeps a rounded product from losing a unit.
             mlp_ratio=(checkpoint.hidden + 0.5) / self.width,
-            mlp_layer=SwiGLUPacked if checkpoint.gated else Mlp,
+            mlp_layer=SwiGLUPacked if checkpoint.gated else Mlp,  # type: ignore[arg-type]  # a partial, as in timm
             act_layer=nn.SiLU if checkpoint.gated else nn.GELU,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             class_token=False,

@@ -18,7 +18,7 @@ def without_tf32(operand: Tensor) -> Iterator[None]:
         yield
         return
     # The flags of the older interface (allow_tf32) must not be read here: PyTorch raises when both were used.
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]  # missing in the stubs
     before = [flag.fp32_precision for flag in flags]
     try:
         for flag in flags:

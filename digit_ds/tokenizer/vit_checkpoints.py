@@ -112,7 +112,7 @@ def _find_state(content: Any) -> tuple[str, dict[str, torch.Tensor]]:
     if not isinstance(state, dict):
         return layout, {}
     names = [name for name in state if isinstance(name, str) and isinstance(state[name], torch.Tensor)]
-    prefixes = _IBOT_PREFIXES if layout == "iBOT" else ("",)
+    prefixes: tuple[str, ...] = _IBOT_PREFIXES if layout == "iBOT" else ("",)
     if any(name.startswith(_MOCO_PREFIXES) for name in names):
         layout, prefixes = "MoCo v3", _MOCO_PREFIXES
     prefix = next((prefix for prefix in prefixes if prefix + "cls_token" in state), prefixes[-1])

@@ -42,7 +42,7 @@ class Vqgan(nn.Module):
     def __init__(self, network: VqganNetwork, file_hash: str):
         super().__init__()
         self.network = network
-        self.codes = network.quantize["embedding"].num_embeddings
+        self.codes = network.codebook.num_embeddings
         self.downsampling = network.downsampling
         self.sha256 = file_hash
 

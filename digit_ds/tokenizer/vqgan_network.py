@@ -7,7 +7,7 @@ Shapes: `B` images, `C` latent channels, `N` codes, `h`, `w` rows and columns of
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +34,22 @@ class VqganNetwork(nn.Module):
         self.decoder = _Decoder(ddconfig)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(codes, ddconfig["z_channels"])})
 
+    @property
+    def codebook(self) -> nn.Embedding:
+        """The codes' vectors [N, C]."""
+        return cast(nn.Embedding, self.quantize["embedding"])
+
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> latents [B, C, h, w], not yet quantised."""
         return self.encoder(images)
 
     def quantise(self, latents: Tensor) -> Tensor:
         """Nearest code of each latent: [B, C, h, w] -> int64 [B, h, w]; not differentiable."""
-        return nearest(latents.permute(0, 2, 3, 1), self.quantize["embedding"].weight)
+        return nearest(latents.permute(0, 2, 3, 1), self.codebook.weight)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, h, w] -> the codebook's rows [B, C, h, w]; differentiable for the codebook."""
-        return self.quantize["embedding"](codes).permute(0, 3, 1, 2)
+        return self.codebook(codes).permute(0, 3, 1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Quantised latents [B, C, h, w] -> images [B, 3, H, W], about in [0, 1]."""
@@ -98,6 +103,7 @@ class _Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
+        level: Any
         for index, level in enumerate(self.down):
             if index > 0:
                 x = F.avg_pool2d(x, 2)
@@ -117,6 +123,7 @@ class _Decoder(nn.Module):
             _level(channels, width, ddconfig["num_res_blocks"])
             for channels, width in zip([*widths[1:], widths[-1]], widths)
         )
+        level: Any
         for level, width in zip(self.up[1:], widths[1:]):
             level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
         self.norm_out = _norm(widths[0])
@@ -124,6 +131,7 @@ class _Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid(self.conv_in(latents))
+        level: Any
         for level in reversed(self.up):
             for block in level["block"]:
                 x = block(x)
