@@ -24,6 +24,7 @@ def main(_: list[str]) -> None:
         "device": str(launch.device()),
         "sum": total.item(),
         "streaming_reads": os.environ.get("LOCAL_WORLD_SIZE"),
+        "port": os.environ.get("MASTER_PORT"),
         "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
     }
     os.write(1, ("PROBE " + json.dumps(seen) + "\n").encode())  # one write: lines of ranks must not mix

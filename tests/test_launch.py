@@ -6,12 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from slurm_cluster import cluster  # noqa: F401 (a fixture)
 
-from digit_ds.errors import UserError
+from digit_ds.errors import UserError, run_command
+from digit_ds.parallel import launch
 from digit_ds.parallel.launch import Place, place
 
 HOME = Path(__file__).resolve().parents[1]
@@ -97,6 +99,20 @@ def test_srun(cluster):  # noqa: F811
 
 
 @pytest.mark.slurm
+def test_jobs_and_steps_that_share_a_node_do_not_meet(cluster):  # noqa: F811
+    """Two jobs of two ranks on one node at once, then two steps of one job."""
+    on_one_node = ["srun", "-N1", "-n2", "-w", "n1", sys.executable, PROBE]
+    seen = start(on_one_node, on_one_node, environment=cluster.environment)
+    assert [one[:5] for one in numbers(seen)] == [(0, 2, 0, 2, 3)] * 2 + [(1, 2, 1, 2, 3)] * 2
+    assert len({one["port"] for one in seen}) == 2
+    step = f"srun --exact -n2 {sys.executable} {PROBE}"
+    both = ["salloc", "-N1", "-n4", "-w", "n1", "bash", "-c", f"{step} & {step} & wait -n && wait -n"]
+    seen = start(both, environment=cluster.environment)
+    assert [one[:5] for one in numbers(seen)] == [(0, 2, 0, 2, 3)] * 2 + [(1, 2, 1, 2, 3)] * 2
+    assert len({one["port"] for one in seen}) == 2
+
+
+@pytest.mark.slurm
 def test_torchrun_inside_srun(cluster):  # noqa: F811
     """One torchrun on each node, started by srun: two ranks each."""
     where = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
@@ -162,3 +178,39 @@ def test_a_contradiction_is_one_sentence_on_the_command_line():
     environment = os.environ | {"RANK": "2", "WORLD_SIZE": "2", "PYTHONPATH": str(HOME)}
     result = subprocess.run([sys.executable, PROBE], env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, "error: RANK is 2, expected 0 to WORLD_SIZE - 1 = 1\n")
+
+
+TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"MASTER_PORT": "abc"}, "error: environment variable MASTER_PORT is 'abc', expected a whole number"),
+        ({"MASTER_PORT": "70000"}, "error: environment variable MASTER_PORT is 70000, expected 1 to 65535"),
+        ({"MASTER_ADDR": "nowhere.invalid"}, "error: environment variable MASTER_ADDR is 'nowhere.invalid', expected"),
+        ({"GLOO_SOCKET_IFNAME": "ib7"}, "error: environment variable GLOO_SOCKET_IFNAME is 'ib7', expected one of"),
+        ({}, "error: rank 1 of 2 cannot join the others at MASTER_ADDR=127.0.0.1 MASTER_PORT=1 ("),
+    ],
+)
+def test_an_address_where_nobody_can_be_met(changed, message, monkeypatch, capfd):
+    """In this process: launchers differ in nothing here."""
+    for name, value in (TWO | changed).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "JOIN_TIMEOUT", timedelta(seconds=2))
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda _: launch.initialize(), [])
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert ended.value.code == 2 and line.startswith(message)
+
+
+def test_a_port_that_another_program_listens_on(monkeypatch, capfd):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in (TWO | {"RANK": "0", "MASTER_PORT": str(port)}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda _: launch.initialize(), [])
+    assert ended.value.code == 2 and f"MASTER_PORT={port} (" in capfd.readouterr().err

@@ -17,8 +17,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from digit_ds.errors import UserError
+
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""How long processes wait at the start for the slowest one, which may load Python from a busy file system."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ def initialize(timeout: timedelta | None = None) -> None:
         for prefix in ("TORCH_FR", "TORCH_NCCL"):  # the newer and the older name
             os.environ.setdefault(f"{prefix}_WAIT_TIMEOUT_DUMP_MILSEC", "1000")
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        address, port = ("127.0.0.1", 29500) if here.world_size == here.local_world_size else _srun_address()
+        address, port = _address(here)
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", str(port))
     os.environ.update(
@@ -209,8 +214,50 @@ def initialize(timeout: timedelta | None = None) -> None:
         LOCAL_RANK=str(here.local_rank),
         LOCAL_WORLD_SIZE=str(here.local_world_size),
     )
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    _join(here, timeout)
     atexit.register(_leave)
+
+
+def _join(here: Place, timeout: timedelta | None) -> None:
+    """Meet the other processes at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UserError: that is no address, nobody answers there, or somebody else listens there.
+    """
+    address, port = os.environ["MASTER_ADDR"], _number(os.environ, "MASTER_PORT") or 0
+    if not 0 < port < 1 << 16:
+        raise UserError(f"environment variable MASTER_PORT is {port}, expected 1 to 65535")
+    check_interface()
+    try:
+        socket.getaddrinfo(address, port)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"environment variable MASTER_ADDR is {address!r}, expected a host that can be found"
+        ) from error
+    try:
+        patience = min(timeout, JOIN_TIMEOUT) if timeout else JOIN_TIMEOUT
+        store, rank, world = next(iter(rendezvous("env://", timeout=patience)))
+        store.set_timeout(timeout or default_pg_timeout)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world, timeout=timeout
+        )
+    except RuntimeError as error:  # PyTorch's own, with a trace of C++ calls behind it
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise UserError(
+            f"rank {here.rank} of {here.world_size} cannot join the others at MASTER_ADDR={address} "
+            f"MASTER_PORT={port} ({reason})"
+        ) from error
+
+
+def check_interface() -> None:
+    """Refuse network interfaces for gloo that this machine does not have."""
+    names = [name for _, name in socket.if_nameindex()]
+    for wanted in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if wanted not in names:
+            raise UserError(
+                f"environment variable GLOO_SOCKET_IFNAME is {wanted!r}, expected one of {', '.join(names)} on {host()}"
+            )
 
 
 def _leave() -> None:
@@ -219,11 +266,24 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _srun_address() -> tuple[str, int]:
-    """Host of the step's first task, and a port from the job's number, as slurm/prelude.sh chooses them."""
-    nodes, job = os.environ.get("SLURM_STEP_NODELIST"), os.environ.get("SLURM_JOB_ID")
-    if not nodes or not job:
+def _address(here: Place) -> tuple[str, int]:
+    """Host of the first task, and a port that other jobs and other steps on its node do not use."""
+    alone = here.world_size == here.local_world_size  # on its node
+    nodes, job = os.environ.get("SLURM_STEP_NODELIST"), _number(os.environ, "SLURM_JOB_ID")
+    step = _number(os.environ, "SLURM_STEP_ID")
+    if job is None or step is None:
+        if alone:
+            return "127.0.0.1", 29500
         raise UserError("MASTER_ADDR and MASTER_PORT are not set, expected the address of rank 0 and a free port")
+    # For the first step it is what slurm/prelude.sh chooses. Jobs and steps that run side by side have near numbers.
+    port = 10000 + (job + 997 * step) % 20000
+    return ("127.0.0.1" if alone else _first_host(nodes)), port
+
+
+def _first_host(nodes: str | None) -> str:
+    """Address of the first of the nodes that Slurm lists in its own short form."""
+    if not nodes:
+        raise UserError("MASTER_ADDR is not set and SLURM_STEP_NODELIST names no hosts, expected the address of rank 0")
     try:
         hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         host = hosts.stdout.split()[0]
@@ -236,7 +296,7 @@ def _srun_address() -> tuple[str, int]:
             host = address[1]
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"MASTER_ADDR is not set and scontrol cannot name the hosts of {nodes} ({error})") from error
-    return host, 10000 + int(job) % 20000
+    return host
 
 
 def is_main() -> bool:

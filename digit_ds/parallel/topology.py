@@ -83,6 +83,7 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
     if not dist.is_initialized():
         launch.initialize(timeout)
     if not dist.is_initialized():
+        launch.check_interface()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
