@@ -154,7 +154,12 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--count", type=int, help="number of pictures, classes in turn")
     number.add_argument("--per-class", type=int, help="pictures of each class")
-    parser.add_argument("--classes", type=int, nargs="+", metavar="LABEL", help="labels to draw (default: all)")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="labels or names to draw (default: all); of given pictures: theirs",
+    )
     parser.add_argument("--seed", type=int, default=0, help="each picture derives its own from this (default: 0)")
     parser.add_argument(
         "--batch",

@@ -192,3 +192,31 @@ def test_timm_reads_the_same_network_from_the_same_file(tmp_path):
     with torch.no_grad():
         expected = peer.eval().forward_features(encoder.preprocess(images))[:, 5:]
     torch.testing.assert_close(encoder(images), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state},
+        lambda state: {"teacher": {**{f"backbone.{name}": value for name, value in state.items()}, **HEADS}},
+        lambda state: {"student": {**{f"backbone.{name}": value for name, value in state.items()}, **HEADS}},
+        lambda state: {"teacher": {f"backbone.{chunked(name)}": value for name, value in state.items()}},
+    ],
+    ids=["model", "teacher", "student", "chunks"],
+)
+def test_dinov2_is_known_in_the_wrappers_that_people_have(wrap, tmp_path):
+    """Sizes, the scaling of 256 to 224 and the features are those of the bare file."""
+    wrapped = save(tmp_path / "wrapped.pth", wrap(torch.load(WEIGHTS, weights_only=True)))
+    options = {"layer": META["n_last_blocks"], "num_heads": META["num_heads"]}
+    encoder = digit_ds.load_encoder(wrapped, **options)
+    assert encoder.image_sizes == golden_encoder().image_sizes == (224, 256)
+    assert encoder.provenance()["transform"] == golden_encoder().provenance()["transform"]
+    torch.testing.assert_close(encoder(golden_images(256)), golden("features_256"), atol=1e-5, rtol=0)
+
+
+HEADS = {"dino_head.mlp.0.weight": torch.zeros(2, 2), "ibot_head.last_layer.weight": torch.zeros(2, 2)}
+
+
+def chunked(name: str) -> str:
+    """A block's name in a training file, where blocks come in chunks."""
+    return f"blocks.{int(name.split('.')[1]) // 2}{name.removeprefix('blocks')}" if name.startswith("blocks.") else name

@@ -118,6 +118,6 @@ def test_foreign_shards_and_models_are_refused(parts, tmp_path):
         probe(tmp_path / "ar", parts / "train", parts / "val", tmp_path / "out")
     spec = small_spec("prior")
     save_model(tmp_path / "other", spec, initial_state(spec, 0), {"codebook_sha256": "d" * 64})
-    with pytest.raises(UserError, match=r"holds tokens of codebook cccccccccccc, but .* was trained on those of d"):
+    with pytest.raises(UserError, match=r"other: belongs to codebook dddddddddddd .*, but shards .*train to codebook"):
         probe(tmp_path / "other", parts / "train", parts / "val", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -22,6 +22,7 @@ from streaming.base.hashing import get_hash
 
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256, write_atomically, write_json
+from digit_ds.identity import Part
 
 COLUMNS = {
     "discriminative": "ndarray:uint16",  # [G] codes 0..K-1
@@ -73,6 +74,15 @@ class ShardManifest:
     def samples(self) -> int:
         """Samples in all shards."""
         return self.images * self.views
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the shards are and were made from, see :mod:`digit_ds.identity`."""
+        return self.provenance | {"classes": self.classes, "shards_sha256": self.index_sha256}
+
+    def part(self, shards: Path | str) -> Part:
+        """Their identity under the name of their directory, for comparisons."""
+        return Part(f"shards {shards}", self.identity)
 
     def write(self, directory: Path) -> None:
         """Write ``manifest.json``: the last file of a complete shard directory."""

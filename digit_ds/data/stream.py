@@ -9,7 +9,6 @@ order is not used, because it pads epochs to the number of ranks, workers and ca
 """
 
 import fcntl
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,9 +22,11 @@ from streaming import StreamingDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from digit_ds.data.cache import check_index, default_cache, prepare, remove, remove_orphans
 from digit_ds.data.shards import HASH, ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch
+from digit_ds.parallel.decide import fail_together, from_main
 from digit_ds.parallel.helpers import obey_parent_only
 
 _SHARED_MEMORY, _TEMPORARY = Path("/dev/shm"), Path(tempfile.gettempdir())
@@ -47,6 +48,19 @@ class TokenBatch(NamedTuple):
     """int64 [B]: image number x views + view."""
     image_ids: list[str]
     """Paths of the images relative to their folder, for messages."""
+
+    def check_labels(self, classes: int, shards: str) -> None:
+        """Refuse a sample without a class, on the host: on a device nothing would notice it.
+
+        Raises:
+            UserError: names the first such image.
+        """
+        for label, image in zip(self.labels.tolist(), self.image_ids):
+            if not 0 <= label < classes:
+                raise UserError(
+                    f"{shards}: image {image} has label {label}, but a class-conditional model expects one of "
+                    f"0..{classes - 1}"
+                )
 
 
 class Chunks(NamedTuple):
@@ -74,20 +88,45 @@ class TokenStream:
 
     Args:
         shards: local directory or object-store URL.
-        cache: local directory for decompressed shards; unset: one in the temporary folder, named after ``owner``.
+        cache: local directory for decompressed shards; unset: one in the temporary folder (:mod:`digit_ds.data.cache`).
         seed: of the order and of each image's first view.
-        owner: distinguishes default caches; two live datasets must not share one.
+        owner: path that distinguishes default caches; two live datasets must not share one.
         shuffle: False: images in their order, view 0 (validation).
+
+    Raises:
+        UserError: the shards cannot be read, or the cache is another job's or other data.
     """
 
     def __init__(
         self, shards: str, cache: str | None = None, seed: int = 0, owner: str = "", shuffle: bool = True
     ) -> None:
-        name = hashlib.sha256(f"{Path(owner).absolute()}\n{shards}".encode()).hexdigest()[:16]
-        cache = cache or str(_TEMPORARY / f"digit_ds-{name}")
-        self.shards = shards
-        self.manifest = _manifest(shards, cache)
-        self.dataset = _Samples(_open(shards, cache), self.manifest, seed, shuffle)
+        self.shards, self._held = shards, None
+        self.manifest = from_main(lambda: _manifest(shards))
+        content, owner = self.manifest.index_sha256, str(Path(owner).absolute())
+        self.cache = Path(cache).absolute() if cache else default_cache(content, owner)
+        problem = None
+        if launch.local_rank() == 0:
+            try:
+                self._held = prepare(self.cache, content, owner)
+                remove_orphans(owner, keep=self.cache)
+            except UserError as error:
+                problem = str(error)
+        fail_together(problem)
+        dataset = _open(shards, str(self.cache))
+        if launch.local_rank() == 0:
+            try:
+                check_index(self.cache, content, shards)
+            except UserError as error:
+                problem = str(error)
+        fail_together(problem)
+        self.dataset = _Samples(dataset, self.manifest, seed, shuffle)
+
+    def close(self) -> None:
+        """Remove the default cache, after a run's orderly end; every process calls it."""
+        launch.barrier()
+        if self._held is not None:
+            remove(self.cache)
+            self._held.close()
 
     def batches(self, chunks: Chunks, position: int = 0, workers: int = 0) -> Iterator[TokenBatch]:
         """This rank's micro-batches of all global batches from ``position`` (samples seen so far) on, for ever."""
@@ -190,13 +229,10 @@ def _collate(samples: list[dict]) -> TokenBatch:
     )
 
 
-def _manifest(shards: str, cache: str) -> ShardManifest:
-    """The manifest; of a remote directory one process of each node fetches it."""
-    if "://" in shards:
-        if launch.local_rank() == 0:
-            read_manifest(shards, cache)
-        launch.barrier()
-    return read_manifest(shards, cache)
+def _manifest(shards: str) -> ShardManifest:
+    """The manifest, fetched anew at each start where it is remote."""
+    with tempfile.TemporaryDirectory(prefix="digit_ds-manifest-") as folder:
+        return read_manifest(shards, folder)
 
 
 def _open(shards: str, cache: str) -> StreamingDataset:

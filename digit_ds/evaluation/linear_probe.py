@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from digit_ds.data.shards import ShardManifest, iterate, read_manifest
+from digit_ds.data.shards import iterate, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256, write_atomically, write_json
+from digit_ds.identity import DISCRIMINATIVE, VQ, Part, check_agreement, check_classes
 from digit_ds.model.released import WEIGHTS, read_config
 from digit_ds.model.sequences import start_tokens
 from digit_ds.model.transformer import Transformer, load_model
@@ -76,10 +77,10 @@ def probe(
         if spec.kind not in ("prior", "vq"):
             raise UserError(f"{model_dir}: is a {spec.kind} model, expected a prior or vq model to probe")
         manifests = [read_manifest(train_shards), read_manifest(val_shards)]
-        for path, manifest in zip((train_shards, val_shards), manifests):
-            _check_shards(path, manifest, model_dir, provenance, spec.kind)
-        if manifests[0].classes != manifests[1].classes:
-            raise UserError(f"{val_shards}: its classes are not those of {train_shards}")
+        made_of = VQ if spec.kind == "vq" else DISCRIMINATIVE
+        shards = [manifest.part(path) for path, manifest in zip((train_shards, val_shards), manifests)]
+        check_agreement([Part(f"model {model_dir}", provenance), *shards], made_of)
+        check_classes(shards)
         settings = {
             "model": sha256(Path(model_dir) / WEIGHTS),
             "train": manifests[0].index_sha256,
@@ -249,18 +250,6 @@ def _read(shards: Path | str, kind: str) -> tuple[Tensor, Tensor]:
     if min(labels, default=-1) < 0:
         raise UserError(f"{shards}: has samples without a label, expected labelled shards to probe with")
     return torch.from_numpy(np.stack(codes).astype(np.int32)), torch.tensor(labels)
-
-
-def _check_shards(
-    path: Path | str, manifest: ShardManifest, model_dir: Path | str, provenance: dict[str, Any], kind: str
-) -> None:
-    """The shards hold the tokens that the model was trained on."""
-    key, what = ("vqgan_sha256", "VQGAN") if kind == "vq" else ("codebook_sha256", "codebook")
-    ours, theirs = provenance.get(key), manifest.provenance.get(key)
-    if ours is not None and ours != theirs:
-        raise UserError(
-            f"{path}: holds tokens of {what} {str(theirs)[:12]}, but {model_dir} was trained on those of {ours[:12]}"
-        )
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.generation.job import Job
+from digit_ds.generation.labels import choose_labels, labels_of
 from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
-from digit_ds.generation.provenance import Part, check_agreement
 from digit_ds.generation.settings import Decoding
 from digit_ds.generation.sources import ImageFolder, Source, TokenFile
+from digit_ds.identity import Part, check_agreement
 from digit_ds.model.released import WEIGHTS, read_config
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import Transformer, load_model
@@ -45,7 +46,7 @@ def sample(
     pixel_decoder: Path | str | None = None,
     count: int | None = None,
     per_class: int | None = None,
-    classes: Sequence[int] | None = None,
+    classes: Sequence[int | str] | None = None,
     prior_decoding: Decoding | None = None,
     pixel_decoding: Decoding | None = None,
     seed: int = 0,
@@ -122,15 +123,20 @@ def sample(
         check_agreement(parts)
         _check_vqgan(painter, stages, vqgan)
 
-        labels, names = _labels(first, source, count, per_class, classes)
+        labels, names = choose_labels(first.directory, first.spec, first.provenance, source, count, per_class, classes)
         prior_decoding, pixel_decoding = prior_decoding or Decoding(), pixel_decoding or Decoding()
+        if prior_decoding.guidance.active and first.provenance.get("class_dropout") == 0:
+            raise UserError(
+                f"{first.directory}: guidance scale is {prior_decoding.guidance.scale}, but the model was trained with "
+                "training.class_dropout 0 and has no unconditional half, expected 1 (no guidance)"
+            )
         settings = {
             **{name: sha256(model.directory / WEIGHTS) for name, model in stages.items()},
             "vqgan": painter.sha256,
             "prior_decoding": asdict(prior_decoding) if "prior" in stages else None,
             "pixel_decoding": asdict(pixel_decoding) if "pixel_decoder" in stages else None,
             "count": len(labels),
-            "classes": None if classes is None else list(classes),
+            "classes": None if classes is None else labels_of(first.directory, first.spec, first.provenance, classes),
             "seed": seed,
             "precision": precision,
             "vqgan_precision": vqgan_precision,
@@ -237,40 +243,6 @@ def _check_vqgan(painter: Vqgan, stages: dict[str, _Model], path: Path | str) ->
     last = stages.get("pixel_decoder", stages.get("prior"))
     if last.spec.vq_codes != painter.codes:
         raise UserError(f"{path}: has {painter.codes} codes, but {last.directory} writes {last.spec.vq_codes}")
-
-
-def _labels(
-    first: _Model,
-    source: Source | None,
-    count: int | None,
-    per_class: int | None,
-    classes: Sequence[int] | None,
-) -> tuple[list[int], list[str]]:
-    """The label of every picture (-1: none) and the classes' names."""
-    names = first.provenance.get("classes") or []
-    if source is not None:
-        if per_class is not None or classes is not None:
-            raise UserError("per-class counts and class lists cannot be combined with given pictures or tokens")
-        labels = [-1] * source.count
-        if isinstance(source, ImageFolder):
-            labels, names = source.labels()
-        if first.spec.classes and (min(labels) < 0 or max(labels) >= first.spec.classes):
-            raise UserError(f"{first.directory}: is class-conditional, but the given images have no classes it knows")
-        return labels[: count or None], names
-    if not first.spec.classes:
-        if classes is not None or per_class is not None:
-            raise UserError(f"{first.directory}: is unconditional, but classes were asked for")
-        if count is None:
-            raise UserError("no count of pictures is given")
-        return [-1] * count, []
-    chosen = list(range(first.spec.classes)) if classes is None else list(classes)
-    for label in chosen:
-        if not 0 <= label < first.spec.classes:
-            raise UserError(f"class {label} is outside 0..{first.spec.classes - 1} of {first.directory}")
-    if not chosen or (count is None) == (per_class is None):
-        raise UserError("expected either a count of pictures or a count per class, and at least one class")
-    total = count if per_class is None else per_class * len(chosen)
-    return [chosen[image % len(chosen)] for image in range(total)], names
 
 
 def _load(model: _Model, device: torch.device, precision: Precision) -> Transformer:

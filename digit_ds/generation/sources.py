@@ -74,13 +74,9 @@ class ImageFolder:
         names_hash = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
         self.identity = {"image_names_sha256": names_hash, "resize": resize}
 
-    def labels(self) -> tuple[list[int], list[str]]:
-        """Label of every picture (-1: it lies in no folder) and the names of the classes, as preparation numbers
-        them."""
-        folders = [class_name(name) for name in self.names]
-        classes = sorted({folder for folder in folders if folder is not None})
-        numbers = {folder: number for number, folder in enumerate(classes)}
-        return [numbers.get(folder, -1) for folder in folders], classes
+    def folders(self) -> list[str | None]:
+        """The class folder of every picture; None: it lies in no folder."""
+        return [class_name(name) for name in self.names]
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:

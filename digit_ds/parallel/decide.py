@@ -65,7 +65,7 @@ def from_main(compute: Callable[[], T]) -> T:
         SystemExit: on the other ranks, when ``compute`` raised anything on rank 0.
     """
     value, error = None, None
-    if is_main():
+    if is_main() or not dist.is_initialized():
         try:
             value = compute()
         except BaseException as caught:  # the others must not wait for a rank that is gone

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from digit_ds.errors import UserError
+from digit_ds.identity import ENCODER, Part, check_agreement
 from digit_ds.tokenizer.codebook import Codebook, load_codebook
 from digit_ds.tokenizer.encoder import Encoder, load_encoder
 from digit_ds.tokenizer.precision import precision_dtype
@@ -112,10 +113,6 @@ def _check_codebook(codebook: Codebook, path: Path, encoder: Encoder, weights: P
         )
     if codebook.codes - 1 > LARGEST_CODE:
         raise UserError(f"{path}: has {codebook.codes} codes, expected at most {LARGEST_CODE + 1}")
-    ours = encoder.provenance()
-    for key in ("encoder_sha256", "layer", "transform"):
-        if key in codebook.provenance and codebook.provenance[key] != ours[key]:
-            raise UserError(
-                f"{path}: was made from features with {key} {codebook.provenance[key]}, but {weights} has "
-                f"{key} {ours[key]}; expected the same encoder"
-            )
+    check_agreement(
+        [Part(f"codebook {path}", codebook.provenance), Part(f"encoder {weights}", encoder.provenance())], ENCODER
+    )

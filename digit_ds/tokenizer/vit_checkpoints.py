@@ -6,15 +6,20 @@ The names are those of DINOv2's files, which timm's ``VisionTransformer`` shares
 ==========  ======================================================  =============================
 layout      where the weights lie                                   what is left aside
 ==========  ======================================================  =============================
-DINOv2      the file is the state dict                              ``mask_token``, ``head.*``
+DINOv2      the file is the state dict; ``model``; or ``teacher``    ``mask_token``, ``head.*``,
+            (or ``student``), there ``backbone.*``                  ``dino_head.*``, ``ibot_head.*``
 MAE         ``model``                                               ``mask_token``, ``decoder_*``
 MoCo v3     ``state_dict``, there ``module.base_encoder.*``         other networks, ``head.*``
 iBOT        ``state_dict``; or ``teacher``, there ``backbone.*``    ``masked_embed``, ``head.*``
 ==========  ======================================================  =============================
+
+People wrap the same weights in different ways, so the layout is told by the tensors: only DINOv2 has LayerScale
+(``ls1.gamma``) or registers, and its bare file holds no other network.
 """
 
 import argparse
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +29,11 @@ import torch
 from digit_ds.errors import UserError
 from digit_ds.safe_load import load_torch
 
-_LEFT_ASIDE = ("mask_token", "masked_embed", "head.", "decoder_")
+_LEFT_ASIDE = ("mask_token", "masked_embed", "head.", "decoder_", "dino_head.", "ibot_head.")
 _MOCO_PREFIXES = ("module.base_encoder.", "module.momentum_encoder.")
-_IBOT_PREFIXES = ("module.backbone.", "backbone.", "module.", "")
+_PREFIXES = ("module.backbone.", "backbone.", "module.", "")
+_CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
+"""DINOv2's training files number a chunk of blocks before each block."""
 _RENAMED = {
     # DINOv2 ViT-g/14 names the two matrices of its gated MLP otherwise than timm.
     ".mlp.w12.": ".mlp.fc1.",
@@ -105,22 +112,25 @@ def _find_state(content: Any) -> tuple[str, dict[str, torch.Tensor]]:
     """The layout's name and the backbone's tensors, float32, under DINOv2's names; empty where there is none."""
     layout, state = "DINOv2", content
     if isinstance(content, dict):
-        for key, name in (("teacher", "iBOT"), ("model", "MAE"), ("state_dict", "iBOT")):
+        for key, name in (("teacher", "iBOT"), ("student", "iBOT"), ("model", "MAE"), ("state_dict", "iBOT")):
             if isinstance(content.get(key), dict):
                 layout, state = name, content[key]
                 break
     if not isinstance(state, dict):
         return layout, {}
     names = [name for name in state if isinstance(name, str) and isinstance(state[name], torch.Tensor)]
-    prefixes: tuple[str, ...] = _IBOT_PREFIXES if layout == "iBOT" else ("",)
+    prefixes: tuple[str, ...] = ("",) if layout == "DINOv2" else _PREFIXES
     if any(name.startswith(_MOCO_PREFIXES) for name in names):
         layout, prefixes = "MoCo v3", _MOCO_PREFIXES
+    elif any(name.endswith((".ls1.gamma", "register_tokens")) for name in names):
+        layout = "DINOv2"
     prefix = next((prefix for prefix in prefixes if prefix + "cls_token" in state), prefixes[-1])
     found = {}
     for name in names:
         bare = name.removeprefix(prefix)
         if not name.startswith(prefix) or bare.startswith(_LEFT_ASIDE):
             continue
+        bare = _CHUNKED.sub(r"blocks.\1.", bare)
         for old, new in _RENAMED.items():
             bare = bare.replace(old, new)
         found[bare] = state[name].float()

@@ -65,7 +65,9 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figure
         with WorkDirectory(run, lambda: runs.check_run_directory(run, recipe)):
             check_start()
             with loaders_in_one_sentence():
-                stopped = _Run(recipe, place, sample_grid, figures).run(watchdog, stop)
+                job = _Run(recipe, place, sample_grid, figures)
+                stopped = job.run(watchdog, stop)
+                job.close()
     except BaseException:
         topology.abandon()
         raise
@@ -101,6 +103,7 @@ class _Run:
         self.validation = (
             TokenStream(data.validation, owner=f"{recipe.run}/validation", shuffle=False) if data.validation else None
         )
+        runs.check_shards(recipe, self.stream.manifest, self.validation.manifest if self.validation else None)
         self.spec = runs.model_spec(recipe, self.stream.manifest)
         self.engine = Engine(recipe, self.spec, place, self.device)
         settings = recipe.checkpoint
@@ -161,6 +164,12 @@ class _Run:
             print(f"stopped by signal at step {progress.step}", file=sys.stderr, flush=True)
         return stopped
 
+    def close(self) -> None:
+        """Give back what the run holds on this node."""
+        for stream in (self.stream, self.validation):
+            if stream is not None:
+                stream.close()
+
     def _step(self, batches: Iterator[TokenBatch], clock: Clock) -> tuple[Tensor, Tensor, int]:
         """One optimizer step: mean loss and nll of this rank's micro-batches, hash of its samples."""
         training, progress = self.recipe.training, self.progress
@@ -192,7 +201,10 @@ class _Run:
         """A batch on the device, as the model reads it. All that is random comes from the default generator."""
         codes = batch.discriminative.to(self.device, non_blocking=True) if self.spec.kind != "vq" else None
         vq = batch.vq.to(self.device, non_blocking=True) if self.spec.kind != "prior" and batch.vq is not None else None
-        labels = batch.labels.to(self.device, non_blocking=True) if self.spec.classes else None
+        labels = None
+        if self.spec.classes:
+            batch.check_labels(self.spec.classes, self.stream.shards)
+            labels = batch.labels.to(self.device, non_blocking=True)
         return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout, random_share=random_share)
 
     def _exchange(self, stop: StopSignal, samples: int) -> bool:
@@ -260,7 +272,7 @@ class _Run:
         """Begin a checkpoint of this step; ``wait``: until it is complete."""
         self._tell(self.guard.read(keep=0))
         self._note(self.checkpoints.wait(self.place.sum))
-        provenance = {"provenance": self.stream.manifest.provenance}
+        provenance = {"provenance": runs.provenance(self.recipe, self.stream.manifest)}
         self.checkpoints.start(self.engine, self.spec, self.progress, provenance)
         if wait:
             final = self.checkpoints.wait(self.place.sum)

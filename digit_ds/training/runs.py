@@ -9,6 +9,7 @@ from digit_ds.config import Recipe, load_recipe
 from digit_ds.data.shards import ShardManifest
 from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
+from digit_ds.identity import TOKENS, VQ, check_agreement, check_classes
 from digit_ds.lock import is_empty
 from digit_ds.model.spec import TransformerSpec
 
@@ -107,3 +108,29 @@ def model_spec(recipe: Recipe, manifest: ShardManifest) -> TransformerSpec:
             f"model.max_positions is {spec.max_positions}, expected at least {spec.tokens + 1} for the shards' grid"
         )
     return spec
+
+
+def check_shards(recipe: Recipe, training: ShardManifest, validation: ShardManifest | None) -> None:
+    """Refuse validation shards whose tokens or labels mean something else than those of the training shards.
+
+    Raises:
+        UserError: names both and what differs.
+    """
+    if validation is None:
+        return
+    ours, theirs = training.part(recipe.data.shards), validation.part(str(recipe.data.validation))
+    check_agreement([ours, theirs], VQ if recipe.model.kind == "vq" else TOKENS)
+    if recipe.model.class_conditional:
+        check_classes([ours, theirs])
+    for name in ("grid", "discriminative_codes", "vq_codes"):
+        own, other = getattr(training, name), getattr(validation, name)
+        if own != other and not (name == "vq_codes" and recipe.model.kind == "prior"):
+            raise UserError(f"{ours.name}: {name} is {own}, but {theirs.name} has {other}; they must be the same")
+
+
+def provenance(recipe: Recipe, manifest: ShardManifest) -> dict[str, Any]:
+    """What a model of this run was made from, see :mod:`digit_ds.identity`."""
+    known = dict(manifest.identity)
+    if recipe.model.class_conditional:
+        known["class_dropout"] = recipe.training.class_dropout
+    return known

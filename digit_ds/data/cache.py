@@ -1,0 +1,149 @@
+"""The local folder into which StreamingDataset copies and decompresses shards: it belongs to one content.
+
+StreamingDataset takes whatever index and shards lie in its folder for the right ones. So each cache has a stamp,
+
+```
+CACHE/.digit_ds.json   {"index_sha256": hash of the shards' index, "owner": who uses it, "ready": bool}
+```
+
+and a cache of another content is emptied before it is used. ``ready`` is false while it is being emptied, so that a
+kill in the midst of it is noticed. A cache without a stamp is adopted when its index is the right one and refused
+otherwise: it may be anybody's folder.
+
+Default caches lie in the temporary folder, named by content and owner (two live jobs must not share one). They are
+removed at the orderly end of their run; what killed runs leave is reused by the same run or, once the run directory
+is gone or has other shards, removed by the next run on the node.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from digit_ds.errors import UserError
+from digit_ds.files import sha256, write_json
+
+STAMP = ".digit_ds.json"
+_LOCK = ".lock-"
+_PREFIX = "digit_ds-cache-"
+
+
+def default_cache(index_sha256: str, owner: str) -> Path:
+    """The default cache of a content for ``owner``, an absolute path or other text that is this job's own."""
+    name = hashlib.sha256(f"{index_sha256}\n{owner}".encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getuid()}-{name}"
+
+
+def prepare(cache: Path, index_sha256: str, owner: str) -> TextIO:
+    """Make ``cache`` one of this content: keep it, empty it, or refuse a folder that is no cache of ours.
+
+    For one process of each node, before any opens the dataset.
+
+    Returns:
+        An open file; while it is open, other jobs on this node are refused.
+
+    Raises:
+        UserError: the folder holds other files, is in use by another job on this node, or cannot be written.
+    """
+    try:
+        stamp, index = read_stamp(cache), cache / "index.json"
+        ours = stamp is not None or not cache.exists() or not any(cache.iterdir())
+        if not ours and index.is_file():
+            ours = sha256(index) == index_sha256
+        if not ours:
+            raise UserError(
+                f"{cache}: holds files that are no cache of these shards (index {index_sha256[:12]}), "
+                "expected an empty folder or their cache; delete it or name another data.cache"
+            )
+        cache.mkdir(parents=True, exist_ok=True)
+        held = _hold(cache)
+        fresh = {"index_sha256": index_sha256, "owner": owner, "ready": True}
+        if stamp is not None and not (stamp.get("ready") and stamp.get("index_sha256") == index_sha256):
+            write_json(cache / STAMP, fresh | {"ready": False})
+            _empty(cache)
+        write_json(cache / STAMP, fresh)
+        return held
+    except OSError as error:
+        raise UserError(f"{cache}: cannot be used as cache of shards ({error.strerror or error})") from error
+
+
+def _hold(cache: Path) -> TextIO:
+    """Lock a cache against other jobs on this node; released by whatever ends the process."""
+    held = (cache / f"{_LOCK}{socket.gethostname()}").open("a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise UserError(
+            f"{cache}: is the shard cache of another job that runs on this node, expected a data.cache of its own"
+        ) from None
+    return held
+
+
+def check_index(cache: Path, index_sha256: str, shards: str) -> None:
+    """Refuse an index that is not the one of the manifest: the shards were changed or only partly copied.
+
+    Raises:
+        UserError: the hashes differ.
+    """
+    index = cache / "index.json"
+    if not index.is_file() or sha256(index) != index_sha256:
+        raise UserError(
+            f"{shards}: index.json is not the one that manifest.json names (SHA-256 {index_sha256[:12]}...), "
+            "expected a complete directory of token shards"
+        )
+
+
+def remove_orphans(owner: str, keep: Path) -> None:
+    """Remove default caches that nobody can use again: of runs that are gone, and of this owner's former shards."""
+    for cache in _default_caches():
+        stamp = read_stamp(cache)
+        if stamp is None or cache == keep:
+            continue
+        of = str(stamp.get("owner", ""))
+        if (of == owner or (Path(of).is_absolute() and not Path(of).parent.exists())) and not _in_use(cache):
+            shutil.rmtree(cache, ignore_errors=True)
+
+
+def _in_use(cache: Path) -> bool:
+    try:
+        _hold(cache).close()
+    except (UserError, OSError):
+        return True
+    return False
+
+
+def remove(cache: Path) -> None:
+    """Remove a default cache; a cache that the user named stays."""
+    if cache.name.startswith(_PREFIX):
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def read_stamp(cache: Path) -> dict[str, Any] | None:
+    """The stamp of a cache; None: it has none that can be read."""
+    try:
+        stamp = json.loads((cache / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) else None
+
+
+def _default_caches() -> Iterator[Path]:
+    yield from Path(tempfile.gettempdir()).glob(f"{_PREFIX}{os.getuid()}-*")
+
+
+def _empty(cache: Path) -> None:
+    """Remove everything but the stamp and the locks."""
+    for entry in cache.iterdir():
+        if entry.name == STAMP or entry.name.startswith(_LOCK):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
