@@ -22,6 +22,7 @@ from digit_ds.generation.sample import sample
 from digit_ds.generation.settings import Decoding, Guidance
 from digit_ds.generation.sources import ImageFolder
 from digit_ds.identity import Part, check_agreement, check_classes
+from digit_ds.preparation.census import Census
 from digit_ds.training.export import export
 from digit_ds.training.runs import check_shards
 
@@ -253,3 +254,27 @@ def test_parts_that_differ_are_named():
     with pytest.raises(UserError, match=r"a: belongs to encoder architecture x heads 2 .*, but c to .* heads 4; they"):
         check_agreement([Part("a", two), Part("b", {}), Part("c", four)])
     check_classes([Part("a", {"classes": ["x"]}), Part("b", {}), Part("c", {"classes": ["x"]})])
+
+
+def test_a_wrong_folder_is_seen_before_the_work_starts(tmp_path):
+    def census(*names: str) -> Census:
+        counted = Census()
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            counted.count(name)
+        return counted
+
+    numbers = census("2/a.png", "10/b.png", "10/c.png")
+    (tmp_path / "3").mkdir()
+    assert numbers.classes == ["10", "2"]
+    assert numbers.summary(tmp_path) == f"{tmp_path}: 3 images, 2 classes of 1 to 2 images: 10, 2"
+    empty, order = numbers.warnings(tmp_path)
+    assert "1 folders without images are no classes and have no label: 3" in empty
+    assert "label 0 is class '10'" in order
+    shutil.rmtree(tmp_path / "3")
+    splits = census("train/a.png", "val/b.png")
+    assert any("folders train and val are taken for classes" in text for text in splits.warnings(tmp_path))
+    numbers.check(tmp_path)
+    census("a.png", "b.png").check(tmp_path)  # an unlabelled set
+    with pytest.raises(UserError, match=r"stray.png: lies in no class folder .1 such images., but .* has 1 class"):
+        census("2/a.png", "stray.png").check(tmp_path)

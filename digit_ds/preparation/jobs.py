@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from digit_ds.data.images import class_name, no_images, walk, warn_of_passed_over
+from digit_ds.data.images import no_images, walk, warn_of_passed_over
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.lock import NAME as LOCK
 from digit_ds.parallel.decide import agree, from_main
 from digit_ds.parallel.launch import initialize, rank, world_size
+from digit_ds.preparation.census import Census
 from digit_ds.workdir import WorkDirectory, is_begun
 
 
@@ -46,7 +48,18 @@ class Block:
 class Job:
     """The output directory of a job and what is left to do in it; as a context manager, locked until the end."""
 
-    def __init__(self, out: Path | str, images: Path | str, settings: dict[str, Any], block_images: int) -> None:
+    def __init__(
+        self, out: Path | str, images: Path | str, settings: dict[str, Any], block_images: int, labelled: bool = False
+    ) -> None:
+        """Claim ``out`` and list the images, on rank 0.
+
+        Args:
+            labelled: whether the folders of the images become labels; then all images lie in folders, or none does.
+
+        Raises:
+            UserError: there are no images, ``out`` is another job's, or an image has no label where others have one.
+        """
+        self.labelled = labelled
         self.out = Path(out)
         self.root = Path(images)
         self.block_images = block_images
@@ -86,7 +99,8 @@ class Job:
         if first is None:
             raise no_images(self.root, passed_over)
         write_json(self.out / "settings.json", settings)
-        names = self._list(chain([first], found))
+        census = Census()
+        names = self._list(chain([first], found), census)
         if begun and (self.out / "catalogue.json").is_file():
             known = read_json(self.out / "catalogue.json")
             if known["sha256"] != names["sha256"]:
@@ -95,14 +109,19 @@ class Job:
                     f"{self.root}: holds {names['images']} images that are not the {known['images']} with which "
                     f"{self.out} was begun, expected the same folder or another output directory"
                 )
+        if self.labelled:
+            census.check(self.root)
         (self.out / "images.jsonl.new").replace(self.out / "images.jsonl")
         write_json(self.out / "catalogue.json", names)
         warn_of_passed_over(self.root, passed_over)
+        print(census.summary(self.root), flush=True)
+        for warning in census.warnings(self.root):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         return names
 
-    def _list(self, names: Iterable[str]) -> dict[str, Any]:
+    def _list(self, names: Iterable[str], census: Census) -> dict[str, Any]:
         """Write the sorted names to ``images.jsonl.new`` and return the catalogue."""
-        digest, offsets, classes, count, position = hashlib.sha256(), [], set(), 0, 0
+        digest, offsets, count, position = hashlib.sha256(), [], 0, 0
         with (self.out / "images.jsonl.new").open("wb") as stream:
             for count, name in enumerate(names, 1):
                 if count % self.block_images == 1 or self.block_images == 1:
@@ -110,9 +129,8 @@ class Job:
                 line = json.dumps(name).encode() + b"\n"
                 position += stream.write(line)
                 digest.update(line)
-                classes.add(class_name(name))
-        classes.discard(None)
-        return {"images": count, "sha256": digest.hexdigest(), "classes": sorted(classes), "offsets": offsets}
+                census.count(name)
+        return {"images": count, "sha256": digest.hexdigest(), "classes": census.classes, "offsets": offsets}
 
     def read_block(self, number: int) -> Block:
         """The names of one block."""

@@ -111,7 +111,7 @@ def tokenize_images(
         "decoder": decoder,
     }
     loading = Loading(cut, batch, default_workers() if workers is None else workers, decoder)
-    with Job(out, images, settings, block_images) as job:
+    with Job(out, images, settings, block_images, labelled=True) as job:
         if job.complete:
             if is_main():
                 print(f"{out}: already complete, nothing to do")
