@@ -13,10 +13,11 @@ demo: environment ## raw images -> features -> codebook -> tokens -> models -> p
 test: environment ## all tests that this machine can run
 	$(BIN)/python -m pytest
 
-lint: environment ## ruff, layering contract, shellcheck where installed
+lint: environment ## ruff, layering contract, types, shellcheck where installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 	@if command -v shellcheck >/dev/null; then shellcheck $(SHELL_SCRIPTS); else echo "shellcheck is not installed: shell scripts not linted"; fi
 
 format: environment ## rewrite the sources in the project's format and draw the layers in CONTRIBUTING.md

@@ -13,7 +13,7 @@ import pytest
 from training_parts import recipe
 
 from digit_ds.errors import UserError
-from digit_ds.generation.job import Job
+from digit_ds.generation.job import SamplingJob
 from digit_ds.lock import DirectoryLock
 from digit_ds.training.loop import train
 
@@ -120,7 +120,7 @@ def test_a_run_that_another_process_trains_is_refused(tmp_path):
 
 
 def test_a_folder_that_another_process_fills_with_samples_is_refused(tmp_path):
-    job = Job(tmp_path / "out", {}, [0], [])
+    job = SamplingJob(tmp_path / "out", {}, [0], [])
     with holder(tmp_path / "out") as (process, _):
         assert not job.is_complete()
         with pytest.raises(UserError, match=rf"out: process {process.pid} on .* is writing"):

@@ -94,17 +94,17 @@ def test_batch_size_changes_no_byte(models, tmp_path):
 
 COMMAND = """
 import os, signal, sys, torch
-from digit_ds.generation.job import Job
+from digit_ds.generation.job import SamplingJob
 from digit_ds.generation.sample import sample
 models, out, count, last = sys.argv[1:]
-write = Job.write_block
+write = SamplingJob.write_block
 
 def write_and_die(self, block, pictures, tokens):  # while other threads write and the next tokens are drawn
     write(self, block, pictures, tokens)
     if block == int(last):
         os.kill(os.getpid(), signal.SIGKILL)
 
-Job.write_block = write_and_die
+SamplingJob.write_block = write_and_die
 torch.set_num_threads(1)
 sample(out, vqgan=f"{models}/vqgan.ckpt", vqgan_config=f"{models}/vqgan.yaml", prior=f"{models}/prior",
        pixel_decoder=f"{models}/nar", count=int(count), batch=16)

@@ -105,7 +105,7 @@ def _walk(directory: str, prefix: str, above: tuple[tuple[int, int], ...], passe
         raise UserError(f"{directory}: cannot be listed ({error.strerror})") from error
     found = [(name, is_folder) for name, is_folder in found if is_folder is not None]
     # A folder sorts as "name/", which makes the depth-first order that of the complete names.
-    for name, is_folder in sorted(found, key=lambda entry: entry[0] + "/" * entry[1]):
+    for name, is_folder in sorted(found, key=lambda entry: entry[0] + "/" * bool(entry[1])):
         if is_folder:
             path = f"{directory}/{name}"
             inode = _inode(path)
@@ -249,10 +249,11 @@ class Crops:
         for view in range(self.views):
             box, mirrored = self.plan(image.size, identity, view)
             if whole is not image:
-                part = whole.crop(tuple(map(int, box)))
+                left, top, right, bottom = map(int, box)
+                part = whole.crop((left, top, right, bottom))
             else:
-                source = [min(edge / scale, image.size[axis % 2]) for axis, edge in enumerate(box)]
-                part = image.resize((self.size, self.size), Image.Resampling.BICUBIC, tuple(source))
+                x0, y0, x1, y1 = (min(edge / scale, image.size[axis % 2]) for axis, edge in enumerate(box))
+                part = image.resize((self.size, self.size), Image.Resampling.BICUBIC, (x0, y0, x1, y1))
             pixels = np.asarray(part)
             views[view] = pixels[:, ::-1] if mirrored else pixels
         return views

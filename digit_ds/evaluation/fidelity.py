@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_featuresdict_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_featuresdict_to_metric
@@ -81,7 +81,7 @@ def evaluate(
         raise UserError(f"{classifier}: is to judge classes, but no labels were given to judge by")
     with loaders_in_one_sentence():
         figures = _figures(samples, against, extractor, precision_recall, cache, batch)
-        if classifier is not None:
+        if classifier is not None and asked is not None:
             figures["class_accuracy"] = class_accuracy(samples, classifier, asked, batch)
     result = {
         **figures,
@@ -185,7 +185,7 @@ def class_accuracy(pictures: Pictures, classifier: Path | str, labels: np.ndarra
     if int(labels.max()) >= network.classes:
         raise UserError(f"{classifier}: knows {network.classes} classes, but label {int(labels.max())} was asked for")
     with torch.inference_mode():
-        chosen = [network(part)[1].argmax(-1) for part in DataLoader(pictures, batch)]
+        chosen = [network(part)[1].argmax(-1) for part in DataLoader(cast(Dataset, pictures), batch)]
     return float((torch.cat(chosen).numpy() == labels).mean())
 
 
@@ -283,7 +283,7 @@ def _asked_labels(labels: Path | str | None, count: int) -> np.ndarray | None:
     if labels is None:
         return None
     if Path(labels).suffix == ".npz":
-        found = load_npz(labels, "arr_1")["arr_1"]
+        found: Any = load_npz(labels, "arr_1")["arr_1"]
     else:
         manifest = read_json(labels)
         found = manifest.get("labels") if isinstance(manifest, dict) else None

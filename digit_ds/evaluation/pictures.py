@@ -48,7 +48,9 @@ class Folder(Dataset):
             raise UserError(f"{root}: preparation {preparation!r} needs a size in pixels")
         self.root, self.preparation, self.size = Path(root), preparation, size
         self.files = list_images(root)
-        self.sides = (size, size) if preparation != "none" else self._read(0).size[::-1]
+        self.sides: tuple[int, int] = (
+            self._read(0).size[::-1] if size is None or preparation == "none" else (size, size)
+        )
         self.name = f"{root}" if preparation == "none" else f"{root} ({preparation} preparation, {size} pixels)"
 
     @property

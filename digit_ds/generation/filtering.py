@@ -32,9 +32,9 @@ def candidates(
         codes = kept.topk(top_k, sorted=False).indices.sort(-1).values
         kept = kept.gather(-1, codes)
     # Only top-p asks for the mass itself, special ids counted; for the draw a factor does not matter.
-    largest = kept.amax(-1, keepdim=True) if top_p is None else None
+    largest = kept.amax(-1, keepdim=True)
     kept = wide(kept) / temperature
-    if largest is not None:
+    if top_p is None:
         return (kept - wide(largest) / temperature).double().exp(), codes
     weights = (kept - (wide(logits) / temperature).logsumexp(-1, keepdim=True)).double().exp()
     descending, order = weights.sort(dim=-1, descending=True, stable=True)

@@ -29,7 +29,7 @@ FORMAT = 1
 GRID_ROWS, GRID_COLUMNS = 16, 10
 
 
-class Job:
+class SamplingJob:
     """What is to be written to ``out`` and what is already there.
 
     Args:

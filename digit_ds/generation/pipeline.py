@@ -49,6 +49,7 @@ class Pipeline:
     def __init__(self, prior: Sampler | None, pixels: Sampler | None, vqgan: Vqgan):
         self.prior, self.pixels, self.vqgan = prior, pixels, vqgan
         last = pixels or prior
+        assert last is not None
         self.grid, self.device = last.spec.grid, last.device
 
     def write(self, images: Tensor, labels: Tensor | None = None, known: Tensor | None = None) -> Codes:
@@ -58,6 +59,7 @@ class Pipeline:
         given, -1 where they are to be written.
         """
         first = known if self.prior is None else self.prior(images, labels, known=known)
+        assert first is not None  # without a prior all tokens are given
         if self.pixels is None:
             return Codes(None, first)
         return Codes(first, self.pixels(images, prefix=first))

@@ -45,9 +45,11 @@ class Preview:
         classes = _classes(pipeline)
         labels = torch.arange(rows).repeat_interleave(columns) % classes if classes else None
         pictures = _paint(pipeline, rows * columns, labels)
-        names = [str(row % classes) if classes else "" for row in range(rows)]
-        grid = draw_grid([(name, pictures[row * columns : (row + 1) * columns]) for row, name in enumerate(names)])
-        return torch.from_numpy(np.array(grid)).permute(2, 0, 1)
+        named = []
+        for row in range(rows):
+            name = str(row % classes) if classes else ""
+            named.append((name, list(pictures[row * columns : (row + 1) * columns])))
+        return torch.from_numpy(np.array(draw_grid(named))).permute(2, 0, 1)
 
     def pictures(self, model_dir: Path | str, count: int) -> np.ndarray:
         """``count`` pictures, classes in turn as ``digit-ds sample --count`` draws them: uint8 [N, H, W, 3].
@@ -81,6 +83,7 @@ class Preview:
 
 
 def _classes(pipeline: Pipeline) -> int:
+    assert pipeline.prior is not None
     return pipeline.prior.spec.classes
 
 

@@ -12,7 +12,7 @@ import torch
 
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
-from digit_ds.generation.job import Job
+from digit_ds.generation.job import SamplingJob
 from digit_ds.generation.labels import choose_labels, labels_of
 from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
 from digit_ds.generation.settings import Decoding
@@ -106,11 +106,11 @@ def sample(
                 raise UserError(f"{name} is {number}, expected at least 1")
         given = from_images is not None or from_tokens is not None
         stages = _stages(prior, pixel_decoder, given, keep)
-        first = stages.get("prior", stages.get("pixel_decoder"))
+        first = stages["prior"] if "prior" in stages else stages["pixel_decoder"]
         painter = load_vqgan(vqgan, vqgan_config, device, getattr(torch, vqgan_precision))
         if vqgan_compile:
             painter.compile_decoder()
-        source = None
+        source: Source | None = None
         parts = [Part(f"model {model.directory}", model.provenance) for model in stages.values()]
         parts.append(Part(f"VQGAN {vqgan}", {"vqgan_sha256": painter.sha256}))
         if from_tokens is not None:
@@ -144,7 +144,7 @@ def sample(
             "source": None if source is None else {**source.identity, "keep": keep},
         }
     settings = agree(_jsonable(settings), f"{out_dir}, its settings")
-    job = Job(out_dir, settings, labels, names)
+    job = SamplingJob(out_dir, settings, labels, names)
     with job.begin() as directory:
         if directory.found:
             if launch.is_main():
@@ -240,7 +240,7 @@ def _image_source(
 
 def _check_vqgan(painter: Vqgan, stages: dict[str, _Model], path: Path | str) -> None:
     """The last model's VQ codes are the VQGAN's."""
-    last = stages.get("pixel_decoder", stages.get("prior"))
+    last = stages["pixel_decoder"] if "pixel_decoder" in stages else stages["prior"]
     if last.spec.vq_codes != painter.codes:
         raise UserError(f"{path}: has {painter.codes} codes, but {last.directory} writes {last.spec.vq_codes}")
 
@@ -265,7 +265,7 @@ def _share(missing: list[int], rows: int) -> Iterator[list[int]]:
     yield from groups[launch.rank() :: launch.world_size()]
 
 
-def _run(job: Job, pipeline: Pipeline, source: Source | None, keep: int | None, rows: int) -> None:
+def _run(job: SamplingJob, pipeline: Pipeline, source: Source | None, keep: int | None, rows: int) -> None:
     """Write this process's missing blocks; pictures are compressed in threads while the next tokens are drawn."""
     missing = from_main(job.missing_blocks)
     done = job.blocks - len(missing)

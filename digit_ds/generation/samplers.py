@@ -67,7 +67,8 @@ class Sampler(ABC):
         for start in range(0, len(images), self.rows):
             # The last row stands in for those that are missing; what it writes again is dropped.
             index = torch.arange(start, start + self.rows).clamp(max=len(images) - 1)
-            codes = self._sample(*(None if part is None else part[index] for part in (images, labels, prefix, known)))
+            own_labels, own_prefix = (None if part is None else part[index] for part in (labels, prefix))
+            codes = self._sample(images[index], own_labels, own_prefix, known[index])
             written.append(codes[: len(images) - start].cpu())
         return torch.cat(written)
 

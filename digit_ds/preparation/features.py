@@ -146,7 +146,8 @@ def _report_path(out: Path, block: int) -> Path:
 
 def _write_chunk(out: Path, block: int, encoded: list[Encoded], width: int, dtype: type) -> None:
     """Write one chunk, then the report that makes it count."""
-    parts, skipped = [np.empty((0, width), dtype)], []
+    parts: list[np.ndarray] = [np.empty((0, width), dtype)]
+    skipped: list[dict[str, str]] = []
     for item in encoded:
         parts.extend(item.arrays())
         skipped.extend(item.batch.skipped)

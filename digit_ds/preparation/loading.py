@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from digit_ds.data.images import STRETCHED, Crops, UnreadableImageError, decode
 from digit_ds.errors import UserError
 from digit_ds.parallel.helpers import obey_parent_only
-from digit_ds.preparation.jobs import Job
+from digit_ds.preparation.jobs import Block, Job
 from digit_ds.preparation.slab import Place, Slab
 
 JpegDecoder = Literal["cpu", "gpu"]
@@ -72,7 +72,7 @@ class _Pieces(Dataset):
         slab: Slab,
     ) -> None:
         self._job, self._loading, self._pieces, self._annotate, self._slab = job, loading, pieces, annotate, slab
-        self._block = None
+        self._block: Block | None = None
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -165,7 +165,8 @@ class Loading:
 
         The data of a batch are overwritten once ``HELD`` more have been asked for.
         """
-        plan, pieces = [], []
+        plan: list[tuple[int, bool, int]] = []
+        pieces: list[tuple[int, int, int]] = []
         for block in blocks:
             images = min(job.block_images, job.images - block * job.block_images)
             for first in range(0, images, self.images_per_batch):

@@ -23,7 +23,8 @@ class Slab:
 
     def put(self, item: int, tensors: Sequence[Tensor]) -> list[Place]:
         """Copy uint8 tensors into the item's slot; what it has no room for stays outside."""
-        slot, end, places = self._memory[item % len(self._memory)], 0, []
+        slot, end = self._memory[item % len(self._memory)], 0
+        places: list[Place] = []
         for tensor in tensors:
             begin = end
             if begin + tensor.numel() > len(slot):

@@ -108,10 +108,11 @@ def _gpu_views(batch: Batch, job: Job, loading: Loading, device: torch.device) -
     from digit_ds.preparation.gpu_views import decode_views  # needs Triton, which comes with PyTorch for GPUs
 
     size, views = loading.crops.size, loading.crops.views
-    jpegs = [number for number, windows in enumerate(batch.windows) if windows is not None]
+    cuts = {number: windows for number, windows in enumerate(batch.windows) if windows is not None}
+    jpegs = list(cuts)
     decoded = torch.empty(0, views, 3, size, size, dtype=torch.uint8, device=device)
     if jpegs:
-        windows = torch.from_numpy(np.stack([batch.windows[number] for number in jpegs]))
+        windows = torch.from_numpy(np.stack(list(cuts.values())))
         try:
             decoded = decode_views([batch.data[number] for number in jpegs], windows, size, device)
         except RuntimeError:  # one of them is damaged: Pillow tells which

@@ -164,7 +164,7 @@ class BlockWriter:
                     row = position * self.views + view
                     sample = {
                         "discriminative": tokens[0][row],
-                        "label": self.labels.get(class_name(name), -1),
+                        "label": self.labels.get(class_name(name) or "", -1),
                         "image_id": name,
                         "index": number,
                         "view": view,

@@ -116,7 +116,8 @@ class Engine:
 
     def _stage_zero_norm(self) -> Tensor:
         """Without ZeRO: each slice counted once, replicated parameters once over the tensor-parallel group."""
-        sliced, whole = [], []
+        sliced: list[Tensor] = []
+        whole: list[Tensor] = []
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 kind = sliced if getattr(parameter, "tensor_model_parallel", False) else whole
@@ -142,7 +143,7 @@ class Engine:
             if view is not None:
                 yield Fragment(name, start, {kind: view(kind) for kind in names})
 
-    def _view(self, parameter: Tensor) -> tuple[int, Callable[[str], Tensor] | None]:
+    def _view(self, parameter: Any) -> tuple[int, Callable[[str], Tensor] | None]:
         """First element and accessor of this rank's part of a parameter's state; None where it owns nothing."""
         if self.stage == 0:
             if self.topology.data_rank:

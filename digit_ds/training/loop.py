@@ -254,6 +254,7 @@ class _Run:
     @torch.no_grad()
     def _validate(self) -> None:
         """Mean nll over all validation images."""
+        assert self.validation is not None
         self.engine.evaluate()
         seed_dropout(self.recipe.training.seed, 0, self.place.data_rank)  # NAR masks: the same at every validation
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
