@@ -45,7 +45,7 @@ def choose_labels(
     chosen = list(range(spec.classes)) if classes is None else [_label(model, spec, names, one) for one in classes]
     if not chosen or (count is None) == (per_class is None):
         raise UserError("expected either a count of pictures or a count per class, and at least one class")
-    total = count if per_class is None else per_class * len(chosen)
+    total = per_class * len(chosen) if per_class is not None else count or 0
     return [chosen[image % len(chosen)] for image in range(total)], names
 
 

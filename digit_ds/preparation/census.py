@@ -56,7 +56,8 @@ class Census:
 
     def warnings(self, root: Path) -> list[str]:
         """What is probably not meant: empty class folders, splits taken for classes, numbers in lexicographic order."""
-        names, found = self.classes, []
+        names = self.classes
+        found: list[str] = []
         if not names:
             return found
         empty = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
