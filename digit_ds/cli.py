@@ -1,20 +1,31 @@
-"""The ``digit-ds`` command: each verb is one call into the package.
+"""The ``digit-ds`` command: each verb is one settings class and one call into the package.
 
-Rooms are imported by the verb that needs them, so that ``--help`` and a misspelt recipe answer at once.
+Packages are imported by the verb that needs them, so that ``--help`` and a misspelt option answer at once.
 """
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+from digit_ds import __version__
+from digit_ds.clustering.settings import KMeansSettings
+from digit_ds.demo.settings import DemoSettings
 from digit_ds.errors import run_command
-from digit_ds.evaluation.options import add_reference_options
+from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings, StatisticsSettings
+from digit_ds.generation.settings import SampleSettings
+from digit_ds.health.settings import DoctorSettings
+from digit_ds.model.settings import FromMegatron, FromOfficial, ToMegatron, ToOfficial
+from digit_ds.preparation.settings import FeatureSettings, TokenSettings, VerifySettings
+from digit_ds.settings import Parser, Section, add_options, from_options
+from digit_ds.training.settings import EstimateSettings, ExportSettings, TrainSettings
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(settings: TrainSettings) -> None:
     from digit_ds.config import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)  # before the imports that take seconds
+    recipe = load_recipe(settings.recipe, settings.overrides)  # before the imports that take seconds
 
     from digit_ds.training.loop import train
 
@@ -40,240 +51,209 @@ def _preview(recipe):
     return grid, lambda model: fid.figures(preview.pictures(model, wanted.fid_samples))
 
 
-def _estimate(options: argparse.Namespace) -> None:
+def _estimate(settings: EstimateSettings) -> None:
     from digit_ds.config import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(settings.recipe, settings.overrides)
 
     from digit_ds.training.estimate import estimate
 
-    estimate(recipe, options.gpus, options.mfu)
+    estimate(recipe, settings.gpus, settings.mfu)
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(settings: ExportSettings) -> None:
     from digit_ds.training.export import export
 
-    export(options.run, options.out, ema=options.ema)
+    export(settings.run, settings.out, ema=settings.ema)
 
 
-def _sample(options: argparse.Namespace) -> None:
+def _from_checkpoint(settings: ExportSettings) -> None:
+    _export(settings)
+    print(settings.out)
+
+
+def _features(settings: FeatureSettings) -> None:
+    from digit_ds.preparation.features import extract_features
+
+    extract_features(**dict(settings))
+
+
+def _kmeans(settings: KMeansSettings) -> None:
+    from digit_ds.clustering.kmeans import train_kmeans
+
+    train_kmeans(**dict(settings))
+
+
+def _tokenize(settings: TokenSettings) -> None:
+    from digit_ds.preparation.tokens import tokenize_images
+
+    tokenize_images(**dict(settings))
+
+
+def _verify(settings: VerifySettings) -> None:
+    from digit_ds.preparation.verify import describe, verify_shards
+
+    print(f"{settings.shards}: complete and undamaged\n{describe(verify_shards(settings.shards))}")
+    if settings.again:
+        from digit_ds.preparation.recheck import tokenize_again
+
+        tokenize_again(settings)
+
+
+def _sample(settings: SampleSettings) -> None:
     from digit_ds.generation.sample import sample
-    from digit_ds.generation.settings import Decoding, Guidance
 
-    guidance = Guidance(options.guidance, options.guidance_schedule, tuple(options.guidance_interval))
-    sample(
-        options.out,
-        prior=options.prior,
-        pixel_decoder=options.decoder,
-        vqgan=options.vqgan,
-        vqgan_config=options.vqgan_config,
-        count=options.count,
-        per_class=options.per_class,
-        classes=options.classes,
-        prior_decoding=Decoding(options.temperature, options.top_k, options.top_p, guidance),
-        pixel_decoding=Decoding(
-            options.decoder_temperature,
-            options.decoder_top_k,
-            options.decoder_top_p,
-            steps=options.steps,
-            choice_temperature=options.choice_temperature,
-        ),
-        seed=options.seed,
-        batch=options.batch,
-        precision=options.precision,
-        vqgan_precision=options.vqgan_precision,
-        vqgan_compile=options.vqgan_compile,
-        adm_array=options.npz,
-        from_images=options.from_images,
-        encoder=options.encoder,
-        num_heads=options.num_heads,
-        codebook=options.codebook,
-        resize=options.resize,
-        from_tokens=options.from_tokens,
-        keep=options.keep,
-    )
+    decoding = ("temperature", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval")
+    decoding += ("decoder_temperature", "decoder_top_k", "decoder_top_p", "steps", "choice_temperature")
+    values = {name: value for name, value in settings if name not in decoding}
+    for name in ("precision", "vqgan_precision"):
+        values[name] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(values[name])
+    values |= {"prior_decoding": settings.prior_decoding, "pixel_decoding": settings.pixel_decoding}
+    sample(values.pop("out"), **values)
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(settings: EvaluateSettings) -> None:
     from digit_ds.evaluation.fidelity import evaluate
 
-    evaluate(
-        options.generated,
-        options.reference,
-        options.out,
-        inception_weights=options.inception_weights,
-        features=options.features,
-        precision_recall=options.precision_recall,
-        preparation=options.preparation,
-        size=options.size,
-        classifier=options.classifier,
-        labels=options.labels,
-        cache=options.cache,
-        batch=options.batch,
-    )
+    values = dict(settings)
+    evaluate(out_json=values.pop("out"), **values)
 
 
-def _probe(options: argparse.Namespace) -> None:
+def _statistics(settings: StatisticsSettings) -> None:
+    from digit_ds.evaluation.fidelity import save_statistics
+
+    save_statistics(**dict(settings))
+
+
+def _probe(settings: ProbeSettings) -> None:
     from digit_ds.evaluation.linear_probe import probe
 
-    probe(
-        options.model,
-        options.train,
-        options.val,
-        options.out,
-        passes=options.passes,
-        batch=options.batch,
-        learning_rates=options.learning_rates,
-        seed=options.seed,
+    values = dict(settings)
+    probe(*(values.pop(name) for name in ("model", "train", "val", "out")), **values)
+
+
+def _from_official(settings: FromOfficial) -> None:
+    from digit_ds.model.official import from_official
+
+    spec = from_official(
+        settings.checkpoint,
+        settings.out,
+        grid=settings.grid,
+        carry=not settings.drop_carried,
+        encoder_out=settings.encoder_out,
+        codebook_out=settings.codebook_out,
+        vqgan_out=settings.vqgan_out,
     )
+    print(f"{settings.out}: {spec.kind}, {spec.layers} layers of width {spec.width}, {spec.classes} classes")
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _to_official(settings: ToOfficial) -> None:
+    from digit_ds.model.official import to_official
+
+    parts = {"encoder": settings.encoder, "codebook": settings.codebook, "vqgan": settings.vqgan}
+    lacking = to_official(settings.model, settings.out, **parts)
+    if lacking:
+        print(
+            f"note: {settings.out} lacks the {', '.join(lacking)} that fairseq expects inside; "
+            "give the files with the options of this command",
+            file=sys.stderr,
+        )
+    print(settings.out)
+
+
+def _to_megatron(settings: ToMegatron) -> None:
+    from digit_ds.model.partition import write_partitioned
+    from digit_ds.model.released import read_model
+
+    model = read_model(settings.model)
+    write_partitioned(settings.out, model.spec, model.state, model.provenance, settings.tensor_parallel)
+    print(f"{settings.out}: {settings.tensor_parallel} tensor-parallel parts")
+
+
+def _from_megatron(settings: FromMegatron) -> None:
+    from digit_ds.model.partition import read_partitioned
+    from digit_ds.model.released import save_model
+
+    save_model(settings.out, *read_partitioned(settings.parts))
+    print(settings.out)
+
+
+def _doctor(settings: DoctorSettings) -> None:
     from digit_ds.health.doctor import doctor
 
-    doctor(options.folder, options.shards, options.timeout)
+    doctor(settings.folder, settings.shards, settings.timeout)
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(settings: DemoSettings) -> None:
     from digit_ds.demo.run import run
 
-    run(options.out, small=options.small)
+    run(settings.out, small=settings.small)
 
 
-def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="YAML recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields of the recipe to change")
+Verb = tuple[type[Section], Callable[[Any], None]]
+CONVERSIONS: dict[str, Verb] = {
+    "from-official": (FromOfficial, _from_official),
+    "to-official": (ToOfficial, _to_official),
+    "to-megatron": (ToMegatron, _to_megatron),
+    "from-megatron": (FromMegatron, _from_megatron),
+    "from-checkpoint": (ExportSettings, _from_checkpoint),
+}
+VERBS: dict[str, Verb | dict[str, Verb]] = {
+    "features": (FeatureSettings, _features),
+    "kmeans": (KMeansSettings, _kmeans),
+    "tokenize": (TokenSettings, _tokenize),
+    "verify": (VerifySettings, _verify),
+    "train": (TrainSettings, _train),
+    "estimate": (EstimateSettings, _estimate),
+    "export": (ExportSettings, _export),
+    "sample": (SampleSettings, _sample),
+    "evaluate": (EvaluateSettings, _evaluate),
+    "statistics": (StatisticsSettings, _statistics),
+    "probe": (ProbeSettings, _probe),
+    "convert": CONVERSIONS,
+    "doctor": (DoctorSettings, _doctor),
+    "demo": (DemoSettings, _demo),
+}
+"""Settings and function of each verb, in the order of the pipeline."""
+_CONVERT = "Convert models between the published format, released model directories and tensor-parallel parts."
 
 
-def _sample_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, help="folder to write: images/, tokens.npz, grid.png, manifest.json")
-    parser.add_argument("--prior", help="model directory of a prior, or of a VQ baseline (which needs no --decoder)")
-    parser.add_argument("--decoder", help="model directory of an AR or NAR pixel decoder")
-    parser.add_argument("--vqgan", required=True, help="VQGAN checkpoint")
-    parser.add_argument("--vqgan-config", help="taming-style YAML (default: MAGE's)")
-    number = parser.add_mutually_exclusive_group()
-    number.add_argument("--count", type=int, help="number of pictures, classes in turn")
-    number.add_argument("--per-class", type=int, help="pictures of each class")
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        metavar="CLASS",
-        help="labels or names to draw (default: all); of given pictures: theirs",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="each picture derives its own from this (default: 0)")
-    parser.add_argument(
-        "--batch",
-        type=int,
-        help="pictures a process computes together (in float64, the CPU's default, it changes no picture)",
-    )
-    parser.add_argument("--precision", choices=["float64", "float32", "bfloat16"], help="of the transformers")
-    parser.add_argument(
-        "--vqgan-precision", choices=["float32", "float16", "bfloat16"], default="float32", help="of the VQGAN"
-    )
-    parser.add_argument(
-        "--vqgan-compile",
-        action="store_true",
-        help="compile its decoder, for thousands of pictures on a GPU",
-    )
-    parser.add_argument("--npz", action="store_true", help="also write samples.npz in the layout of ADM's evaluator")
-
-    prior = parser.add_argument_group("drawing from the prior (published: top-k 200 for base, 400 for large)")
-    prior.add_argument("--temperature", type=float, default=1.0)
-    prior.add_argument("--top-k", type=int)
-    prior.add_argument("--top-p", type=float)
-    prior.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1: none")
-    prior.add_argument("--guidance-schedule", choices=["constant", "linear", "cosine"], default="constant")
-    prior.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"))
-
-    decoder = parser.add_argument_group("drawing from the pixel decoder (published: top-p 0.8 for AR; 8 steps for NAR)")
-    decoder.add_argument("--decoder-temperature", type=float, default=1.0)
-    decoder.add_argument("--decoder-top-k", type=int)
-    decoder.add_argument("--decoder-top-p", type=float)
-    decoder.add_argument("--steps", type=int, default=8, help="iterations of a NAR decoder")
-    decoder.add_argument("--choice-temperature", type=float, default=4.5, help="noise on a NAR decoder's confidence")
-
-    given = parser.add_argument_group("starting from given pictures or tokens")
-    given.add_argument("--from-images", metavar="DIR", help="reconstruct (or with --keep complete) these pictures")
-    given.add_argument("--encoder", help="encoder weights for --from-images")
-    given.add_argument("--num-heads", type=int, help="of that encoder (default: width // 64)")
-    given.add_argument("--codebook", help="codebook for --from-images")
-    given.add_argument("--resize", type=int, help="their short side before the centre is cut out (default: the cut's)")
-    given.add_argument("--from-tokens", metavar="NPZ", help="first-stage tokens, such as a job's tokens.npz")
-    given.add_argument("--keep", type=int, help="leading tokens to keep; the prior writes the rest")
+def _text(section: type[Section]) -> str:
+    """What a verb does: the docstring of its settings in one line."""
+    return " ".join((section.__doc__ or "").replace("``", "").split())
 
 
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--generated", required=True, help="folder of a sampling job or of pictures, or .npz in ADM's layout"
-    )
-    parser.add_argument("--reference", required=True, help="the same, or .npz of statistics (mu, sigma)")
-    parser.add_argument("--out", required=True, help="JSON file to write")
-    add_reference_options(parser)
-    parser.add_argument("--precision-recall", action="store_true", help="also precision and recall")
-    parser.add_argument("--classifier", help="feature network that judges whether samples show the class asked for")
-    parser.add_argument("--labels", help="manifest.json of the sampling job, for --classifier")
-    parser.add_argument("--cache", help="folder for features and statistics, named by content")
+def _add(parser: argparse.ArgumentParser, verb: Verb | dict[str, Verb]) -> None:
+    """The options of a verb, or the verbs below it."""
+    if isinstance(verb, dict):
+        children = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+        for name, child in verb.items():
+            text = _CONVERT if isinstance(child, dict) else _text(child[0])
+            shown = text.split(". ")[0].removesuffix(".").replace("%", "%%")
+            _add(children.add_parser(name, help=shown, description=text), child)
+    else:
+        add_options(parser, verb[0])
+        parser.set_defaults(run=verb)
 
 
-def _probe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="model directory of a prior or VQ baseline")
-    parser.add_argument("--train", required=True, help="labelled token shards; their views are the augmentation")
-    parser.add_argument("--val", required=True, help="labelled token shards to report accuracy on")
-    parser.add_argument("--out", required=True, help="folder for probe.json and probe.png")
-    parser.add_argument("--passes", type=int, default=30, help="passes over all training samples (default: 30)")
-    parser.add_argument("--batch", type=int, default=256, help="samples a step over all processes (default: 256)")
-    parser.add_argument(
-        "--learning-rates", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 0.8], help="trained side by side"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of samples")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="digit-ds", description="Train and run DiGIT, from token shards to FID.")
+def _main(arguments: list[str], verb: str | None = None) -> None:
+    if verb is None:
+        parser = Parser(prog="digit-ds", description="Train and run DiGIT, from images to FID.")
+        parser.add_argument("--version", action="version", version=f"digit-ds {__version__}")
+        _add(parser, VERBS)
+    else:
+        chosen = VERBS[verb]
+        text = _CONVERT if isinstance(chosen, dict) else _text(chosen[0])
+        parser = Parser(description=text)
+        _add(parser, chosen)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # The deepspeed launcher puts this before the verb; the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, function, text: str) -> argparse.ArgumentParser:
-        child = verbs.add_parser(name, help=text, description=text)
-        child.set_defaults(function=function)
-        return child
-
-    _recipe_arguments(verb("train", _train, "train a model from token shards; resumes by itself"))
-    estimate = verb("estimate", _estimate, "parameters, memory and hours of a recipe, before anything is allocated")
-    _recipe_arguments(estimate)
-    estimate.add_argument("--gpus", type=int, default=1, metavar="N", help="devices of the run (default: 1)")
-    estimate.add_argument("--mfu", type=float, default=0.4, help="share of peak assumed for the hours (default: 0.4)")
-
-    export = verb("export", _export, "write the released model directory of a run")
-    export.add_argument("run", help="run directory, or one checkpoint inside it")
-    export.add_argument("out", help="model directory to write (config.json, model.safetensors)")
-    export.add_argument("--ema", action="store_true", help="the moving average instead of the weights themselves")
-
-    _sample_arguments(
-        verb("sample", _sample, "pictures: prior -> pixel decoder -> VQGAN; continues an interrupted job")
-    )
-
-    _evaluate_arguments(verb("evaluate", _evaluate, "FID, Inception Score, precision and recall, class accuracy"))
-    _probe_arguments(verb("probe", _probe, "linear classifiers on the hidden states of every layer of a frozen prior"))
-
-    doctor = verb("doctor", _doctor, "check this machine, or under srun or torchrun this cluster, before a long run")
-    doctor.add_argument("--folder", default=".", help="where runs will be written (default: here)")
-    doctor.add_argument("--shards", help="token shards to check a sample of")
-    doctor.add_argument("--timeout", type=float, default=60, help="seconds after which a rank counts as lost")
-
-    demo = verb("demo", _demo, "the whole pipeline on handwritten digits: pictures, figures and a report")
-    demo.add_argument("--out", default="demo_out", help="folder for everything it makes (default: demo_out)")
-    demo.add_argument("--small", action="store_true", help="a few steps of everything, to see that it runs")
-    return parser
+    options = parser.parse_args(arguments)
+    section, run = options.run
+    run(from_options(section, options))
 
 
-def _main(arguments: list[str]) -> int | None:
-    options = _parser().parse_args(arguments)
-    return options.function(options)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``digit-ds`` and ``python -m digit_ds``."""
-    run_command(_main, arguments)
+def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> None:
+    """Entry point of ``digit-ds`` and ``python -m digit_ds``; with ``verb`` that of a script that is this verb."""
+    run_command(partial(_main, verb=verb), arguments)

@@ -109,6 +109,14 @@ def _by_field(section: type[Section], values: Mapping[str, Any]) -> dict[str, An
     return found
 
 
+def spellings(section: type[Section]) -> dict[str, str]:
+    """All keys that ``Section.read`` understands, each with the one that is shown."""
+    return {
+        name: f"no_{key_of(section, field)}" if contrary else key_of(section, field)
+        for name, field, contrary in _names(section)
+    }
+
+
 def key_of(section: type[Section], name: str) -> str:
     """What a field is called in YAML and, with dashes, on the command line."""
     return _option(section.model_fields[name]).name or name
@@ -208,10 +216,12 @@ def add_options(parser: argparse.ArgumentParser, section: type[Section]) -> None
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         words = {"help": _help(field), "default": argparse.SUPPRESS, **_value(field)}
+        if "type" in words:
+            words.setdefault("metavar", key_of(section, name).upper())
         if option.positional:
             if not field.is_required():
                 words["nargs"] = words.get("nargs", "?").replace("+", "*")
-            groups[option.group].add_argument(name, **{"metavar": (option.name or name).upper()} | words)
+            groups[option.group].add_argument(name, **words)
             continue
         flag = _flag(key_of(section, name))
         groups[option.group].add_argument(flag, dest=name, required=field.is_required(), **words)
@@ -238,7 +248,7 @@ def _value(field: FieldInfo) -> dict[str, Any]:
     """How argparse is to read a field's value. Choices and ranges are the settings' own to check."""
     kind, metavar = _plain(field.annotation), _option(field).metavar
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
     words: dict[str, Any] = {}
     if get_origin(kind) in (list, tuple):
         inner = [_plain(part) for part in get_args(kind)]

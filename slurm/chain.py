@@ -1,14 +1,18 @@
 """What is submitted: the site, the chain's recipe, and the steps with their arguments and dependencies."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.errors import UserError
+from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings
+from digit_ds.generation.settings import SampleSettings
+from digit_ds.preparation.settings import FeatureSettings, TokenSettings
+from digit_ds.settings import PathText, Section, read_yaml, spellings
 
 HOME = Path(__file__).resolve().parents[1]
 Options = dict[str, str | int | float | bool | list[int | float | str] | None]
@@ -17,13 +21,7 @@ Name = Literal[
 ]
 
 
-class _Section(BaseModel):
-    """Unknown keys are errors, values are not coerced."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Resources(_Section):
+class Resources(Section):
     """What one step needs differently from the rest."""
 
     partition: str | None = None
@@ -35,7 +33,7 @@ class Resources(_Section):
     time: str | None = None
 
 
-class Site(_Section):
+class Site(Section):
     """The cluster; ``site.example.yaml`` says what each field means."""
 
     partition: str
@@ -48,12 +46,12 @@ class Site(_Section):
     time: str
     grace_seconds: int = Field(300, ge=1)
     python: str = ".venv/bin/python"
-    container: list[str] = []
-    modules: list[str] = []
+    container: list[str] = Field([])
+    modules: list[str] = Field([])
     interface: str | None = None
-    environment: dict[str, str] = {}
-    options: list[str] = []
-    steps: dict[Name, Resources] = {}
+    environment: dict[str, str] = Field({})
+    options: list[str] = Field([])
+    steps: dict[Name, Resources] = Field({})
 
     def resources(self, step: str) -> dict[str, Any]:
         """Everything that ``step`` asks Slurm for: the site's values under the step's own."""
@@ -68,19 +66,19 @@ class Site(_Section):
         return [*self.container, str(HOME / self.python) if "/" in self.python else self.python]
 
 
-class Training(_Section):
+class Training(Section):
     """One training run."""
 
     recipe: str
     """YAML recipe; its shards and run directory come from the chain."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field({})
     """``section.key: value`` of the recipe to change."""
 
 
-class Chain(_Section):
+class Chain(Section):
     """A run from images to scores. Sections hold the options of one command each."""
 
-    out: str
+    out: PathText
     """Folder of everything that the chain makes."""
     features: Options
     kmeans: Options
@@ -90,35 +88,33 @@ class Chain(_Section):
     decoder: Training
     sample: Options
     evaluate: Options
-    probe: Options = {}
+    probe: Options = Field({})
 
 
-_Model = TypeVar("_Model", bound=_Section)
+SETTINGS: dict[str, type[Section]] = {
+    "features": FeatureSettings,
+    "kmeans": KMeansSettings,
+    "tokenize": TokenSettings,
+    "tokenize_validation": TokenSettings,
+    "sample": SampleSettings,
+    "evaluate": EvaluateSettings,
+    "probe": ProbeSettings,
+}
+"""What the options of a step's command are."""
 
 
-def load(path: Path, kind: type[_Model]) -> _Model:
-    """Read a site or a chain.
+def load_chain(path: Path) -> Chain:
+    """Read a chain.
 
     Raises:
         UserError: the file cannot be read, a key is missing or unknown, or a value has the wrong type.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}), expected a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from error
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-        if problem["type"] == "missing":
-            raise UserError(f"{path}: key {key!r} is missing") from error
-        if problem["type"] == "extra_forbidden":
-            raise UserError(f"{path}: unknown key {key!r}, expected one of {', '.join(kind.model_fields)}") from error
-        found = problem["input"]
-        raise UserError(f"{path}: {key or 'the file'} is {found!r}, expected: {problem['msg'].lower()}") from error
+    return Chain.read(read_yaml(path), str(path))
+
+
+def load_site(path: Path) -> Site:
+    """Read a site; errors as of ``load_chain``."""
+    return Site.read(read_yaml(path), str(path))
 
 
 @dataclass(frozen=True)
@@ -135,6 +131,8 @@ class Step:
     """Steps whose products this one reads."""
     product: Path
     """File that exists once the step is complete."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the command by name: the chain's own and the recipe's; none of a training."""
 
     @property
     def script(self) -> Path:
@@ -162,7 +160,8 @@ def steps(chain: Chain) -> list[Step]:
         given = getattr(chain, name)
         if taken := made.keys() & given.keys():
             raise UserError(f"{name}.{min(taken)} is chosen by the chain itself, expected the recipe to leave it out")
-        return Step(name, command, (*map(str, first), *_flags(made | given)), needs, product)
+        options = made | given
+        return Step(name, command, (*map(str, first), *_flags(options)), needs, product, options)
 
     def verb(name: str) -> tuple[str, ...]:
         return ("-m", "digit_ds", name)
@@ -194,9 +193,28 @@ def absolute(path: str) -> Path:
     return HOME / Path(path).expanduser()
 
 
+def check_options(step: Step, source: str) -> None:
+    """Refuse options of a step's command that it does not have, or values that it would refuse.
+
+    Raises:
+        UserError: names ``source``, the step, its option, and what was expected.
+    """
+    if (section := SETTINGS.get(step.name)) is None:
+        return
+    known = spellings(section)
+    for name in step.options:
+        if name not in known:
+            raise UserError(
+                f"{source}: {step.name}.{name} is not an option of {' '.join(step.command)}, expected one of "
+                f"{', '.join(dict.fromkeys(known.values()))}"
+            )
+    made = {"out": str(step.product)} | step.options  # tokenize.sbatch takes its output folder by place
+    section.read({name: value for name, value in made.items() if value is not None}, f"{source}: {step.name}")
+
+
 def _flags(options: dict[str, Any]) -> list[str]:
     """``{"top_k": 200, "npz": true, "classes": [1, 2]}`` as ``--top-k 200 --npz --classes 1 2``; null is left out."""
-    words: list[str] = []
+    words: list[str] = Field([])
     for name, value in options.items():
         if value is None or value is False:
             continue

@@ -8,19 +8,15 @@ what failed is started again and continues from what it had done.
 """
 
 import argparse
-import contextlib
-import io
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
-from chain import HOME, Chain, Site, Step, absolute, in_one_line, load, sbatch, steps
+from chain import HOME, Chain, Site, Step, absolute, check_options, in_one_line, load_chain, load_site, sbatch, steps
 
 from digit_ds.errors import UserError, run_command
 from digit_ds.files import read_json, write_json
@@ -41,11 +37,11 @@ def _main(arguments: list[str]) -> int:
         "--doctor", action="store_true", help="check the cluster with a short job and print what it says"
     )
     options = parser.parse_args(arguments)
-    chain = load(options.chain, Chain)
+    chain = load_chain(options.chain)
     folder = absolute(chain.out)
     if options.status:
         return _status(steps(chain), folder)
-    site = load(options.site, Site)
+    site = load_site(options.site)
     if options.doctor:
         return _doctor(site, folder)
     _check(chain, site, options.chain)
@@ -76,26 +72,8 @@ def _check(chain: Chain, site: Site, path: Path) -> None:
     program = site.interpreter()[0]
     if shutil.which(program) is None:
         raise UserError(f"{program} of the site cannot be started, expected the container's program or Python")
-    texts: dict[tuple[str, ...], str] = {}
     for step in steps(chain):
-        for option in [] if step.name in ("prior", "decoder") else getattr(chain, step.name):
-            if step.command not in texts:
-                texts[step.command] = _help(step.command)
-            flag = "--" + option.replace("_", "-")
-            if not re.search(rf"(?<![\w-]){flag}(?![\w-])", texts[step.command]):
-                raise UserError(f"{path}: {step.name}.{option} is not an option of {' '.join(step.command)}")
-
-
-def _help(command: tuple[str, ...]) -> str:
-    """What a tool or a verb says about its options. In this process: each start of Python would cost seconds."""
-    if command[0] == "-m":
-        main, arguments = import_module(f"{command[1]}.cli").main, [command[2], "--help"]
-    else:
-        main, arguments = runpy.run_path(str(HOME / command[0]))["main"], ["--help"]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        main(arguments)
-    return said.getvalue()
+        check_options(step, str(path))
 
 
 def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse.Namespace) -> None:

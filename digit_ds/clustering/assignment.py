@@ -1,13 +1,13 @@
 """Nearest centroids: the back ends faiss, torch and triton behind one small interface."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 
+from digit_ds.clustering.settings import Backend
 from digit_ds.clustering.shard import PointBatch
 from digit_ds.errors import UserError
 
-BACKENDS = ("auto", "faiss", "torch", "triton")
 # Scores a CPU holds at once: 8 Mi float32, 32 MiB.
 _CPU_SCORES = 1 << 23
 _GPU_SCORES = 1 << 28
@@ -79,8 +79,8 @@ class FaissAssigner:
 
 def make_assigner(backend: str, device: torch.device) -> Assigner:
     """The back end called ``backend`` for ``device``; ``auto``: triton on a GPU, else faiss, else torch."""
-    if backend not in BACKENDS:
-        raise UserError(f"backend {backend!r} is not known, expected one of {', '.join(BACKENDS)}")
+    if backend not in get_args(Backend):
+        raise UserError(f"backend {backend!r} is not known, expected one of {', '.join(get_args(Backend))}")
     if backend == "auto":
         preferred = "triton" if device.type == "cuda" else "faiss"
         backend = preferred if _available(preferred) else "torch"

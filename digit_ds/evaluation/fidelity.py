@@ -15,7 +15,8 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 from digit_ds.data.feature_network import load_feature_network
 from digit_ds.errors import UserError
 from digit_ds.evaluation.extractors import Extractor, open_extractor
-from digit_ds.evaluation.pictures import Array, Pictures, Preparation, Statistics, describe_sides, open_pictures
+from digit_ds.evaluation.pictures import Array, Pictures, Statistics, describe_sides, open_pictures
+from digit_ds.evaluation.settings import Preparation
 from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.parallel.helpers import loaders_in_one_sentence
 from digit_ds.safe_load import load_npz

@@ -3,7 +3,7 @@
 import hashlib
 import zipfile
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,13 +13,9 @@ from torch.utils.data import Dataset
 
 from digit_ds.data.images import UnreadableImageError, decode, list_images
 from digit_ds.errors import UserError
+from digit_ds.evaluation.settings import Preparation
 from digit_ds.files import read_json
 from digit_ds.safe_load import load_npz
-
-Preparation = Literal["none", "published", "adm"]
-"""``none``: as they are. ``published``: short side to ``size`` by antialiased bicubic interpolation, centre crop.
-``adm``: halved by box filters while at least twice as large, then bicubic, centre crop (the preparation of ADM's
-reference batches)."""
 
 
 class Pictures(Protocol):

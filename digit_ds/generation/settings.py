@@ -1,12 +1,17 @@
-"""How tokens are drawn: one record for the autoregressive and for the parallel sampler."""
+"""Settings of a sampling job, and how tokens are drawn: one record for the autoregressive and the parallel sampler."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from digit_ds.errors import UserError
+from digit_ds.settings import Option, PathText, Section, ShortPrecision
 
 Schedule = Literal["constant", "linear", "cosine"]
+SMALLEST, LARGEST = 1e-6, 1e6
+"""Temperatures and scales between these keep logits finite in every precision."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,8 @@ class Guidance:
     """Share of the way through the image (first token 0, last 1) between which guidance acts, ends included."""
 
     def __post_init__(self) -> None:
-        if self.scale < 0:
-            raise UserError(f"guidance scale is {self.scale}, expected 0 or more (1: no guidance)")
+        if not 0 <= self.scale <= LARGEST:
+            raise UserError(f"guidance scale is {self.scale}, expected 0 to {LARGEST:g} (1: no guidance)")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise UserError(f"guidance schedule is {self.schedule!r}, expected constant, linear or cosine")
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
@@ -70,15 +75,122 @@ class Decoding:
     """Weight of the Gumbel noise on a parallel decoder's confidence; falls to 0 over the steps."""
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not SMALLEST <= self.temperature <= LARGEST:
             raise UserError(
-                f"temperature is {self.temperature}, expected a number above 0 (greedy decoding is top-k 1)"
+                f"temperature is {self.temperature}, expected a number above 0 (greedy decoding is top-k 1), "
+                f"{SMALLEST:g} to {LARGEST:g}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top-k is {self.top_k}, expected at least 1")
-        if self.top_p is not None and self.top_p <= 0:
+        if self.top_p is not None and not self.top_p > 0:
             raise UserError(f"top-p is {self.top_p}, expected a number above 0")
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}, expected at least 1")
-        if self.choice_temperature < 0:
-            raise UserError(f"choice temperature is {self.choice_temperature}, expected 0 or more")
+        if not 0 <= self.choice_temperature <= LARGEST:
+            raise UserError(f"choice temperature is {self.choice_temperature}, expected 0 to {LARGEST:g}")
+
+
+_Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
+_Scale = Annotated[float, Field(ge=0, le=LARGEST)]
+_PRIOR = Option(group="drawing from the prior (published: top-k 200 for base, 400 for large)")
+_PIXELS = Option(group="drawing from the pixel decoder (published: top-p 0.8 for AR; 8 steps for NAR)")
+_GIVEN = "starting from given pictures or tokens"
+
+
+class SampleSettings(Section):
+    """Pictures: prior -> pixel decoder -> VQGAN; continues an interrupted job.
+
+    Without a count, a few pictures are drawn: 4 of each of the first 16 classes, or 64 without classes.
+    """
+
+    out: PathText
+    """Folder to write: images/, tokens.npz, grid.png, manifest.json."""
+    prior: PathText | None = None
+    """Model directory of a prior, or of a VQ baseline (which needs no decoder)."""
+    pixel_decoder: Annotated[PathText | None, Option(name="decoder")] = None
+    """Model directory of an AR or NAR pixel decoder."""
+    vqgan: PathText
+    """VQGAN checkpoint."""
+    vqgan_config: PathText | None = None
+    """Its taming-style YAML; default: MAGE's."""
+    count: int | None = Field(None, ge=1)
+    """Number of pictures, classes in turn; or"""
+    per_class: int | None = Field(None, ge=1)
+    """pictures of each class."""
+    classes: Annotated[list[int | str] | None, Option(metavar="CLASS")] = None
+    """Labels or names of classes to draw, in turn; default: all, which makes them balanced. Of given pictures: theirs."""
+    seed: int = 0
+    """Seed of the job; each picture derives its own from it and its number."""
+    batch: int | None = Field(None, ge=1)
+    """Pictures that a process computes together (in fp64, the CPU's default, it changes no picture); default: 64 on
+    CPUs, 512 on GPUs."""
+    precision: Annotated[Literal["fp64", "fp32", "bf16"] | None, ShortPrecision] = None
+    """Arithmetic of the transformers; default: fp64 on CPUs, where no batch size changes a token, bf16 on GPUs."""
+    vqgan_precision: Annotated[Literal["fp32", "fp16", "bf16"], ShortPrecision] = "fp32"
+    """Arithmetic of the VQGAN. Halves are several times as fast on a GPU; of 255 levels fp16 changes pixels by one at
+    most, bf16 by half a level on average and a few at most."""
+    vqgan_compile: bool = False
+    """Compile its decoder, for thousands of pictures on a GPU; pixels may then differ by rounding."""
+    adm_array: Annotated[bool, Option(name="npz")] = False
+    """Also write samples.npz in the layout of ADM's evaluator."""
+
+    temperature: Annotated[_Positive, _PRIOR] = 1.0
+    """Divides the logits."""
+    top_k: Annotated[int | None, _PRIOR] = Field(None, ge=1)
+    """Only the k most probable codes; 1 is greedy decoding; default: all."""
+    top_p: Annotated[float | None, _PRIOR] = Field(None, gt=0)
+    """Only the most probable codes that make up this mass; default: all."""
+    guidance: Annotated[_Scale, _PRIOR] = 1.0
+    """Classifier-free guidance scale; 1: none."""
+    guidance_schedule: Annotated[Schedule, _PRIOR] = "constant"
+    """``linear`` and ``cosine`` rise from 1 at the first token to the scale at the last."""
+    guidance_interval: Annotated[tuple[float, float], Option(metavar=("FROM", "TO"), group=_PRIOR.group)] = Field(
+        (0.0, 1.0), strict=False
+    )
+    """Share of the way through the image between which guidance acts."""
+
+    decoder_temperature: Annotated[_Positive, _PIXELS] = 1.0
+    """Divides the logits."""
+    decoder_top_k: Annotated[int | None, _PIXELS] = Field(None, ge=1)
+    """Only the k most probable codes; default: all."""
+    decoder_top_p: Annotated[float | None, _PIXELS] = Field(None, gt=0)
+    """Only the most probable codes that make up this mass; default: all."""
+    steps: Annotated[int, _PIXELS] = Field(8, ge=1)
+    """Iterations of a NAR decoder."""
+    choice_temperature: Annotated[_Scale, _PIXELS] = 4.5
+    """Noise on a NAR decoder's confidence; falls to 0 over the steps."""
+
+    from_images: Annotated[PathText | None, Option(metavar="DIR", group=_GIVEN)] = None
+    """Reconstruct (or with ``keep`` complete) these pictures."""
+    encoder: Annotated[PathText | None, Option(group=_GIVEN)] = None
+    """Encoder weights that make tokens of those pictures."""
+    num_heads: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
+    """Attention heads of that encoder; default: width // 64."""
+    codebook: Annotated[PathText | None, Option(group=_GIVEN)] = None
+    """Codebook that makes tokens of those pictures."""
+    resize: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
+    """Their short side before the centre is cut out, as the model's tokens were made; default: the cut's."""
+    from_tokens: Annotated[PathText | None, Option(metavar="NPZ", group=_GIVEN)] = None
+    """First-stage tokens, such as a job's tokens.npz."""
+    keep: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=0)
+    """Leading tokens of each given picture to keep, the prior writing the rest; default: all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SampleSettings":
+        if self.count is not None and self.per_class is not None:
+            raise ValueError("expected either a count of pictures or a count per class")
+        if not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}, expected 0 <= first <= second <= 1")
+        return self
+
+    @property
+    def prior_decoding(self) -> Decoding:
+        """How first-stage tokens are drawn."""
+        guidance = Guidance(self.guidance, self.guidance_schedule, self.guidance_interval)
+        return Decoding(self.temperature, self.top_k, self.top_p, guidance)
+
+    @property
+    def pixel_decoding(self) -> Decoding:
+        """How a pixel decoder's VQ tokens are drawn."""
+        decoder = (self.decoder_temperature, self.decoder_top_k, self.decoder_top_p)
+        return Decoding(*decoder, steps=self.steps, choice_temperature=self.choice_temperature)

@@ -21,8 +21,9 @@ from digit_ds.files import read_json, sha256, write_atomically, write_json
 from digit_ds.parallel.decide import from_main, together, wait_for_all
 from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
-from digit_ds.preparation.loading import JpegDecoder, Loading
+from digit_ds.preparation.loading import Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded
+from digit_ds.preparation.settings import JpegDecoder
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.tokenizer.encoder import load_encoder
 from digit_ds.tokenizer.precision import precision_dtype

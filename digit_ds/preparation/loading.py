@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,11 +17,8 @@ from digit_ds.data.images import STRETCHED, Crops, UnreadableImageError, decode
 from digit_ds.errors import UserError
 from digit_ds.parallel.helpers import obey_parent_only
 from digit_ds.preparation.jobs import Block, Job
+from digit_ds.preparation.settings import JpegDecoder
 from digit_ds.preparation.slab import Place, Slab
-
-JpegDecoder = Literal["cpu", "gpu"]
-"""``cpu``: Pillow in the workers, the same pixels on every machine; ``gpu``: JPEG files are decoded and cut on the GPU,
-whose pixel values differ by a level or two here and there."""
 
 PIECE = 16
 """Images that a worker handles at a time: small, so that the workers share the load evenly."""

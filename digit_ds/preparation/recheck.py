@@ -15,6 +15,7 @@ from digit_ds.data.shards import read_index, read_manifest, read_shard
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically
 from digit_ds.parallel.launch import device
+from digit_ds.preparation.settings import VerifySettings
 from digit_ds.tokenizer.tokenizer import Tokenizer
 from digit_ds.tokenizer.vqgan import to_uint8
 
@@ -36,6 +37,37 @@ class Recheck:
     """Their pixels, uint8 [samples, size, size, 3]."""
     agreement: dict[str, float]
     """Share of equal tokens per kind."""
+
+
+def tokenize_again(settings: VerifySettings) -> None:
+    """Tokenise a sample of images again, print how much agrees, and write the sheet if one is asked for.
+
+    Raises:
+        UserError: less than the share ``agreement`` of the tokens is that of the shards.
+    """
+    tokenizer = Tokenizer(
+        settings.encoder,
+        settings.codebook,
+        settings.vqgan,
+        vqgan_config=settings.vqgan_config,
+        layer=settings.layer,
+        num_heads=settings.num_heads,
+        image_size=read_manifest(settings.shards).image_size,
+        precision=settings.precision,
+        device=device(),
+    )
+    found = recheck(settings.shards, settings.images, tokenizer, settings.sample)
+    for kind, share in found.agreement.items():
+        print(f"{kind} tokens of {len(found.samples)} samples tokenised again: {share:.2%} equal")
+    if settings.sheet:
+        write_sheet(settings.sheet, found, tokenizer)
+        print(f"{settings.sheet}: image, map of discriminative tokens{', reconstruction' if settings.vqgan else ''}")
+    for kind, share in found.agreement.items():
+        if share < settings.agreement:
+            raise UserError(
+                f"{settings.shards}: {share:.2%} of the {kind} tokens are those of its images, "
+                f"expected at least {settings.agreement:.2%}"
+            )
 
 
 def recheck(directory: Path | str, images: Path | str, tokenizer: Tokenizer, count: int, seed: int = 0) -> Recheck:

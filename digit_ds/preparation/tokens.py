@@ -14,8 +14,9 @@ from digit_ds.files import read_json, write_json
 from digit_ds.parallel.decide import from_main, together, wait_for_all
 from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
-from digit_ds.preparation.loading import Batch, JpegDecoder, Loading
+from digit_ds.preparation.loading import Batch, Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded
+from digit_ds.preparation.settings import JpegDecoder
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.preparation.writing import WriterProcess
 from digit_ds.tokenizer.tokenizer import Tokenizer

@@ -1,0 +1,26 @@
+"""Settings of K-Means."""
+
+from typing import Annotated, Literal
+
+from digit_ds.settings import Option, PathText, Section
+
+Backend = Literal["auto", "faiss", "torch", "triton"]
+
+
+class KMeansSettings(Section):
+    """Cluster features into a codebook, over all points and all processes."""
+
+    features: Annotated[PathText, Option(metavar="FEATURES")]
+    """Folder of features, or an array .npy [points, width]."""
+    clusters: int
+    """Number of codes K."""
+    out: Annotated[PathText, Option(metavar="NPY")]
+    """Codebook to write, .npy [K, width]; its provenance goes beside it, curves and state into the folder OUT.run."""
+    iterations: int = 20
+    """Lloyd iterations."""
+    seed: int = 0
+    """Seed of the initial centroids."""
+    backend: Backend = "auto"
+    """What computes the nearest centroids; auto: the fastest exact one here."""
+    init: PathText = "random"
+    """``random`` (points drawn), ``k-means++`` (in its parallel form, k-means||) or a .npy file [K, width]."""

@@ -1,0 +1,127 @@
+"""Settings of the jobs over image folders, and of the check of what they wrote."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from digit_ds.data.images import CropKind
+from digit_ds.settings import Option, PathText, Section, ShortPrecision
+
+JpegDecoder = Literal["cpu", "gpu"]
+"""``cpu``: Pillow in the workers, the same pixels on every machine; ``gpu``: JPEG files are decoded and cut on the GPU,
+whose pixel values differ by a level or two here and there."""
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], ShortPrecision]
+
+
+class JobSettings(Section):
+    """What the jobs over an image folder have in common."""
+
+    images: Annotated[PathText, Option(metavar="DIR")]
+    """Images (docs/preparation.md lists the kinds); the folders they are in are the classes."""
+    encoder: Annotated[PathText, Option(metavar="WEIGHTS")]
+    """DINOv2-format weights."""
+    layer: int = 3
+    """Which block from the end gives the features."""
+    num_heads: int | None = Field(None, ge=1)
+    """Attention heads where the weights do not follow the published one; default: width // 64."""
+    out: PathText
+    """New directory, or one in which this very job was begun."""
+    flips: Annotated[bool, Option(name="flip")] = True
+    """Whether random views may be mirrored; not for pictures that mean something else then, such as digits."""
+    seed: int = 0
+    """Seed of crops, flips and kept patches; what is drawn depends on it and on the image's name alone."""
+    batch: int = Field(256, ge=1)
+    """Views at a time."""
+    precision: Precision = "fp32"
+    """Arithmetic of the networks."""
+    compile: bool = False
+    """Fuse the networks with torch.compile: faster after a minute's work, other rounding."""
+    decoder: JpegDecoder = "cpu"
+    """Where JPEG files are decoded; a GPU's pixels differ by a level or two here and there."""
+    workers: int | None = Field(None, ge=0)
+    """Decoding processes per rank; default: all cores, shared among the machine's ranks."""
+    block_images: int = Field(1024, ge=1)
+    """Images per chunk or block of shards, the unit of restarting."""
+    max_skipped: float = Field(0.25, ge=0, le=1)
+    """Largest share of images that may be unreadable."""
+
+
+class FeatureSettings(JobSettings):
+    """The encoder's features of one random crop of every image, for K-Means."""
+
+    image_size: int | None = Field(None, ge=1)
+    """Side of the crop, to which the short side is scaled first; default: the encoder's own (224 of DINOv2)."""
+    points: int | None = None
+    """Patches kept of each image, drawn at random; default: all."""
+    fraction: float | None = None
+    """Share of patches kept, drawn patch by patch."""
+    dtype: Precision = "fp16"
+    """Stored type."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "FeatureSettings":
+        if self.points is not None and self.fraction is not None:
+            raise ValueError("points and fraction are both given, expected one of them")
+        return self
+
+
+class TokenSettings(JobSettings):
+    """Token shards (MDS) of an image folder: discriminative and VQ tokens of the same views."""
+
+    codebook: Annotated[PathText, Option(metavar="NPY")]
+    """Centroids [K, E]."""
+    vqgan: Annotated[PathText | None, Option(metavar="CKPT")] = None
+    """VQGAN; default: discriminative tokens alone."""
+    vqgan_config: Annotated[PathText | None, Option(metavar="YAML")] = None
+    """Its taming-style configuration; default: the published sizes."""
+    views: int | None = Field(None, ge=1)
+    """Samples per image; default: 1, and 10 with ten-crop."""
+    crops: CropKind = "training"
+    """How views are cut: the centre, then random; random; corners and centre; random parts of 8 to 100 %."""
+    image_size: int | None = Field(None, ge=1)
+    """Side of a view; default: the largest that the encoder takes (256 of DINOv2)."""
+    resize: int | None = Field(None, ge=1)
+    """Short side before cropping; default: the image size, 1.1 times that for ten-crop."""
+
+
+class VerifySettings(Section):
+    """Check token shards: hashes, counts, views, id ranges. With the parts that made the shards, a sample of images is
+    tokenised again and compared.
+    """
+
+    shards: Annotated[PathText, Option(positional=True, metavar="SHARDS_DIR")]
+    """Complete directory of token shards."""
+    images: Annotated[PathText | None, Option(metavar="DIR", group="tokenising a sample again")] = None
+    """The images."""
+    encoder: Annotated[PathText | None, Option(metavar="WEIGHTS", group="tokenising a sample again")] = None
+    """The encoder's weights."""
+    layer: Annotated[int, Option(group="tokenising a sample again")] = 3
+    """Which block from the end gives the features."""
+    num_heads: Annotated[int | None, Option(group="tokenising a sample again")] = Field(None, ge=1)
+    """Attention heads; default: width // 64."""
+    codebook: Annotated[PathText | None, Option(metavar="NPY", group="tokenising a sample again")] = None
+    """The centroids."""
+    vqgan: Annotated[PathText | None, Option(metavar="CKPT", group="tokenising a sample again")] = None
+    """The VQGAN, for shards that hold VQ tokens."""
+    vqgan_config: Annotated[PathText | None, Option(metavar="YAML", group="tokenising a sample again")] = None
+    """Its configuration; default: the published sizes."""
+    precision: Annotated[Precision, Option(group="tokenising a sample again")] = "fp32"
+    """Arithmetic."""
+    sample: Annotated[int, Option(group="tokenising a sample again")] = Field(64, ge=1)
+    """Samples to tokenise again."""
+    agreement: Annotated[float, Option(group="tokenising a sample again")] = Field(0.99, ge=0, le=1)
+    """Smallest share of equal tokens."""
+    sheet: Annotated[PathText | None, Option(metavar="PNG", group="tokenising a sample again")] = None
+    """Write a picture: image, token map, reconstruction."""
+
+    @property
+    def again(self) -> bool:
+        """Whether a sample is tokenised again."""
+        return self.images is not None
+
+    @model_validator(mode="after")
+    def _all_parts(self) -> "VerifySettings":
+        parts = [self.images, self.encoder, self.codebook]
+        if any([*parts, self.sheet]) and not all(parts):
+            raise ValueError("tokenising again and the sheet need all of --images, --encoder and --codebook")
+        return self
