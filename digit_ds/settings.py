@@ -238,8 +238,9 @@ def _plain(annotation: Any) -> Any:
     while True:
         if get_origin(annotation) is Annotated:
             annotation = get_args(annotation)[0]
-        elif get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation):
-            (annotation,) = (part for part in get_args(annotation) if part is not type(None))
+        elif get_origin(annotation) in (Union, types.UnionType):
+            parts = [part for part in get_args(annotation) if part is not type(None)]
+            annotation = parts[0] if len(parts) == 1 else str  # several types: as it is written
         else:
             return annotation
 
