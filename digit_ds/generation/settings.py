@@ -118,7 +118,7 @@ class SampleSettings(Section):
     per_class: int | None = Field(None, ge=1)
     """pictures of each class."""
     classes: Annotated[list[int | str] | None, Option(metavar="CLASS")] = None
-    """Labels or names of classes to draw, in turn; default: all, which makes them balanced. Of given pictures: theirs."""
+    """Labels or names of classes to draw, in turn; default: all, which balances them. Of given pictures: theirs."""
     seed: int = 0
     """Seed of the job; each picture derives its own from it and its number."""
     batch: int | None = Field(None, ge=1)
