@@ -214,7 +214,7 @@ def check_options(step: Step, source: str) -> None:
 
 def _flags(options: dict[str, Any]) -> list[str]:
     """``{"top_k": 200, "npz": true, "classes": [1, 2]}`` as ``--top-k 200 --npz --classes 1 2``; null is left out."""
-    words: list[str] = Field([])
+    words: list[str] = []
     for name, value in options.items():
         if value is None or value is False:
             continue
