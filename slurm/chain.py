@@ -12,7 +12,7 @@ from digit_ds.errors import UserError
 from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.preparation.settings import FeatureSettings, TokenSettings
-from digit_ds.settings import PathText, Section, read_yaml, spellings
+from digit_ds.settings import PathText, Section, Settings, read_yaml, spellings
 
 HOME = Path(__file__).resolve().parents[1]
 Options = dict[str, str | int | float | bool | list[int | float | str] | None]
@@ -103,18 +103,13 @@ SETTINGS: dict[str, type[Section]] = {
 """What the options of a step's command are."""
 
 
-def load_chain(path: Path) -> Chain:
-    """Read a chain.
+def load(path: Path, kind: type[Settings]) -> Settings:
+    """Read a site or a chain.
 
     Raises:
         UserError: the file cannot be read, a key is missing or unknown, or a value has the wrong type.
     """
-    return Chain.read(read_yaml(path), str(path))
-
-
-def load_site(path: Path) -> Site:
-    """Read a site; errors as of ``load_chain``."""
-    return Site.read(read_yaml(path), str(path))
+    return kind.read(read_yaml(path), str(path))
 
 
 @dataclass(frozen=True)

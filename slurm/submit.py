@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chain import HOME, Chain, Site, Step, absolute, check_options, in_one_line, load_chain, load_site, sbatch, steps
+from chain import HOME, Chain, Site, Step, absolute, check_options, in_one_line, load, sbatch, steps
 
 from digit_ds.errors import UserError, run_command
 from digit_ds.files import read_json, write_json
@@ -37,11 +37,11 @@ def _main(arguments: list[str]) -> int:
         "--doctor", action="store_true", help="check the cluster with a short job and print what it says"
     )
     options = parser.parse_args(arguments)
-    chain = load_chain(options.chain)
+    chain = load(options.chain, Chain)
     folder = absolute(chain.out)
     if options.status:
         return _status(steps(chain), folder)
-    site = load_site(options.site)
+    site = load(options.site, Site)
     if options.doctor:
         return _doctor(site, folder)
     _check(chain, site, options.chain)
