@@ -5,7 +5,7 @@ Packages are imported by the verb that needs them, so that ``--help`` and a miss
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,7 @@ def _verify(settings: VerifySettings) -> None:
 def _sample(settings: SampleSettings) -> None:
     from digit_ds.generation.sample import sample
 
-    decoding = ("temperature", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval")
+    decoding: tuple[str, ...] = ("temperature", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval")
     decoding += ("decoder_temperature", "decoder_top_k", "decoder_top_p", "steps", "choice_temperature")
     values = {name: value for name, value in settings if name not in decoding}
     for name in ("precision", "vqgan_precision"):
@@ -223,9 +223,9 @@ def _text(section: type[Section]) -> str:
     return " ".join((section.__doc__ or "").replace("``", "").split())
 
 
-def _add(parser: argparse.ArgumentParser, verb: Verb | dict[str, Verb]) -> None:
+def _add(parser: argparse.ArgumentParser, verb: Verb | Mapping[str, Any]) -> None:
     """The options of a verb, or the verbs below it."""
-    if isinstance(verb, dict):
+    if isinstance(verb, Mapping):
         children = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
         for name, child in verb.items():
             text = _CONVERT if isinstance(child, dict) else _text(child[0])

@@ -45,6 +45,7 @@ def tokenize_again(settings: VerifySettings) -> None:
     Raises:
         UserError: less than the share ``agreement`` of the tokens is that of the shards.
     """
+    assert settings.images and settings.encoder and settings.codebook  # the settings' own check
     tokenizer = Tokenizer(
         settings.encoder,
         settings.codebook,
