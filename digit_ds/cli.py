@@ -75,19 +75,19 @@ def _from_checkpoint(settings: ExportSettings) -> None:
 def _features(settings: FeatureSettings) -> None:
     from digit_ds.preparation.features import extract_features
 
-    extract_features(**dict(settings))
+    extract_features(settings)
 
 
 def _kmeans(settings: KMeansSettings) -> None:
     from digit_ds.clustering.kmeans import train_kmeans
 
-    train_kmeans(**dict(settings))
+    train_kmeans(settings)
 
 
 def _tokenize(settings: TokenSettings) -> None:
     from digit_ds.preparation.tokens import tokenize_images
 
-    tokenize_images(**dict(settings))
+    tokenize_images(settings)
 
 
 def _verify(settings: VerifySettings) -> None:
@@ -103,33 +103,25 @@ def _verify(settings: VerifySettings) -> None:
 def _sample(settings: SampleSettings) -> None:
     from digit_ds.generation.sample import sample
 
-    decoding: tuple[str, ...] = ("temperature", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval")
-    decoding += ("decoder_temperature", "decoder_top_k", "decoder_top_p", "steps", "choice_temperature")
-    values = {name: value for name, value in settings if name not in decoding}
-    for name in ("precision", "vqgan_precision"):
-        values[name] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(values[name])
-    values |= {"prior_decoding": settings.prior_decoding, "pixel_decoding": settings.pixel_decoding}
-    sample(values.pop("out"), **values)
+    sample(settings)
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
     from digit_ds.evaluation.fidelity import evaluate
 
-    values = dict(settings)
-    evaluate(out_json=values.pop("out"), **values)
+    evaluate(settings)
 
 
 def _statistics(settings: StatisticsSettings) -> None:
     from digit_ds.evaluation.fidelity import save_statistics
 
-    save_statistics(**dict(settings))
+    save_statistics(settings)
 
 
 def _probe(settings: ProbeSettings) -> None:
     from digit_ds.evaluation.linear_probe import probe
 
-    values = dict(settings)
-    probe(*(values.pop(name) for name in ("model", "train", "val", "out")), **values)
+    probe(settings)
 
 
 def _from_official(settings: FromOfficial) -> None:

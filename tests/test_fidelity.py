@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from calls import evaluate, save_statistics
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
@@ -19,7 +20,6 @@ from digit_ds.data.feature_network import load_feature_network, save_feature_net
 from digit_ds.errors import UserError
 from digit_ds.evaluation import fidelity
 from digit_ds.evaluation.extractors import feature_network
-from digit_ds.evaluation.fidelity import evaluate, save_statistics
 from digit_ds.evaluation.pictures import prepare
 
 COUNT = 300

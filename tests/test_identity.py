@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import sample
 from PIL import Image
 from small_models import small_spec, write_models
 from training_parts import metrics, recipe, train, write_shards
@@ -18,7 +19,6 @@ from digit_ds.data.stream import Chunks, TokenStream
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.generation.labels import choose_labels
-from digit_ds.generation.sample import sample
 from digit_ds.generation.settings import Decoding, Guidance
 from digit_ds.generation.sources import ImageFolder
 from digit_ds.identity import Part, check_agreement, check_classes

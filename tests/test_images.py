@@ -223,7 +223,8 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpa
 
 
 def test_an_eps_file_starts_no_ghostscript_wherever_pictures_are_read(tmp_path, no_ghostscript, capsys):
-    from digit_ds.evaluation.fidelity import save_statistics
+    from calls import save_statistics
+
     from digit_ds.generation.pictures import read_png
 
     folder = tmp_path / "pictures"

@@ -12,11 +12,11 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from calls import train_kmeans
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digit_ds.clustering import points as points_module
 from digit_ds.clustering.fixed_point import add_points, scale_for
-from digit_ds.clustering.kmeans import train_kmeans
 from digit_ds.clustering.points import open_points
 from digit_ds.clustering.splitting import split_clusters
 from digit_ds.errors import UserError
@@ -216,13 +216,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
 MEMORY = """
 import resource, sys
 from digit_ds.clustering.kmeans import train_kmeans
+from digit_ds.clustering.settings import KMeansSettings
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-train_kmeans(sys.argv[1] + "/small.npy", 8, sys.argv[1] + "/a.npy", iterations=1)  # imports, thread pools
+def cluster(points, out):
+    parts = {"features": f"{sys.argv[1]}/{points}.npy", "out": f"{sys.argv[1]}/{out}.npy"}
+    train_kmeans(KMeansSettings(**parts, clusters=8, iterations=1))
+
+cluster("small", "a")  # imports, thread pools
 before = peak()
-train_kmeans(sys.argv[1] + "/large.npy", 8, sys.argv[1] + "/b.npy", iterations=1)
+cluster("large", "b")
 print(peak() - before)
 """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import probe
 from golden_models import GOLDEN, golden_model
 from small_models import CLASSES, GRID, small_spec
 from torch.nn import functional
@@ -16,7 +17,7 @@ from torch.nn import functional
 from digit_ds.data.shards import ShardManifest, merge_blocks, write_block
 from digit_ds.errors import UserError
 from digit_ds.evaluation import linear_probe
-from digit_ds.evaluation.linear_probe import Classifiers, pooled_states, probe
+from digit_ds.evaluation.linear_probe import Classifiers, pooled_states
 from digit_ds.model.released import save_model
 from digit_ds.model.weights import initial_state
 
@@ -97,8 +98,10 @@ def test_two_processes_find_the_same(parts, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
         "import sys\nfrom digit_ds.evaluation.linear_probe import probe\n"
+        "from digit_ds.evaluation.settings import ProbeSettings\n"
         "root, out = sys.argv[1:]\n"
-        "probe(f'{root}/prior', f'{root}/train', f'{root}/val', out, passes=5, batch=48)\n"
+        "parts = {'model': f'{root}/prior', 'train': f'{root}/train', 'val': f'{root}/val'}\n"
+        "probe(ProbeSettings(**parts, out=out, passes=5, batch=48))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -6,15 +6,14 @@ from collections import deque
 
 import numpy as np
 import pytest
+from calls import extract_features, tokenize_images
 from preparation_parts import make_images
 
 from digit_ds.data.images import Crops, decode
 from digit_ds.errors import UserError
 from digit_ds.preparation import loading
-from digit_ds.preparation.features import extract_features
 from digit_ds.preparation.jobs import Job
 from digit_ds.preparation.loading import HELD, Loading
-from digit_ds.preparation.tokens import tokenize_images
 
 VIEWS = 2 * 32 * 32 * 3  # bytes of one image's views
 

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from calls import evaluate, sample
 from PIL import Image
 from training_parts import VQ_CODES, launch, recipe, write_shards
 
 from digit_ds.config import Recipe, load_recipe
 from digit_ds.data.feature_network import save_feature_network
 from digit_ds.errors import UserError
-from digit_ds.evaluation.fidelity import evaluate
 from digit_ds.files import sha256
-from digit_ds.generation.sample import sample
-from digit_ds.generation.settings import Decoding
 from digit_ds.tokenizer.vqgan import VqganNetwork
 from digit_ds.training.export import export
 
@@ -83,7 +81,7 @@ def test_online_fid_is_evaluates_and_changes_nothing_of_the_run(parts, tmp_path)
     assert list(figures) == [3, 6, 9]
     export(tmp_path / "watched", tmp_path / "model", ema=True)
     sample(tmp_path / "drawn", **painter, prior=tmp_path / "model", count=SAMPLES, batch=SAMPLES, precision="float32",
-           prior_decoding=Decoding(top_k=4))  # fmt: skip
+           top_k=4)  # fmt: skip
     images, out = tmp_path / "drawn" / "images", tmp_path / "scores.json"
     expected = evaluate(images, parts["reference"], out, features=parts["network.safetensors"])["fid"]
     assert figures[9] == pytest.approx(expected, rel=1e-6)

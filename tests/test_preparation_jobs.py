@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from calls import extract_features, tokenize_images
 from preparation_parts import (
     call,
     command,
@@ -28,8 +29,6 @@ from digit_ds.data.shards import write_block
 from digit_ds.errors import UserError, run_command
 from digit_ds.files import read_json, sha256
 from digit_ds.preparation import features, loading, tokens
-from digit_ds.preparation.features import extract_features
-from digit_ds.preparation.tokens import tokenize_images
 from digit_ds.preparation.verify import verify_shards
 from digit_ds.tokenizer.encoder import load_encoder
 

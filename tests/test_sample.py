@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import sample
 from PIL import Image
 from preparation_parts import make_codebook, make_encoder, make_images, make_vqgan
 from small_models import CLASSES, CODES, VQ_CODES, small_spec, write_models
@@ -20,8 +22,7 @@ from digit_ds.data.images import Crops, decode, walk
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.generation.preview import Preview
-from digit_ds.generation.sample import sample
-from digit_ds.generation.settings import Decoding, Guidance
+from digit_ds.generation.settings import SampleSettings
 from digit_ds.model.released import save_model
 from digit_ds.model.weights import initial_state
 from digit_ds.tokenizer.codebook import load_codebook
@@ -84,7 +85,7 @@ def test_a_job_writes_everything_it_promises(models, tmp_path, capsys):
 
 
 def test_batch_size_changes_no_byte(models, tmp_path):
-    settings = {"count": 37, "classes": [2, 0], "prior_decoding": Decoding(top_k=9, guidance=Guidance(2.0, "cosine"))}
+    settings = {"count": 37, "classes": [2, 0], "top_k": 9, "guidance": 2.0, "guidance_schedule": "cosine"}
     run(models, tmp_path / "a", batch=64, **settings)
     run(models, tmp_path / "b", batch=5, **settings)
     assert content(tmp_path / "a") == content(tmp_path / "b")
@@ -96,6 +97,7 @@ COMMAND = """
 import os, signal, sys, torch
 from digit_ds.generation.job import SamplingJob
 from digit_ds.generation.sample import sample
+from digit_ds.generation.settings import SampleSettings
 models, out, count, last = sys.argv[1:]
 write = SamplingJob.write_block
 
@@ -106,8 +108,8 @@ def write_and_die(self, block, pictures, tokens):  # while other threads write a
 
 SamplingJob.write_block = write_and_die
 torch.set_num_threads(1)
-sample(out, vqgan=f"{models}/vqgan.ckpt", vqgan_config=f"{models}/vqgan.yaml", prior=f"{models}/prior",
-       pixel_decoder=f"{models}/nar", count=int(count), batch=16)
+sample(SampleSettings(out=out, vqgan=f"{models}/vqgan.ckpt", vqgan_config=f"{models}/vqgan.yaml",
+                      prior=f"{models}/prior", pixel_decoder=f"{models}/nar", count=int(count), batch=16))
 """
 
 
@@ -247,7 +249,7 @@ def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
     [
         ({"classes": [CLASSES]}, r"class 3 is outside 0\.\.2"),
         ({"prior": "unconditional", "per_class": 3, "count": None}, "is unconditional"),
-        ({"count": None}, "either a count of pictures or a count per class"),
+        ({"per_class": 2}, "either a count of pictures or a count per class"),
         ({"pixel_decoder": None}, "no pixel decoder is given"),
         ({"pixel_decoder": "vq"}, "is a vq model, expected ar or nar"),
         ({"prior": "vq"}, "writes VQ tokens itself"),
@@ -276,3 +278,31 @@ def test_foreign_folder_and_foreign_parts_are_refused(models, tmp_path):
         (other / "config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=f"belongs to {what} .*, but .* to "):
             run({**models, "other": other}, tmp_path / "new", pixel_decoder="other", count=4)
+
+
+def test_without_a_count_a_few_pictures_of_each_class_are_drawn(models, tmp_path):
+    """As the README writes the command; a complete job gets the array that is asked for later."""
+    run(models, tmp_path / "classes")
+    labels = json.loads((tmp_path / "classes/manifest.json").read_text())["labels"]
+    assert sorted(labels) == sorted([0, 1, 2] * 4)
+    assert not (tmp_path / "classes/samples.npz").exists()
+    run(models, tmp_path / "classes", adm_array=True)
+    with np.load(tmp_path / "classes/samples.npz") as adm:
+        assert adm["arr_1"].tolist() == labels
+        assert np.array_equal(adm["arr_0"][5], np.asarray(Image.open(tmp_path / "classes/images/000005.png")))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("temperature", "guidance", "decoder_temperature")
+            for value in (float("nan"), 1e308)
+        ),
+        *(("temperature", float("inf")), ("batch", 0), ("steps", 0), ("per_class", 0), ("keep", -1), ("top_p", 0.0)),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_with_their_name(option, value):
+    with pytest.raises(UserError, match=re.escape(f"{option} is {value}, expected")):
+        SampleSettings.read({"out": "out", "vqgan": "v", option: value})

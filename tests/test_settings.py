@@ -7,6 +7,7 @@ import pytest
 from pydantic import Field
 
 from digit_ds.errors import UserError
+from digit_ds.preparation.settings import FeatureSettings, TokenSettings
 from digit_ds.settings import Option, Parser, PathText, Section, ShortPrecision, add_options, from_options
 
 
@@ -104,3 +105,15 @@ def test_help_comes_from_the_docstrings():
     assert "--interval FROM TO    Where it acts (default: 0.0 1.0)" in lines
     assert lines[lines.index("arithmetic:") + 1] == "--precision {fp32,bf16}"
     assert "--dtype" not in text
+
+
+def test_records_of_jobs_begun_before_settings_had_classes_are_the_same():
+    """What settings.json held for the defaults; another option at its default must not stop such a job."""
+    common = {"flips": True, "seed": 0, "batch": 256, "precision": "fp32", "compile": False, "decoder": "cpu"}
+    parts = {"images": "i", "encoder": "e", "out": "o"}
+    features = {"points": None, "fraction": None, "dtype": "fp16"}
+    assert FeatureSettings.read(parts).record() == common | features
+    tokens = {"views": None, "crops": "training", "resize": None}
+    assert TokenSettings.read(parts | {"codebook": "k"}).record() == common | tokens
+    moved = {**parts, "out": "p", "workers": 3, "max_skipped": 0.5, "precision": "bfloat16"}
+    assert FeatureSettings.read(moved).record() == common | features | {"precision": "bf16"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import tokenize_images
 from PIL import Image
 from preparation_parts import (
     SIZE,
@@ -28,7 +29,6 @@ from digit_ds.data.images import Crops, decode, walk
 from digit_ds.data.shards import COLUMNS, iterate, merge_blocks, read_manifest, write_block
 from digit_ds.errors import UserError
 from digit_ds.preparation import verify
-from digit_ds.preparation.tokens import tokenize_images
 from digit_ds.preparation.verify import verify_shards
 from digit_ds.tokenizer.tokenizer import Tokenizer
 

@@ -18,6 +18,7 @@ from digit_ds.clustering.fixed_point import add_points, scale_for
 from digit_ds.clustering.points import Points, open_points
 from digit_ds.clustering.record import Record, State, usage
 from digit_ds.clustering.seeding import centroids_from_file, parallel_centroids, random_centroids
+from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.clustering.shard import Shard
 from digit_ds.clustering.splitting import split_clusters
 from digit_ds.errors import UserError
@@ -32,29 +33,12 @@ from digit_ds.workdir import WorkDirectory
 _CPU_NUMBERS, _GPU_NUMBERS = 1 << 20, 1 << 26
 
 
-def train_kmeans(
-    features: Path | str,
-    clusters: int,
-    out: Path | str,
-    iterations: int = 20,
-    seed: int = 0,
-    backend: str = "auto",
-    init: str = "random",
-) -> dict[str, Any]:
+def train_kmeans(settings: KMeansSettings) -> dict[str, Any]:
     """Cluster all points of ``features`` and write the codebook ``out`` (.npy [K, D]) with its provenance beside it.
 
     Works alone and under torchrun or srun. The folder ``OUT.run`` (``km.run`` for ``km.npy``) gets TensorBoard events,
     the picture ``usage.png`` and, until the codebook is written, the state of the last iteration; the same call
     again continues from there, and does nothing when the codebook is complete.
-
-    Args:
-        features: FEATURES_DIR of extract_features.py, or an array file .npy [points, D].
-        clusters: number of centroids K.
-        out: the codebook to write.
-        iterations: Lloyd iterations.
-        seed: of the initial centroids.
-        backend: ``faiss``, ``torch``, ``triton`` or ``auto`` (the fastest exact one here).
-        init: ``random`` (drawn points), ``k-means++`` (in its parallel form, k-means||) or a .npy file [K, D].
 
     Returns:
         What the codebook's provenance says under ``kmeans``: points, inertia of each iteration and of the result (sum
@@ -64,24 +48,24 @@ def train_kmeans(
         UserError: unreadable or unsuitable features, initial centroids of another shape, ``out`` of another run.
     """
     initialize()
-    out = Path(out)
-    points = from_main(lambda: _opened(features, clusters, iterations, out))
-    settings = from_main(
+    out = Path(settings.out)
+    points = from_main(lambda: _opened(settings.features, settings.clusters, settings.iterations, out))
+    identity = from_main(
         lambda: {
             "features": points.identity(),
-            "clusters": clusters,
-            "iterations": iterations,
-            "seed": seed,
-            "init": sha256(init) if init not in ("random", "k-means++") else init,
+            "clusters": settings.clusters,
+            "iterations": settings.iterations,
+            "seed": settings.seed,
+            "init": sha256(settings.init) if settings.init not in ("random", "k-means++") else settings.init,
         }
     )
-    record = Record(out, settings)
+    record = Record(out, identity)
     with WorkDirectory(record.folder, record.finished, bool) as directory:
         if directory.found:
             if is_main():
                 print(f"{out}: is complete already, nothing to do")
             return directory.found
-        return _train(points, record, settings, backend, init)
+        return _train(points, record, identity, settings.backend, settings.init)
 
 
 def _train(points: Points, record: Record, settings: dict[str, Any], backend: str, init: str) -> dict[str, Any]:

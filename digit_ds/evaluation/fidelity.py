@@ -16,7 +16,7 @@ from digit_ds.data.feature_network import load_feature_network
 from digit_ds.errors import UserError
 from digit_ds.evaluation.extractors import Extractor, open_extractor
 from digit_ds.evaluation.pictures import Array, Pictures, Statistics, describe_sides, open_pictures
-from digit_ds.evaluation.settings import Preparation
+from digit_ds.evaluation.settings import EvaluateSettings, StatisticsSettings
 from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.parallel.helpers import loaders_in_one_sentence
 from digit_ds.safe_load import load_npz
@@ -33,36 +33,8 @@ FEW = 5_000
 """Below this many pictures, starting loader processes takes longer than decoding."""
 
 
-def evaluate(
-    generated: Path | str,
-    reference: Path | str,
-    out_json: Path | str,
-    *,
-    inception_weights: Path | str | None = None,
-    features: Path | str | None = None,
-    precision_recall: bool = False,
-    preparation: Preparation = "none",
-    size: int | None = None,
-    classifier: Path | str | None = None,
-    labels: Path | str | None = None,
-    cache: Path | str | None = None,
-    batch: int = BATCH,
-) -> dict[str, Any]:
+def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Score generated pictures against a reference, print the figures and write them to ``out_json``.
-
-    Args:
-        generated: folder of pictures, a sampling job's folder, or ``.npz`` with ``arr_0``.
-        reference: the same, or an ``.npz`` of statistics (``mu``, ``sigma``), which give FID but no precision and
-            recall. Its pictures must be of the samples' size, as they are or once they are prepared.
-        inception_weights: local file of torch-fidelity's Inception weights; or
-        features: a feature network (``digit_ds.data.feature_network``) to use in its place.
-        precision_recall: also compute precision and recall (memory grows with samples x reference).
-        preparation: how the reference folder's images are resized (``evaluation.pictures``).
-        size: side to which they are resized.
-        classifier: a feature network that judges whether class-conditional samples show the class asked for; with
-        labels: the sampling job's ``manifest.json`` (or an ``.npz`` with ``arr_1``), image by image.
-        cache: folder for features and statistics, named by the content of pictures and extractor.
-        batch: pictures of one forward pass.
 
     Returns:
         What ``out_json`` holds: ``fid``, ``inception_score``, ``inception_score_std``, ``precision``, ``recall``,
@@ -71,19 +43,19 @@ def evaluate(
     Raises:
         UserError: an input is missing or does not fit.
     """
-    samples = open_pictures(generated)
+    samples = open_pictures(settings.generated)
     if isinstance(samples, Statistics):
-        raise UserError(f"{generated}: holds statistics, expected generated pictures")
-    against = open_pictures(reference, preparation, size)
-    _check_comparable(samples, against, precision_recall)
-    extractor = open_extractor(inception_weights, features)
-    asked = _asked_labels(labels, len(samples)) if classifier is not None else None
-    if classifier is not None and asked is None:
-        raise UserError(f"{classifier}: is to judge classes, but no labels were given to judge by")
+        raise UserError(f"{settings.generated}: holds statistics, expected generated pictures")
+    against = open_pictures(settings.reference, settings.preparation, settings.size)
+    _check_comparable(samples, against, settings.precision_recall)
+    extractor = open_extractor(settings.inception_weights, settings.features)
+    asked = _asked_labels(settings.labels, len(samples)) if settings.classifier is not None else None
+    if settings.classifier is not None and asked is None:
+        raise UserError(f"{settings.classifier}: is to judge classes, but no labels were given to judge by")
     with loaders_in_one_sentence():
-        figures = _figures(samples, against, extractor, precision_recall, cache, batch)
-        if classifier is not None and asked is not None:
-            figures["class_accuracy"] = class_accuracy(samples, classifier, asked, batch)
+        figures = _figures(samples, against, extractor, settings.precision_recall, settings.cache, settings.batch)
+        if settings.classifier is not None and asked is not None:
+            figures["class_accuracy"] = class_accuracy(samples, settings.classifier, asked, settings.batch)
     result = {
         **figures,
         "samples": len(samples),
@@ -91,24 +63,15 @@ def evaluate(
         "reference": against.name,
         "reference_samples": None if isinstance(against, Statistics) else len(against),
         "features": extractor.description,
-        "classifier": None if classifier is None else str(classifier),
+        "classifier": None if settings.classifier is None else str(settings.classifier),
         "warning": _warning(len(samples)),
     }
-    write_json(out_json, result)
+    write_json(settings.out, result)
     _print(result)
     return result
 
 
-def save_statistics(
-    reference: Path | str,
-    out: Path | str,
-    *,
-    inception_weights: Path | str | None = None,
-    features: Path | str | None = None,
-    preparation: Preparation = "none",
-    size: int | None = None,
-    batch: int = BATCH,
-) -> None:
+def save_statistics(settings: StatisticsSettings) -> None:
     """Write mean and covariance of a reference's features to an ``.npz``, for ``evaluate(reference=...)``.
 
     The file also names the network, so that it cannot be compared with another one's features.
@@ -116,16 +79,17 @@ def save_statistics(
     Raises:
         UserError: the reference is none of pictures, the network is missing, or ``out`` does not end in ``.npz``.
     """
-    if Path(out).suffix != ".npz":
-        raise UserError(f"{out}: is no name for statistics, expected one that ends in .npz")
-    pictures = open_pictures(reference, preparation, size)
+    if Path(settings.out).suffix != ".npz":
+        raise UserError(f"{settings.out}: is no name for statistics, expected one that ends in .npz")
+    pictures = open_pictures(settings.reference, settings.preparation, settings.size)
     if isinstance(pictures, Statistics):
-        raise UserError(f"{reference}: holds statistics already, expected pictures")
-    extractor = open_extractor(inception_weights, features)
+        raise UserError(f"{settings.reference}: holds statistics already, expected pictures")
+    extractor = open_extractor(settings.inception_weights, settings.features)
     with loaders_in_one_sentence():
-        found = _reference_statistics(pictures, extractor, batch)
-    write_atomically(out, lambda temporary: np.savez(temporary, **found, network=extractor.name))
-    print(f"{out}: mean and covariance of {len(pictures):,} pictures of {reference}; {extractor.description}")
+        found = _reference_statistics(pictures, extractor, settings.batch)
+    write_atomically(settings.out, lambda temporary: np.savez(temporary, **found, network=extractor.name))
+    of = f"{len(pictures):,} pictures of {settings.reference}"
+    print(f"{settings.out}: mean and covariance of {of}; {extractor.description}")
 
 
 class OnlineFid:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from digit_ds.data.shards import iterate, read_manifest
 from digit_ds.errors import UserError
+from digit_ds.evaluation.settings import ProbeSettings
 from digit_ds.files import read_json, sha256, write_atomically, write_json
 from digit_ds.identity import DISCRIMINATIVE, VQ, Part, check_agreement, check_classes
 from digit_ds.model.released import WEIGHTS, read_config
@@ -31,17 +32,7 @@ CACHE_BYTES = 4 << 30
 """Features of all samples are kept when they fit in this; otherwise the prior runs again in every pass."""
 
 
-def probe(
-    model_dir: Path | str,
-    train_shards: Path | str,
-    val_shards: Path | str,
-    out_dir: Path | str,
-    *,
-    passes: int = 30,
-    batch: int = 256,
-    learning_rates: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.8),
-    seed: int = 0,
-) -> dict[str, Any]:
+def probe(settings: ProbeSettings) -> dict[str, Any]:
     """Train one linear classifier per layer and learning rate, all in one go, and write ``probe.json`` and
     ``probe.png``.
 
@@ -49,17 +40,6 @@ def probe(
     embeddings), as published. A class-conditional prior is started with BOS, never with the class token that would
     give the answer away. SGD with momentum 0.9, cosine learning rate, no weight decay, no label smoothing.
     Data-parallel under any launcher; the batches are the same for every number of processes.
-
-    Args:
-        model_dir: released model of kind ``prior`` or ``vq``.
-        train_shards: labelled token shards; several views of an image are its augmentation.
-        val_shards: labelled token shards to report accuracy on. The learning rate shown for a layer is its best one
-            there.
-        out_dir: for the two files; one that holds the probe of something else is refused.
-        passes: over all training samples, that is ``passes * views`` epochs of the images.
-        batch: samples of a step, over all processes.
-        learning_rates: peak rates, trained side by side (published: 0.4).
-        seed: of the order of samples.
 
     Returns:
         What ``probe.json`` holds: ``layers`` (``layer``, ``accuracy``, ``learning_rate``, ``by_learning_rate``),
@@ -71,46 +51,44 @@ def probe(
     launch.initialize()
     with together():
         device = launch.device()
-        if passes < 1 or batch < 1 or not learning_rates:
-            raise UserError(f"passes is {passes}, batch {batch}, expected at least 1 and at least one learning rate")
-        spec, provenance, _ = read_config(Path(model_dir))
+        spec, provenance, _ = read_config(Path(settings.model))
         if spec.kind not in ("prior", "vq"):
-            raise UserError(f"{model_dir}: is a {spec.kind} model, expected a prior or vq model to probe")
-        manifests = [read_manifest(train_shards), read_manifest(val_shards)]
+            raise UserError(f"{settings.model}: is a {spec.kind} model, expected a prior or vq model to probe")
+        manifests = [read_manifest(settings.train), read_manifest(settings.val)]
         made_of = VQ if spec.kind == "vq" else DISCRIMINATIVE
-        shards = [manifest.part(path) for path, manifest in zip((train_shards, val_shards), manifests)]
-        check_agreement([Part(f"model {model_dir}", provenance), *shards], made_of)
+        shards = [manifest.part(path) for path, manifest in zip((settings.train, settings.val), manifests)]
+        check_agreement([Part(f"model {settings.model}", provenance), *shards], made_of)
         check_classes(shards)
-        settings = {
-            "model": sha256(Path(model_dir) / WEIGHTS),
+        record = {
+            "model": sha256(Path(settings.model) / WEIGHTS),
             "train": manifests[0].index_sha256,
             "val": manifests[1].index_sha256,
-            "passes": passes,
-            "batch": batch,
-            "learning_rates": list(learning_rates),
-            "seed": seed,
+            "passes": settings.passes,
+            "batch": settings.batch,
+            "learning_rates": list(settings.learning_rates),
+            "seed": settings.seed,
         }
-    settings = agree(settings, f"{out_dir}, its settings")
-    target = Path(out_dir) / "probe.json"
-    with WorkDirectory(out_dir, lambda: _complete(target, settings), bool) as directory:
+    record = agree(record, f"{settings.out}, its settings")
+    target = Path(settings.out) / "probe.json"
+    with WorkDirectory(settings.out, lambda: _complete(target, record), bool) as directory:
         if found := directory.found:
             if launch.is_main():
                 best = f"best layer {found['best_layer']}, accuracy {found['best_accuracy']:.4f}"
                 print(f"{target}: complete already, {best}")
             return found
         with together():
-            model = load_model(model_dir, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-            tokens = [_read(shards, spec.kind) for shards in (train_shards, val_shards)]
-        train, val = (_Features(model, *part, batch) for part in tokens)
-        classifiers = Classifiers(spec.layers, spec.width, len(manifests[0].classes), learning_rates, device)
-        _fit(classifiers, train, passes, batch, seed)
-        accuracy = _accuracy(classifiers, val, batch)  # [R, L]
+            model = load_model(settings.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+            tokens = [_read(shards, spec.kind) for shards in (settings.train, settings.val)]
+        train, val = (_Features(model, *part, settings.batch) for part in tokens)
+        classifiers = Classifiers(spec.layers, spec.width, len(manifests[0].classes), settings.learning_rates, device)
+        _fit(classifiers, train, settings.passes, settings.batch, settings.seed)
+        accuracy = _accuracy(classifiers, val, settings.batch)  # [R, L]
         result = {
-            "settings": settings,
-            "model": str(model_dir),
+            "settings": record,
+            "model": str(settings.model),
             "train_samples": len(train.labels),
             "val_samples": len(val.labels),
-            **_table(accuracy, learning_rates),
+            **_table(accuracy, settings.learning_rates),
         }
         from_main(lambda: _write(target, result))
         return result

@@ -133,14 +133,21 @@ class SamplingJob:
         labels = np.asarray(self.labels, np.int64)
         write_atomically(self.out / "tokens.npz", lambda temporary: np.savez(temporary, label=labels, **tokens))
         if adm_array:
-            height, width, _ = read_png(self.picture(0)).shape
-            pictures = (read_png(self.picture(image)) for image in range(self.count))
-            shape = (self.count, height, width, 3)
-            write_adm_array(self.out / "samples.npz", pictures, shape, labels if labels.max() >= 0 else None)
+            self.write_adm_array()
         write_atomically(self.out / "grid.png", self._grid().save)
         self._write_manifest(complete=True)
         shutil.rmtree(self.out / "parts")
         self._directory.release()
+
+    def write_adm_array(self) -> None:
+        """Write all pictures to ``samples.npz`` unless it is there."""
+        if (self.out / "samples.npz").exists():
+            return
+        labels = np.asarray(self.labels, np.int64)
+        height, width, _ = read_png(self.picture(0)).shape
+        pictures = (read_png(self.picture(image)) for image in range(self.count))
+        shape = (self.count, height, width, 3)
+        write_adm_array(self.out / "samples.npz", pictures, shape, labels if labels.max() >= 0 else None)
 
     def _write_manifest(self, complete: bool) -> None:
         manifest = {

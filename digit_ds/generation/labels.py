@@ -8,6 +8,9 @@ from digit_ds.errors import UserError
 from digit_ds.generation.sources import ImageFolder, Source
 from digit_ds.model.spec import TransformerSpec
 
+FEW_CLASSES, FEW_OF_EACH = 16, 4
+"""What is drawn where nobody says how much: a grid to look at."""
+
 
 def choose_labels(
     model: Path | str,
@@ -24,6 +27,8 @@ def choose_labels(
         model: the first-stage model's directory, for messages.
         provenance: its provenance; ``classes`` are the names of its labels. Published models have none.
         source: given pictures or tokens; the folder of a picture names its class.
+        count: number of pictures, classes in turn; or
+        per_class: pictures of each class. None of them: 4 of each of the first 16 classes, or 64 without classes.
         classes: labels, or names of classes; for given pictures one for all of them or one for each of their folders
             in sorted order.
 
@@ -39,9 +44,10 @@ def choose_labels(
     if not spec.classes:
         if classes is not None or per_class is not None:
             raise UserError(f"{model}: is unconditional, but classes were asked for")
-        if count is None:
-            raise UserError("no count of pictures is given")
-        return [-1] * count, []
+        return [-1] * (FEW_CLASSES * FEW_OF_EACH if count is None else count), []
+    if count is None and per_class is None:
+        per_class = FEW_OF_EACH
+        classes = range(min(spec.classes, FEW_CLASSES)) if classes is None else classes
     chosen = list(range(spec.classes)) if classes is None else [_label(model, spec, names, one) for one in classes]
     if not chosen or (count is None) == (per_class is None):
         raise UserError("expected either a count of pictures or a count per class, and at least one class")

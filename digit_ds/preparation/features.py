@@ -23,121 +23,69 @@ from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Loading
 from digit_ds.preparation.pipeline import Conveyor, Encoded
-from digit_ds.preparation.settings import JpegDecoder
+from digit_ds.preparation.settings import FeatureSettings
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.tokenizer.encoder import load_encoder
 from digit_ds.tokenizer.precision import precision_dtype
 
-BLOCK_IMAGES = 1024
-"""Images of one chunk."""
 STORED = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}
 """Type of a chunk file by the name of what it holds."""
 
 
-def extract_features(
-    images: Path | str,
-    encoder: Path | str,
-    out: Path | str,
-    *,
-    layer: int = 3,
-    num_heads: int | None = None,
-    image_size: int | None = None,
-    points: int | None = None,
-    fraction: float | None = None,
-    flips: bool = True,
-    seed: int = 0,
-    batch: int = 256,
-    dtype: str = "fp16",
-    precision: str = "fp32",
-    compile: bool = False,
-    decoder: JpegDecoder = "cpu",
-    workers: int | None = None,
-    block_images: int = BLOCK_IMAGES,
-    max_skipped: float = 0.25,
-) -> None:
+def extract_features(settings: FeatureSettings) -> None:
     """Write the encoder's features of one random crop of every image of a folder.
-
-    Args:
-        images: image folder.
-        encoder: DINOv2-format weights.
-        out: new directory, or one in which this very job was begun.
-        layer: which block from the end gives the features.
-        num_heads: attention heads where the weights do not follow the published width // 64.
-        image_size: side of the crop; the short side is scaled to it first. Default: the encoder's own (224 of DINOv2).
-        points: keep this many patches of each image, drawn at random.
-        fraction: keep each patch with this probability. Without ``points`` and ``fraction`` all patches are kept.
-        flips: whether images may be mirrored.
-        seed: seed of crops, flips and kept patches; what is drawn depends on it and on the image's name alone.
-        batch: images at a time.
-        dtype: stored type, ``fp16``, ``bf16`` or ``fp32``.
-        precision: the encoder's arithmetic, ``fp32``, ``bf16`` or ``fp16``.
-        compile: fuse the encoder with torch.compile: faster after a minute's work, other rounding.
-        decoder: where JPEG files are decoded, ``cpu`` or ``gpu``.
-        workers: decoding processes per rank. Default: the machine's cores, shared among its ranks.
-        block_images: images per chunk, the unit of restarting.
-        max_skipped: largest share of images that may be unreadable.
 
     Raises:
         UserError: the folder, the weights or the output directory cannot be used, or too many images are unreadable.
     """
-    if points is not None and fraction is not None:
-        raise UserError("points and fraction are both given, expected one of them")
-    if decoder == "gpu":
+    if settings.decoder == "gpu":
         separate_queues()
     initialize()
     with together():
-        model = load_encoder(encoder, layer, num_heads, device=device(), dtype=precision_dtype(precision))
-    if compile:
+        dtype = precision_dtype(settings.precision)
+        model = load_encoder(settings.encoder, settings.layer, settings.num_heads, device=device(), dtype=dtype)
+    if settings.compile:
         model.compile()
-    size = image_size or min(model.image_sizes)
+    size = settings.image_size or min(model.image_sizes)
     rows, columns = model.grid(size)
     patches = rows * columns
-    if points is not None and not 1 <= points <= patches:
-        raise UserError(f"points is {points}, expected 1 to {patches}, the patches of an image of {size} pixels")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UserError(f"fraction is {fraction}, expected more than 0 and at most 1")
-    crops = Crops("random", size, size, 1, seed, flips)
+    if settings.points is not None and not 1 <= settings.points <= patches:
+        raise UserError(
+            f"points is {settings.points}, expected 1 to {patches}, the patches of an image of {size} pixels"
+        )
+    if settings.fraction is not None and not 0 < settings.fraction <= 1:
+        raise UserError(f"fraction is {settings.fraction}, expected more than 0 and at most 1")
+    crops = Crops("random", size, size, 1, settings.seed, settings.flips)
     provenance = model.provenance() | {"image_size": size}
-    settings = {
-        "job": "features",
-        "provenance": provenance,
-        "points": points,
-        "fraction": fraction,
-        "flips": flips,
-        "seed": seed,
-        "batch": batch,
-        "dtype": dtype,
-        "precision": precision,
-        "compile": compile,
-        "decoder": decoder,
-    }
-    loading = Loading(crops, batch, default_workers() if workers is None else workers, decoder)
+    record = {"job": "features", "provenance": provenance, **settings.record()}
+    workers = default_workers() if settings.workers is None else settings.workers
+    loading = Loading(crops, settings.batch, workers, settings.decoder)
 
     def annotate(name: str) -> np.ndarray:
         """Which patches of an image are kept: bool [G]."""
-        draw = uniforms(patches, seed, name, "patches")
-        if points is not None:
-            return np.argsort(np.argsort(draw, kind="stable"), kind="stable") < points
-        return draw < (1.0 if fraction is None else fraction)
+        draw = uniforms(patches, settings.seed, name, "patches")
+        if settings.points is not None:
+            return np.argsort(np.argsort(draw, kind="stable"), kind="stable") < settings.points
+        return draw < (1.0 if settings.fraction is None else settings.fraction)
 
     def encode(pixels: Tensor, keep: list[np.ndarray]) -> tuple[Tensor]:
         features = model(pixels)  # [B, G, E]
         kept = torch.from_numpy(np.flatnonzero(np.concatenate(keep))).to(features.device, non_blocking=True)
-        features = features.flatten(0, 1).index_select(0, kept).to(precision_dtype(dtype))
-        return (features.view(torch.uint16) if dtype == "bf16" else features,)
+        features = features.flatten(0, 1).index_select(0, kept).to(precision_dtype(settings.dtype))
+        return (features.view(torch.uint16) if settings.dtype == "bf16" else features,)
 
     def write(block: int, encoded: list[Encoded]) -> None:
-        _write_chunk(Path(out), block, encoded, model.width, STORED[dtype])
+        _write_chunk(Path(settings.out), block, encoded, model.width, STORED[settings.dtype])
 
-    with Job(out, images, settings, block_images) as job:
+    with Job(settings.out, settings.images, record, settings.block_images) as job:
         if job.complete:
             if is_main():
-                print(f"{out}: already complete, nothing to do")
+                print(f"{settings.out}: already complete, nothing to do")
             return
         missing = job.my_blocks(lambda block: _report_path(job.out, block).is_file())
         Conveyor(loading, device(), encode, write, annotate).run(job, missing, "features")
         wait_for_all()
-        from_main(lambda: _merge(job, provenance, model.width, dtype, max_skipped))
+        from_main(lambda: _merge(job, provenance, model.width, settings.dtype, settings.max_skipped))
         wait_for_all()
 
 

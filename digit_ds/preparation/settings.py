@@ -1,6 +1,6 @@
 """Settings of the jobs over image folders, and of the check of what they wrote."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,17 @@ JpegDecoder = Literal["cpu", "gpu"]
 """``cpu``: Pillow in the workers, the same pixels on every machine; ``gpu``: JPEG files are decoded and cut on the GPU,
 whose pixel values differ by a level or two here and there."""
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], ShortPrecision]
+
+
+_NOT_RECORDED = {
+    *("images", "encoder", "codebook", "vqgan", "vqgan_config", "out", "layer", "num_heads", "image_size"),
+    *("workers", "block_images", "max_skipped"),
+}
+_FIRST_RECORDED = {
+    *("points", "fraction", "dtype", "views", "crops", "resize"),
+    *("flips", "seed", "batch", "precision", "compile", "decoder"),
+}
+"""Options that every record has; those added since are recorded where they are not at their default."""
 
 
 class JobSettings(Section):
@@ -44,6 +55,16 @@ class JobSettings(Section):
     """Images per chunk or block of shards, the unit of restarting."""
     max_skipped: float = Field(0.25, ge=0, le=1)
     """Largest share of images that may be unreadable."""
+
+    def record(self) -> dict[str, Any]:
+        """What decides the output, for its directory. Paths and what the parts themselves know are in the provenance;
+        an option at its default that is younger than a job is left out, so that the job continues.
+        """
+        return {
+            name: value
+            for name, value in self.model_dump(mode="json", exclude=_NOT_RECORDED).items()
+            if name in _FIRST_RECORDED or value != type(self).model_fields[name].default
+        }
 
 
 class FeatureSettings(JobSettings):

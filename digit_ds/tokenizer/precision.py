@@ -30,5 +30,5 @@ def without_tf32(operand: Tensor) -> Iterator[None]:
 
 
 def precision_dtype(precision: str) -> torch.dtype:
-    """``fp32``, ``bf16`` or ``fp16`` as a torch dtype."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    """``fp64``, ``fp32``, ``bf16`` or ``fp16`` as a torch dtype."""
+    return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from calls import extract_features, tokenize_images
 from preparation_parts import make_codebook, make_encoder, make_images, make_vqgan
 
 from digit_ds.clustering.points import open_points
 from digit_ds.data.images import Crops
 from digit_ds.data.shards import iterate, read_manifest
-from digit_ds.preparation.features import extract_features
 from digit_ds.preparation.gpu_views import decode_views
-from digit_ds.preparation.tokens import tokenize_images
 
 pytestmark = [
     pytest.mark.gpu,

@@ -103,13 +103,14 @@ def test_sums_equal_those_of_the_cpu(clusters, width, count):
 
 def test_lloyd_on_the_gpu_agrees_with_the_cpu(tmp_path, monkeypatch):
     import numpy as np
+    from calls import train_kmeans
 
     from digit_ds.clustering import kmeans
 
     np.save(tmp_path / "points.npy", gaussian(40_000, 64).cpu().numpy())
-    on_gpu = kmeans.train_kmeans(tmp_path / "points.npy", 256, tmp_path / "gpu.npy", iterations=5, backend="triton")
+    on_gpu = train_kmeans(tmp_path / "points.npy", 256, tmp_path / "gpu.npy", iterations=5, backend="triton")
     monkeypatch.setattr(kmeans, "make_assigner", lambda backend, device: TorchAssigner(torch.device("cpu")))
-    on_cpu = kmeans.train_kmeans(tmp_path / "points.npy", 256, tmp_path / "cpu.npy", iterations=5)
+    on_cpu = train_kmeans(tmp_path / "points.npy", 256, tmp_path / "cpu.npy", iterations=5)
     np.testing.assert_allclose(on_gpu["inertia"], on_cpu["inertia"], rtol=1e-5)
     close = np.isclose(np.load(tmp_path / "gpu.npy"), np.load(tmp_path / "cpu.npy"), atol=1e-4).all(1)
     assert close.mean() > 0.95  # a point at equal distance in fp32 may go either way

@@ -1,0 +1,53 @@
+"""The stages' functions as the tests call them: with keyword arguments, which their settings read."""
+
+from typing import Any
+
+
+def extract_features(images: Any, encoder: Any, out: Any, **options: Any) -> None:
+    from digit_ds.preparation.features import extract_features as function
+    from digit_ds.preparation.settings import FeatureSettings
+
+    function(FeatureSettings.read({"images": images, "encoder": encoder, "out": out, **options}))
+
+
+def tokenize_images(images: Any, encoder: Any, codebook: Any, vqgan: Any, out: Any, **options: Any) -> None:
+    from digit_ds.preparation.settings import TokenSettings
+    from digit_ds.preparation.tokens import tokenize_images as function
+
+    parts = {"images": images, "encoder": encoder, "codebook": codebook, "vqgan": vqgan, "out": out}
+    function(TokenSettings.read(parts | options))
+
+
+def train_kmeans(features: Any, clusters: int, out: Any, **options: Any) -> dict[str, Any]:
+    from digit_ds.clustering.kmeans import train_kmeans as function
+    from digit_ds.clustering.settings import KMeansSettings
+
+    return function(KMeansSettings.read({"features": features, "clusters": clusters, "out": out, **options}))
+
+
+def sample(out: Any, **options: Any) -> None:
+    from digit_ds.generation.sample import sample as function
+    from digit_ds.generation.settings import SampleSettings
+
+    function(SampleSettings.read({"out": out, **options}))
+
+
+def evaluate(generated: Any, reference: Any, out: Any, **options: Any) -> dict[str, Any]:
+    from digit_ds.evaluation.fidelity import evaluate as function
+    from digit_ds.evaluation.settings import EvaluateSettings
+
+    return function(EvaluateSettings.read({"generated": generated, "reference": reference, "out": out, **options}))
+
+
+def save_statistics(reference: Any, out: Any, **options: Any) -> None:
+    from digit_ds.evaluation.fidelity import save_statistics as function
+    from digit_ds.evaluation.settings import StatisticsSettings
+
+    function(StatisticsSettings.read({"reference": reference, "out": out, **options}))
+
+
+def probe(model: Any, train: Any, val: Any, out: Any, **options: Any) -> dict[str, Any]:
+    from digit_ds.evaluation.linear_probe import probe as function
+    from digit_ds.evaluation.settings import ProbeSettings
+
+    return function(ProbeSettings.read({"model": model, "train": train, "val": val, "out": out, **options}))
