@@ -25,11 +25,14 @@ from digit_ds.training.settings import EstimateSettings, ExportSettings, TrainSe
 def _train(settings: TrainSettings) -> None:
     from digit_ds.config import load_recipe
 
-    recipe = load_recipe(settings.recipe, settings.overrides)  # before the imports that take seconds
+    # before the imports that take seconds
+    recipe = load_recipe(settings.recipe, [*settings.overrides, *settings.change])
 
     from digit_ds.training.loop import train
+    from digit_ds.training.resume import Changes
 
-    train(recipe, *_preview(recipe))
+    keys = tuple(change.partition("=")[0] for change in settings.change)
+    train(recipe, *_preview(recipe), Changes(keys, settings.rollback, settings.skip_batches))
 
 
 def _preview(recipe):

@@ -223,6 +223,8 @@ def add_options(parser: argparse.ArgumentParser, section: type[Section]) -> None
                 words["nargs"] = words.get("nargs", "?").replace("+", "*")
             groups[option.group].add_argument(name, **words)
             continue
+        if words.get("nargs") == "+":
+            words["action"] = "extend"  # a flag that is given twice adds
         flag = _flag(key_of(section, name))
         groups[option.group].add_argument(flag, dest=name, required=field.is_required(), **words)
         for alias in option.aliases:

@@ -24,7 +24,7 @@ for process in (resource_tracker._resource_tracker._pid, os.getpid()):
 time.sleep(0.2)
 memory.close()
 memory.unlink()
-print(stop.heard())
+print(stop.requested())
 """
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (finished.stdout, finished.stderr) == ("True\n", "")

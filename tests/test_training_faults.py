@@ -38,7 +38,7 @@ def same_course(run: Path, straight: Path) -> None:
 
 
 def stored(run: Path):
-    from digit_ds.training.checkpoint import StoredState, newest_checkpoint
+    from digit_ds.training.stored import StoredState, newest_checkpoint
 
     return StoredState(newest_checkpoint(run / "checkpoints"))
 
@@ -305,7 +305,7 @@ def test_nan_on_one_rank_skips_the_update_on_all(precision, stage, token_shards,
     lines = metrics(tmp_path / "run")
     assert [line["skipped_updates"] for line in lines][-2:] == [1, 1]
     assert lines[2]["grad_norm"] is None or lines[2]["grad_norm"] < 0
-    from digit_ds.training.checkpoint import StoredState
+    from digit_ds.training.stored import StoredState
 
     states = [StoredState(tmp_path / "run" / "checkpoints" / f"step_{step:08d}") for step in (2, 3, 4)]
     assert [state.manifest["progress"]["adam_steps"] for state in states] == [2, 2, 3]

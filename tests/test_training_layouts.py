@@ -83,7 +83,7 @@ def plain(token_shards, tmp_path_factory):
 
 def compare(run: Path, expected: dict) -> None:
     """Losses and gradient norms of every step within 1e-5 relative, final weights within 1e-5."""
-    from digit_ds.training.checkpoint import StoredState, newest_checkpoint
+    from digit_ds.training.stored import StoredState, newest_checkpoint
 
     lines = metrics(run)
     assert len(lines) == len(expected["lines"])

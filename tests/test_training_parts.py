@@ -20,13 +20,13 @@ from digit_ds.data.stream import Chunks, TokenStream
 from digit_ds.errors import UserError
 from digit_ds.model import weights
 from digit_ds.training import runs
-from digit_ds.training.checkpoint import Progress, is_complete, newest_checkpoint
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.estimate import device_parameters, estimate, memory_by_part
 from digit_ds.training.guard import Diverged, SkipGuard
 from digit_ds.training.metrics import flops_per_image
 from digit_ds.training.optimizer import GuardedAdamW
 from digit_ds.training.schedule import learning_rate
+from digit_ds.training.stored import Progress, is_complete, newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ signal.signal(signal.SIGINT, signal.{handler})
 stop = preemption.StopSignal()
 for _ in range(2):  # a launcher sends the terminal's once more
     os.kill(os.getpid(), signal.SIGINT)
-print(stop.heard())
+print(stop.requested())
 time.sleep(1.1 * preemption.PATIENCE)
 try:
     os.kill(os.getpid(), signal.SIGINT)
@@ -86,14 +86,14 @@ def caught():
     return re.search("SigCgt:.*", open("/proc/self/status").read())[0]
 
 stop = StopSignal()
-assert not stop.heard()
+assert not stop.requested()
 before = caught()
 source = ASTSource(add_one, signature={"numbers": "*fp32", "N": "constexpr"}, constexprs={"N": 64})
 triton.compile(source, target=GPUTarget("cuda", 90, 32))
 print(caught() != before)
-assert not stop.heard()
+assert not stop.requested()
 os.kill(os.getpid(), signal.SIGUSR1)
-print(stop.heard())
+print(stop.requested())
 """)
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     finished = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)

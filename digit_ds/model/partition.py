@@ -6,6 +6,7 @@ fresh optimizer.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,25 @@ from digit_ds.errors import UserError
 from digit_ds.files import write_json
 from digit_ds.model.released import (
     CONFIG,
+    WEIGHTS,
     ReleasedModel,
+    open_tensors,
     read_config,
-    read_model,
     read_tensors,
     refuse_existing,
     write_tensors,
 )
 from digit_ds.model.spec import TransformerSpec
-from digit_ds.model.weights import State, check_tensor_size, parameters, shard, shard_shape, unshard
+from digit_ds.model.weights import (
+    State,
+    check_tensor_size,
+    parameters,
+    shard,
+    shard_parameter,
+    shard_shape,
+    unshard,
+    unshard_parameter,
+)
 
 TENSOR_PARALLEL = "tensor_parallel"
 
@@ -77,8 +88,28 @@ def read_shard(directory: Path | str, tensor_size: int, rank: int) -> tuple[Tran
     check_tensor_size(spec, tensor_size)
     if config.get(TENSOR_PARALLEL) == tensor_size:
         return spec, _read_part(directory, spec, tensor_size, rank)
-    model = read_partitioned(directory) if TENSOR_PARALLEL in config else read_model(directory)
-    return spec, shard(model.state, spec, tensor_size, rank)
+    paths = weight_files(directory)
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_tensors(path)) for path in paths]
+        for path, file in zip(paths, files):
+            names = file.keys()
+            _check_shapes(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, spec, config)
+        state: State = {}
+        for parameter in parameters(spec):  # one whole parameter at a time
+            pieces = [file.get_tensor(parameter.name) for file in files]
+            whole = unshard_parameter(pieces, parameter)
+            state[parameter.name] = shard_parameter(whole, parameter, tensor_size, rank).clone()
+    return spec, state
+
+
+def weight_files(directory: Path | str) -> list[Path]:
+    """The files with the weights of a released or a partitioned model directory, in the order of the ranks."""
+    directory = Path(directory)
+    _, _, config = read_config(directory)
+    if TENSOR_PARALLEL not in config:
+        return [directory / WEIGHTS]
+    tensor_size = _tensor_size(directory, config)
+    return [directory / rank_file(rank, tensor_size) for rank in range(tensor_size)]
 
 
 def _tensor_size(directory: Path, config: Mapping[str, Any]) -> int:
@@ -91,10 +122,19 @@ def _tensor_size(directory: Path, config: Mapping[str, Any]) -> int:
 def _read_part(directory: Path, spec: TransformerSpec, tensor_size: int, rank: int) -> State:
     path = directory / rank_file(rank, tensor_size)
     part = read_tensors(path)
+    _check_shapes(
+        path, {name: tuple(value.shape) for name, value in part.items()}, spec, {TENSOR_PARALLEL: tensor_size}
+    )
+    return part
+
+
+def _check_shapes(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], spec: TransformerSpec, config: Mapping[str, Any]
+) -> None:
+    """Refuse a file that does not hold the parameters of ``spec`` as ``config`` says they are cut."""
     for parameter in parameters(spec):
-        expected = shard_shape(parameter, tensor_size)
-        found = tuple(part[parameter.name].shape) if parameter.name in part else None
-        if found != expected:
+        cut = config.get(TENSOR_PARALLEL)
+        expected = parameter.shape if cut is None else shard_shape(parameter, cut)
+        if (found := shapes.get(parameter.name)) != expected:
             held = "is missing" if found is None else f"has shape {list(found)}"
             raise UserError(f"{path}: tensor {parameter.name!r} {held}, expected {list(expected)} by its config")
-    return part

@@ -1,11 +1,12 @@
 """The released model directory: ``config.json`` (sizes and provenance) beside ``model.safetensors``."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -95,10 +96,18 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def read_tensors(path: Path) -> State:
     """Read a safetensors file onto the CPU; a missing or damaged one is the user's error."""
+    with open_tensors(path):
+        return load_file(path)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, to read single tensors of; a missing or damaged one is the user's error."""
     if not path.is_file():
         raise UserError(f"{path}: does not exist, expected a safetensors file")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: is not a safetensors file, or a damaged or truncated one ({reason})") from error

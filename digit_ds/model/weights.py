@@ -133,6 +133,11 @@ class Parameter:
     official: tuple[str, ...]
     rule: Rule
 
+    @property
+    def split_dim(self) -> int | None:
+        """The dimension that tensor parallelism cuts; None: every rank holds the whole parameter."""
+        return _SPLIT_DIM[self.rule.split]
+
 
 def parameters(spec: TransformerSpec) -> Iterator[Parameter]:
     """Every parameter of a model, in the schema's order, layer by layer."""
@@ -179,6 +184,13 @@ def initial_state(spec: TransformerSpec, seed: int) -> State:
     tensor-parallel size nor on the order of drawing.
     """
     return {parameter.name: _draw(parameter, spec, seed) for parameter in parameters(spec)}
+
+
+def initial_shard(spec: TransformerSpec, seed: int, tensor_size: int, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """One tensor-parallel rank's part of :func:`initial_state`, parameter by parameter: one is whole at a time."""
+    check_tensor_size(spec, tensor_size)
+    for parameter in parameters(spec):
+        yield parameter.name, shard_parameter(_draw(parameter, spec, seed), parameter, tensor_size, rank)
 
 
 def _draw(parameter: Parameter, spec: TransformerSpec, seed: int) -> Tensor:
@@ -275,39 +287,42 @@ def shard_shape(parameter: Parameter, tensor_size: int) -> tuple[int, ...]:
     shape = list(parameter.shape)
     if parameter.rule.split == "vocabulary":
         shape[0] = padded_rows(shape[0])
-    dim = _SPLIT_DIM[parameter.rule.split]
-    if dim is not None:
-        shape[dim] //= tensor_size
+    if parameter.split_dim is not None:
+        shape[parameter.split_dim] //= tensor_size
     return tuple(shape)
 
 
 def shard(state: Mapping[str, Tensor], spec: TransformerSpec, tensor_size: int, rank: int) -> State:
     """One tensor-parallel rank's part of a full state dict; padded vocabulary rows are zero. Tensors are contiguous."""
     check_tensor_size(spec, tensor_size)
-    part: State = {}
-    for parameter in parameters(spec):
-        value = state[parameter.name]
-        if parameter.rule.split == "vocabulary":
-            padding = padded_rows(parameter.shape[0]) - parameter.shape[0]
-            value = torch.cat([value, value.new_zeros(padding, value.shape[1])])
-        dim = _SPLIT_DIM[parameter.rule.split]
-        part[parameter.name] = (value if dim is None else value.chunk(tensor_size, dim)[rank]).contiguous()
-    return part
+    return {
+        parameter.name: shard_parameter(state[parameter.name], parameter, tensor_size, rank)
+        for parameter in parameters(spec)
+    }
+
+
+def shard_parameter(value: Tensor, parameter: Parameter, tensor_size: int, rank: int) -> Tensor:
+    """One tensor-parallel rank's part of a whole parameter, contiguous."""
+    if parameter.rule.split == "vocabulary":
+        padding = padded_rows(parameter.shape[0]) - parameter.shape[0]
+        value = torch.cat([value, value.new_zeros(padding, value.shape[1])])
+    dim = parameter.split_dim
+    return (value if dim is None else value.chunk(tensor_size, dim)[rank]).contiguous()
 
 
 def unshard(parts: Sequence[Mapping[str, Tensor]], spec: TransformerSpec) -> State:
     """Inverse of :func:`shard`: the parts of all ranks, in order -> the full state dict without padding."""
     check_tensor_size(spec, len(parts))
-    state: State = {}
-    for parameter in parameters(spec):
-        pieces = [part[parameter.name] for part in parts]
-        dim = _SPLIT_DIM[parameter.rule.split]
-        if dim is None:
-            if any(not torch.equal(pieces[0], piece) for piece in pieces[1:]):
-                raise UserError(
-                    f"tensor {parameter.name!r} differs between tensor-parallel ranks, expected equal copies"
-                )
-            state[parameter.name] = pieces[0]
-        else:
-            state[parameter.name] = torch.cat(pieces, dim)[: parameter.shape[0]]
-    return state
+    return {
+        parameter.name: unshard_parameter([part[parameter.name] for part in parts], parameter)
+        for parameter in parameters(spec)
+    }
+
+
+def unshard_parameter(pieces: Sequence[Tensor], parameter: Parameter) -> Tensor:
+    """Inverse of :func:`shard_parameter`: the parts of all ranks, in order -> the whole parameter without padding."""
+    if parameter.split_dim is None:
+        if any(not torch.equal(pieces[0], piece) for piece in pieces[1:]):
+            raise UserError(f"tensor {parameter.name!r} differs between tensor-parallel ranks, expected equal copies")
+        return pieces[0]
+    return torch.cat(list(pieces), parameter.split_dim)[: parameter.shape[0]]

@@ -22,7 +22,7 @@ from digit_ds.model import weights
 from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer, check_reductions
 from digit_ds.model.partition import read_shard
 from digit_ds.model.spec import TransformerSpec
-from digit_ds.parallel.decide import fail_together
+from digit_ds.parallel.decide import fail_together, together
 from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.optimizer import GuardedAdamW
@@ -46,7 +46,15 @@ class Fragment:
 class Engine:
     """A model in training on this process: forward, backward, update, and access to its state."""
 
-    def __init__(self, recipe: Recipe, spec: TransformerSpec, topology: Topology, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: TransformerSpec,
+        topology: Topology,
+        device: torch.device,
+        resumes: bool = False,
+    ) -> None:
+        """``resumes``: ``restore`` will give the weights; none are drawn, and ``training.start_from`` is not read."""
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         config = read_deepspeed_config(recipe, topology.data_size)
         self.topology = topology
@@ -55,7 +63,9 @@ class Engine:
         model = MegatronTransformer(
             spec, recipe.model.dropout, recipe.training.recompute, recipe.training.label_smoothing
         )
-        model.load_state_dict(_first_weights(recipe, spec, topology), strict=False)
+        with together():
+            first = None if resumes else _first_weights(recipe, spec, topology)
+        _fill(model, first, topology)
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         before = fingerprint(model, dtype) if topology.world_size > 1 and self.stage < 3 else None
         if recipe.training.compile:
@@ -83,6 +93,8 @@ class Engine:
         if before is not None and fingerprint(model, dtype) != before:
             raise RuntimeError("deepspeed.initialize changed this rank's weights")
         self.kernels = _kernels(recipe, device)
+        if first is not None and recipe.training.start_from is not None:
+            self._set_master_weights(first)
 
     def train(self) -> None:
         """Dropout on."""
@@ -177,18 +189,30 @@ class Engine:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
-    def restore(self, slices: Callable[[str], dict[str, Tensor]], adam_steps: int) -> None:
-        """Fill this rank's state; ``slices(kind)`` gives its tensor-parallel slice of every parameter."""
-        for kind in ("weight", *self.optimizer.state_names):
-            values = slices(kind)
-            for fragment in self.fragments():
+    def _set_master_weights(self, state: weights.State) -> None:
+        """Give the masters the float32 values of which DeepSpeed only saw those in the compute precision."""
+        for fragment in self.fragments():
+            for kind in {"weight", "average"} & fragment.tensors.keys():
                 tensor = fragment.tensors[kind]
-                tensor.copy_(values[fragment.name].reshape(-1)[fragment.start : fragment.start + tensor.numel()])
+                tensor.copy_(state[fragment.name].reshape(-1)[fragment.start : fragment.start + tensor.numel()])
+        self.refresh_model()
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, str, int, int], Tensor], adam_steps: int) -> None:
+        """Fill this rank's state, piece by piece.
+
+        ``read(kind, name, start, end)`` gives elements of this rank's flattened tensor-parallel slice of a parameter.
+        """
+        fragments = list(self.fragments())
+        with together():  # before the collectives below: no rank waits there for one that cannot read
+            for fragment in fragments:
+                for kind, tensor in fragment.tensors.items():
+                    tensor.copy_(read(kind, fragment.name, fragment.start, fragment.start + tensor.numel()))
         for state in self.optimizer.state.values():
             state["step"].fill_(adam_steps)
-        self._refresh_model()
+        self.refresh_model()
 
-    def _refresh_model(self) -> None:
+    def refresh_model(self) -> None:
         """Bring what every rank's forward pass reads up to the restored master weights."""
         if self.stage == 0:
             group = parallel_state.get_data_parallel_group()
@@ -216,12 +240,22 @@ def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) ->
     """This rank's part of the weights that training starts from, float32: drawn, or those of a released model."""
     source, size, rank = recipe.training.start_from, topology.tensor_size, topology.tensor_rank
     if source is None:
-        return weights.shard(weights.initial_state(spec, recipe.training.seed), spec, size, rank)
+        return dict(weights.initial_shard(spec, recipe.training.seed, size, rank))
     found, state = read_shard(source, size, rank)
     for name, value in spec.to_dict().items():
         if (other := found.to_dict()[name]) != value:
             raise UserError(f"{source}: its model has {name} {other}, but the recipe and its shards make {value}")
     return {name: value.float() for name, value in state.items()}
+
+
+@torch.no_grad()
+def _fill(model: MegatronTransformer, state: weights.State | None, topology: Topology) -> None:
+    """Set all parameters; without a ``state`` to what differs between tensor-parallel ranks, for the check below."""
+    for name, parameter in model.named_parameters():
+        if state is None:
+            parameter.fill_(1.0 + topology.tensor_rank)
+        else:
+            parameter.copy_(state[name])
 
 
 def fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> list[int]:

@@ -6,7 +6,7 @@ import torch
 
 from digit_ds.errors import UserError
 from digit_ds.model.released import CONFIG, read_model, save_model
-from digit_ds.training.checkpoint import StoredState, is_complete, newest_checkpoint
+from digit_ds.training.stored import Damaged, StoredState, is_complete, newest_checkpoint
 
 
 def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
@@ -23,8 +23,11 @@ def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
     path = source if is_complete(source) else newest_checkpoint(source / "checkpoints")
     if path is None:
         raise UserError(f"{source}: holds no complete checkpoint, expected a run directory or one checkpoint in it")
-    stored = StoredState(path)
-    stored.verify()
+    try:
+        stored = StoredState(path)
+        stored.verify()
+    except Damaged as error:
+        raise UserError(f"{error}; name another checkpoint in {path.parent} to export that one") from error
     if ema and "average" not in stored.kinds():
         raise UserError(f"{path}: holds no moving average, since training.ema_decay was 0")
     state = stored.full("average" if ema else "weight")
@@ -38,3 +41,4 @@ def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
             print(f"{out}: holds this model already, nothing to do")
             return
     save_model(out, stored.spec, state, provenance)
+    print(f"{out}: step {progress['step']} of {source}")

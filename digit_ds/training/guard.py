@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from digit_ds.errors import UserError
-from digit_ds.training.checkpoint import Progress
+from digit_ds.training.stored import Progress
 
 
 class SkipGuard:
@@ -61,6 +61,7 @@ class Diverged(UserError):
     def __init__(self, step: int, limit: int, messages: list[str]) -> None:
         super().__init__(
             f"stopped at step {step}: {limit} updates in a row had no finite gradient; resume from the last checkpoint "
-            "with a lower optimizer.learning_rate or a longer schedule.warmup_steps, or look at the images named above"
+            "with --change optimizer.learning_rate=VALUE (lower), --change schedule.warmup_steps=VALUE (longer) or "
+            "--skip-batches N, which passes over the images named above"
         )
         self.messages = messages

@@ -1,10 +1,10 @@
 """The training run: from a recipe to metrics, checkpoints and a trained model."""
 
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,40 +14,41 @@ from torch import Tensor
 
 from digit_ds.config import Recipe
 from digit_ds.data.stream import Chunks, TokenBatch, TokenStream, sample_hash
-from digit_ds.errors import UserError
 from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
 from digit_ds.parallel.decide import agree, together
 from digit_ds.parallel.helpers import loaders_in_one_sentence, shield_tracker
-from digit_ds.training import checkpoint, runs
+from digit_ds.training import resume, runs
+from digit_ds.training.checkpoint import Checkpoints
 from digit_ds.training.deepspeed_config import read_deepspeed_config
-from digit_ds.training.engine import Engine, check_start
-from digit_ds.training.export import export
+from digit_ds.training.engine import check_start
 from digit_ds.training.guard import Diverged, SkipGuard
-from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_gib, peak_tflops
+from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_gib, peak_tflops, warn
 from digit_ds.training.pace import Pace
 from digit_ds.training.preemption import STATUS, StopSignal
+from digit_ds.training.preview import Figures, Preview, SampleGrid
 from digit_ds.training.schedule import learning_rate, random_order_share
 from digit_ds.training.watchdog import Watchdog
 from digit_ds.workdir import WorkDirectory
-
-SampleGrid = Callable[[Path], Tensor]
-"""Draws samples of a released model directory as one picture [3, H, W]."""
-Figures = Callable[[Path], dict[str, float]]
-"""What to log of a released model directory."""
 
 STACKS_AFTER = 0.8
 """Share of ``training.timeout_seconds`` without a step after which ranks say where they are; the timeout ends them."""
 
 
-def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figures | None = None) -> None:
+def train(
+    recipe: Recipe,
+    sample_grid: SampleGrid | None = None,
+    figures: Figures | None = None,
+    changes: resume.Changes = resume.NO_CHANGES,
+) -> None:
     """Train, from the newest complete checkpoint if the run directory has one.
 
     Works alone and under torchrun, the deepspeed launcher and srun; every process calls it. ``sample_grid`` and
     ``figures`` are called on rank 0 after each checkpoint; the picture goes to TensorBoard, the figures there and to
-    ``metrics.jsonl``. They change nothing of the run, and when they fail it goes on.
+    ``metrics.jsonl``. They change nothing of the run, and when they fail it goes on. ``changes`` says what is to differ
+    from before when a run goes on.
 
     Raises:
         UserError: the recipe, the shards or the run directory cannot be used, or the run diverged.
@@ -62,10 +63,10 @@ def train(recipe: Recipe, sample_grid: SampleGrid | None = None, figures: Figure
     run, watchdog = Path(recipe.run), Watchdog(STACKS_AFTER * recipe.training.timeout_seconds)
     stop = StopSignal()
     try:
-        with WorkDirectory(run, lambda: runs.check_run_directory(run, recipe)):
+        with WorkDirectory(run, partial(runs.check_run_directory, run, recipe, changes.keys)) as directory:
             check_start()
             with loaders_in_one_sentence():
-                job = _Run(recipe, place, sample_grid, figures)
+                job = _Run(recipe, place, sample_grid, figures, changes.once(), directory.found)
                 stopped = job.run(watchdog, stop)
                 job.close()
     except BaseException:
@@ -93,10 +94,15 @@ class _Run:
     """The parts of one run on this process, and the loop over its steps."""
 
     def __init__(
-        self, recipe: Recipe, place: topology.Topology, sample_grid: SampleGrid | None, figures: Figures | None
+        self,
+        recipe: Recipe,
+        place: topology.Topology,
+        sample_grid: SampleGrid | None,
+        figures: Figures | None,
+        changes: resume.Changes = resume.NO_CHANGES,
+        differences: Iterable[runs.Difference] = (),
     ) -> None:
-        self.recipe, self.place, self.sample_grid, self.figures = recipe, place, sample_grid, figures
-        self.unseen: list[Path] = []  # checkpoints that came to be in this step
+        self.recipe, self.place = recipe, place
         self.folder, self.device = Path(recipe.run), launch.device()
         data = recipe.data
         self.stream = TokenStream(data.shards, data.cache, data.shuffle_seed, owner=f"{recipe.run}/train")
@@ -105,24 +111,20 @@ class _Run:
         )
         runs.check_shards(recipe, self.stream.manifest, self.validation.manifest if self.validation else None)
         self.spec = runs.model_spec(recipe, self.stream.manifest)
-        self.engine = Engine(recipe, self.spec, place, self.device)
         settings = recipe.checkpoint
-        self.checkpoints = checkpoint.Checkpoints(
-            self.folder, settings.keep_last, settings.keep_every, place.world_size
+        self.checkpoints = Checkpoints(
+            self.folder, settings.keep_last, settings.keep_every, place.world_size, place.sum
         )
-        newest = self.checkpoints.newest()
-        launch.barrier()  # all have looked before anything moves
-        self.progress = checkpoint.restore(self.engine, newest) if newest else checkpoint.Progress()
-        if launch.is_main():
-            runs.write_recipe(self.folder, recipe)
-            self.checkpoints.clear_partial()
-        launch.barrier()
+        begin = resume.begin(recipe, self.stream.manifest, self.spec, place, self.device, changes, differences)
+        self.engine, self.progress, self.provenance = begin.engine, begin.progress, begin.provenance
+        self.checkpoints.parent = begin.parent
+        self.preview = Preview(self.folder, recipe.training.ema_decay > 0, sample_grid, figures)
         self.chunks = Chunks(
             recipe.training.global_batch, recipe.training.micro_batch, place.data_rank, place.data_size
         )
         self.guard = SkipGuard(self.progress, recipe.training.max_skipped)
         self.pace = Pace(place, self.device, self.chunks.per_step)
-        self.seen = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
+        self.used_tokens = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
         self.peak = peak_tflops(recipe.monitor.peak_tflops)
 
     def run(self, watchdog: Watchdog, stop: StopSignal) -> bool:
@@ -135,7 +137,7 @@ class _Run:
         self.report.say(self._headline())
         clock = Clock()
         self.engine.train()
-        stopped = self.place.sum([int(stop.heard())])[0] > 0  # while everything was made ready
+        stopped = self.place.sum([int(stop.requested())])[0] > 0  # while everything was made ready
         batches = self.stream.batches(self.chunks, progress.images, recipe.data.workers)
         try:
             while progress.step < steps and not stopped:
@@ -143,7 +145,7 @@ class _Run:
                     loss, nll, samples = self._step(batches, clock)
                 stopped = self._exchange(stop, samples)
                 progress.seconds += clock.tick()
-                self._tell(self.guard.read(keep=1))
+                warn(*self.guard.read(keep=1))
                 self.report.advance()
                 last = stopped or progress.step == steps
                 if last or progress.step % recipe.monitor.log_every == 0:
@@ -152,11 +154,13 @@ class _Run:
                     self._validate()
                 if last or progress.step % recipe.checkpoint.every == 0:
                     self._save(wait=last)
-                self._look(stopped)
+                new_checkpoints = self.checkpoints.take_new()
+                if not stopped:  # after a signal there is no time left
+                    self.preview.show(new_checkpoints, self.report)
                 clock.pause()
-                watchdog.hear()
+                watchdog.reset()
         except Diverged as error:
-            self._tell(error.messages)
+            warn(*error.messages)
             raise
         finally:
             self.report.close()
@@ -183,7 +187,7 @@ class _Run:
             chunk = micro * self.place.data_size + self.place.data_rank
             seed_dropout(training.seed, progress.step, chunk)
             sequence = self._sequence(batch, training.class_dropout, random_order_share(self.recipe, progress.step))
-            self.seen[sequence.target.flatten()] = 1
+            self.used_tokens[sequence.target.flatten()] = 1
             loss, nll = self.engine.loss(sequence.input, sequence.target, sequence.loss_mask, sequence.order)
             self.pace.end()
             self.engine.backward(loss)
@@ -208,10 +212,10 @@ class _Run:
         return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout, random_share=random_share)
 
     def _exchange(self, stop: StopSignal, samples: int) -> bool:
-        """Once a step, between hosts: has anyone been told to stop, who has written a checkpoint, which samples."""
+        """Once a step, between hosts: has a stop been requested, who has written a checkpoint, which samples."""
         own = samples if self.place.tensor_rank == 0 else 0
-        stopped, written, failed, samples = self.place.sum([int(stop.heard()), *self.checkpoints.news, own])
-        self._note(self.checkpoints.hear(written, failed))
+        stopped, written, failed, samples = self.place.sum([int(stop.requested()), *self.checkpoints.status, own])
+        self.checkpoints.poll(written, failed)
         self.progress.samples_hash = (self.progress.samples_hash * 6364136223846793005 + samples) % 2**64
         return stopped > 0
 
@@ -221,9 +225,9 @@ class _Run:
         group = parallel_state.get_data_parallel_group()
         values = torch.stack([loss, nll]).float()
         dist.all_reduce(values, group=group)
-        dist.all_reduce(self.seen, dist.ReduceOp.MAX, group=group)
-        used = int(self.seen.sum())
-        self.seen.zero_()
+        dist.all_reduce(self.used_tokens, dist.ReduceOp.MAX, group=group)
+        used = int(self.used_tokens.sum())
+        self.used_tokens.zero_()
         loss_value, nll_value = (values / self.place.data_size).tolist()
         rates = clock.summary(recipe.training.global_batch, self.spec.sequence_length)
         ranks, slow = self.pace.summary()
@@ -271,49 +275,10 @@ class _Run:
 
     def _save(self, wait: bool) -> None:
         """Begin a checkpoint of this step; ``wait``: until it is complete."""
-        self._tell(self.guard.read(keep=0))
-        self._note(self.checkpoints.wait(self.place.sum))
-        provenance = {"provenance": runs.provenance(self.recipe, self.stream.manifest)}
-        self.checkpoints.start(self.engine, self.spec, self.progress, provenance)
-        if wait:
-            final = self.checkpoints.wait(self.place.sum)
-            if final is None:
-                raise UserError(f"{self.folder}: the checkpoint of step {self.progress.step} could not be written")
-            self._note(final)
-
-    def _note(self, checkpoint_path: Path | None) -> None:
-        """Remember a new checkpoint until this step is done and timed."""
-        if checkpoint_path is not None:
-            self.unseen.append(checkpoint_path)
-
-    def _look(self, stopped: bool) -> None:
-        """Grid and figures of new checkpoints, on rank 0; not when the run was told to stop and has no time left.
-
-        No random number is drawn that training uses.
-        """
-        paths, self.unseen = self.unseen, []
-        if stopped or not launch.is_main() or (self.sample_grid is None and self.figures is None):
-            return
-        model = self.folder / ".preview"
-        for path in paths:
-            step = int(path.name.removeprefix("step_"))
-            shutil.rmtree(model, ignore_errors=True)
-            try:
-                export(path, model, ema=self.recipe.training.ema_decay > 0)
-                if self.sample_grid is not None:
-                    self.report.image("samples", self.sample_grid(model), step)
-                if self.figures is not None:
-                    self.report.log({"step": step, **self.figures(model)})
-            except Exception as error:  # whatever it was: a run that trains well does not end for a picture
-                reason = " ".join(str(error).split())[:300]
-                self._tell([f"no preview of the checkpoint of step {step} ({type(error).__name__}: {reason})"])
-            finally:
-                shutil.rmtree(model, ignore_errors=True)
-
-    def _tell(self, messages: list[str]) -> None:
-        """Messages about this rank's data, from every rank that has any."""
-        for message in messages:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+        warn(*self.guard.read(keep=0))
+        self.checkpoints.wait()  # for the one before
+        save = self.checkpoints.save if wait else self.checkpoints.start
+        save(self.engine, self.spec, self.progress, {"provenance": self.provenance})
 
     def _headline(self) -> str:
         """What runs, in one line."""

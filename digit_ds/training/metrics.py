@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ _BOARD = {
 }
 """Sections of TensorBoard and the metrics in them."""
 _TAGS = {name: f"{section}/{name}" for section, names in _BOARD.items() for name in names}
+
+
+def warn(*messages: str) -> None:
+    """Warnings about this rank's data, from every rank that has any."""
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def peak_tflops(stated: float | None) -> float | None:

@@ -26,7 +26,7 @@ class StopSignal:
             numbers.append(signal.SIGINT)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
 
-    def heard(self) -> bool:
+    def requested(self) -> bool:
         """Whether a signal came; to be asked every step.
 
         LLVM takes most signals for itself when Triton compiles the first kernel of this process, behind Python's back,

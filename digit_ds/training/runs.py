@@ -1,7 +1,9 @@
 """The run directory: whose results it holds, and what model a recipe and its shards make."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -39,25 +41,69 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def check_run_directory(run: Path, recipe: Recipe) -> None:
-    """Refuse a directory that holds something else's or another recipe's results."""
+_CHANGEABLE = (
+    "model.dropout",
+    "optimizer",
+    "schedule",
+    "training.global_batch",
+    "training.label_smoothing",
+    "training.class_dropout",
+    "training.order_anneal",
+    "training.precision",
+    "training.ema_decay",
+)
+"""What may differ where the user says so by ``--change``: the course of the run, not the meaning of its state."""
+
+
+class Difference(NamedTuple):
+    """A key of the recipe whose value is no longer that of the run's last start."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+def check_run_directory(run: Path, recipe: Recipe, changes: Sequence[str] = ()) -> list[Difference]:
+    """Refuse a directory that holds something else's or another recipe's results; what differs and may.
+
+    Args:
+        run: the run directory.
+        recipe: what it is to go on with.
+        changes: keys (``section.key``) that the user said may differ.
+    """
     stored = run / "recipe.yaml"
     if not stored.exists():
         if run.exists() and not (run.is_dir() and is_empty(run)):
             raise UserError(f"{run}: exists and holds no recipe.yaml, expected a new directory or a run to continue")
-        return
+        return []
     before = load_recipe(stored)  # a key that is younger than the run takes its default, which is what the run did
     old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    differences = []
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "model.kind", key)):
-        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE):
+        if old.get(key) == new.get(key):
+            continue
+        differences.append(Difference(key, old.get(key), new.get(key)))
+        if _is_among(key, _MAY_CHANGE):
+            continue
+        found = f"({key} is {old.get(key)} there and {new.get(key)} here)"
+        if not _is_among(key, _CHANGEABLE):
+            raise UserError(f"{run}: holds the results of another recipe {found}, choose another run directory")
+        if key not in changes:
             raise UserError(
-                f"{run}: holds the results of another recipe ({key} is {old.get(key)} there and {new.get(key)} here), "
-                "choose another run directory"
+                f"{run}: holds the results of another recipe {found}, choose another run directory, or continue with "
+                f"--change {key}={json.dumps(new.get(key))} if that is meant"
             )
-    if old.get("schedule.name") == "cosine" and old.get("training.steps") != new["training.steps"]:
+    steps = old.get("training.steps"), new["training.steps"]
+    if old.get("schedule.name") == "cosine" and steps[0] != steps[1] and "training.steps" not in changes:
         raise UserError(
-            f"{run}: training.steps was {old['training.steps']}, and a cosine schedule cannot change its end"
+            f"{run}: training.steps was {steps[0]}, and a cosine schedule cannot change its end; --change "
+            f"training.steps={steps[1]} does so all the same"
         )
+    return differences
+
+
+def _is_among(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:

@@ -7,8 +7,11 @@ from pydantic import Field
 from digit_ds.settings import Option, PathText, Section
 
 
-class TrainSettings(Section):
-    """Train a model from token shards; resumes by itself."""
+_CONTINUING = "continuing a run in another way (recorded in RUN/history.jsonl)"
+
+
+class RecipeSettings(Section):
+    """A recipe and what differs from it."""
 
     recipe: Annotated[PathText, Option(positional=True)]
     """YAML recipe, or the name of a shipped one."""
@@ -16,7 +19,18 @@ class TrainSettings(Section):
     """Fields of the recipe to change."""
 
 
-class EstimateSettings(TrainSettings):
+class TrainSettings(RecipeSettings):
+    """Train a model from token shards; resumes by itself."""
+
+    change: Annotated[list[str], Option(metavar="section.key=value", group=_CONTINUING)] = Field([])
+    """Fields of the recipe that are to differ from the run's earlier steps, such as optimizer.learning_rate."""
+    rollback: Annotated[int | None, Option(metavar="STEP", group=_CONTINUING)] = Field(None, ge=0)
+    """Go on from the checkpoint of this step; later ones are abandoned."""
+    skip_batches: Annotated[int, Option(metavar="N", group=_CONTINUING)] = Field(0, ge=0)
+    """Pass over so many global batches of the data order."""
+
+
+class EstimateSettings(RecipeSettings):
     """Parameters, memory and hours of a recipe, before anything is allocated."""
 
     gpus: Annotated[int, Option(metavar="N")] = 1

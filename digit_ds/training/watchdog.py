@@ -16,23 +16,23 @@ class Watchdog:
     """A thread that writes this rank's stacks to stderr once no step has been done for ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._heard, self._end = seconds, time.monotonic(), threading.Event()
+        self._seconds, self._last, self._end = seconds, time.monotonic(), threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def hear(self) -> None:
+    def reset(self) -> None:
         """A step is done. Costs an assignment."""
-        self._heard = time.monotonic()
+        self._last = time.monotonic()
 
     def stop(self) -> None:
         """Nothing more is expected."""
         self._end.set()
 
     def _watch(self) -> None:
-        said = 0.0  # what was last heard when the stacks were written: once for each silence
-        while not self._end.wait(max(0.1, self._heard + self._seconds - time.monotonic())):
-            silence = time.monotonic() - self._heard
-            if silence >= self._seconds and said != self._heard:
-                said = self._heard
+        said = 0.0  # the last step when the stacks were written: once for each silence
+        while not self._end.wait(max(0.1, self._last + self._seconds - time.monotonic())):
+            silence = time.monotonic() - self._last
+            if silence >= self._seconds and said != self._last:
+                said = self._last
                 # In one piece, below the progress bar: all ranks write at about the same time, often into one file.
                 print(f"\n{self._stacks(silence)}", file=sys.stderr, flush=True)
 

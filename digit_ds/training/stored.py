@@ -1,0 +1,273 @@
+"""Reading training checkpoints: which one to use, whether it is whole, and pieces of its state at any layout."""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from digit_ds.errors import UserError
+from digit_ds.files import read_json, sha256
+from digit_ds.model import weights
+from digit_ds.model.spec import TransformerSpec
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+COPY_TOLERANCE = 1e-5
+"""Largest difference between tensor-parallel ranks' copies of one parameter that is taken for rounding, as a share of
+the parameter's largest magnitude."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that ``latest`` names if it is complete, else the newest complete one of its lineage."""
+    return next(lineage(folder), None)
+
+
+def lineage(folder: Path) -> Iterator[Path]:
+    """The complete ones of :func:`walk_lineage`."""
+    return (path for path, problem in walk_lineage(folder) if problem is None)
+
+
+def walk_lineage(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Checkpoints from the one that ``latest`` names back through their parents, each with what it lacks, if anything.
+
+    Where a manifest cannot be read or names no parent (format 1), the next lower step takes the parent's place.
+    Checkpoints of a branch that was left by rolling back are not met.
+    """
+    steps = sorted((checkpoint_step(path) for path in folder.glob("step_*") if path.name[5:].isdigit()), reverse=True)
+    try:
+        step = checkpoint_step(Path((folder / LATEST).read_text(encoding="utf-8").strip()))
+    except (OSError, ValueError):
+        step = steps[0] if steps else None
+    while step is not None:
+        path = folder / checkpoint_name(step)
+        yield path, incompleteness(path)
+        parent = _parent(path)
+        if parent is None or not (parent < step and parent in steps):
+            parent = next((lower for lower in steps if lower < step), None)
+        step = parent
+
+
+def _parent(checkpoint: Path) -> int | None:
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["parent"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def part_name(tensor_rank: int, data_rank: int) -> str:
+    """File of one rank's part."""
+    return f"tensor-{tensor_rank}.data-{data_rank}.safetensors"
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the manifest is there and names a part of every rank, each of its size."""
+    return incompleteness(checkpoint) is None
+
+
+def incompleteness(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks, naming the file; None: nothing."""
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files, layout = manifest["files"], manifest.get("layout")
+        if layout is not None and len(files) != (ranks := layout["tensor"] * layout["data"]):
+            return f"{path}: names {len(files)} parts, expected one of each of {ranks} ranks"
+        for name, entry in files.items():
+            path = checkpoint / name
+            if (size := path.stat().st_size) != entry["bytes"]:
+                return f"{path}: has {size} bytes, expected {entry['bytes']}"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path}: is not a checkpoint's manifest"
+    return None
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything besides weights and moments. All of it is the same on every rank."""
+
+    step: int = 0
+    images: int = 0
+    """Samples seen; the position in the data's endless sequence."""
+    samples_hash: int = 0
+    """Chained hash of the sample ids of all steps."""
+    skipped: int = 0
+    """Updates skipped because the gradient was not finite."""
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Wall clock spent in training steps."""
+    adam_steps: int = 0
+    """Updates applied."""
+
+
+class Damaged(UserError):
+    """A file of a checkpoint does not hold what was written."""
+
+
+class _Piece(NamedTuple):
+    """A flat part of one stored rank's slice of a parameter."""
+
+    start: int
+    end: int
+    file: str
+
+
+class StoredState:
+    """The state in a checkpoint's files: single pieces for a rank, whole tensors for export.
+
+    Raises:
+        Damaged: the manifest or a file's header is not what was written.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.path = checkpoint
+        self._opened: dict[str, Any] = {}
+        try:
+            self.manifest: dict[str, Any] = read_json(checkpoint / MANIFEST)
+            self.progress = Progress(**self.manifest["progress"])
+            self.spec = TransformerSpec.from_dict(self.manifest["spec"], str(checkpoint / MANIFEST))
+            self.tensor_size: int = self.manifest["layout"]["tensor"]
+            self._files: dict[str, dict[str, Any]] = self.manifest["files"]
+            self._pieces = self._index()
+        except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            raise Damaged(f"{checkpoint}: cannot be read ({error})") from error
+
+    def _index(self) -> dict[tuple[int, str], list[_Piece]]:
+        """(tensor rank, parameter) -> its pieces in order. Format 1 has them in the files' headers only."""
+        pieces: dict[tuple[int, str], list[_Piece]] = defaultdict(list)
+        for name, entry in self._files.items():
+            rank = int(name.partition(".")[0].removeprefix("tensor-"))
+            if (held := entry.get("pieces")) is None:
+                file = self._open(name)
+                starts = json.loads(file.metadata()["starts"])
+                held = {key: (start, *file.get_slice(f"weight/{key}").get_shape()) for key, start in starts.items()}
+            for parameter, (start, length) in held.items():
+                pieces[rank, parameter].append(_Piece(start, start + length, name))
+        for found in pieces.values():
+            found.sort()
+        return pieces
+
+    def _open(self, name: str) -> Any:
+        if name not in self._opened:
+            self._opened[name] = safe_open(self.path / name, framework="pt")
+        return self._opened[name]
+
+    def verify(self, share: int = 0, shares: int = 1) -> None:
+        """Compare every ``shares``-th file, from number ``share`` on, with its hash in the manifest.
+
+        Raises:
+            Damaged: names the first file that differs.
+        """
+        for name in sorted(self._files)[share::shares]:
+            if sha256(self.path / name) != self._files[name]["sha256"]:
+                raise Damaged(f"{self.path / name}: is damaged, its SHA-256 is not the one in {MANIFEST}")
+
+    def kinds(self) -> list[str]:
+        """``weight`` and the optimizer states that were saved."""
+        piece = next(iter(self._pieces.values()))[0]
+        return sorted({key.partition("/")[0] for key in self._open(piece.file).keys()})  # noqa: SIM118 - not a dict
+
+    def full(self, kind: str) -> weights.State:
+        """Whole tensors of one kind under the schema's names, vocabulary padding removed."""
+        return {
+            parameter.name: self._whole(kind, parameter)[: parameter.shape[0]]
+            for parameter in weights.parameters(self.spec)
+        }
+
+    def piece(
+        self, kind: str, parameter: weights.Parameter, tensor_size: int, rank: int, start: int, end: int
+    ) -> Tensor:
+        """Elements ``start`` to ``end`` of a tensor-parallel rank's flattened slice, whatever the stored layout.
+
+        Only what overlaps is read; a parameter that is cut along its rows is read whole when the tensor-parallel size
+        differs.
+        """
+        if parameter.split_dim is None:
+            return self._agreed(kind, parameter, start, end)
+        length = math.prod(weights.shard_shape(parameter, tensor_size))
+        if parameter.split_dim == 0 or tensor_size == self.tensor_size:  # contiguous in the whole tensor, or stored so
+            return self._contiguous(kind, parameter, rank * length + start, rank * length + end)
+        whole = self._whole(kind, parameter)
+        return whole.chunk(tensor_size, parameter.split_dim)[rank].reshape(-1)[start:end]
+
+    def _whole(self, kind: str, parameter: weights.Parameter) -> Tensor:
+        """A whole parameter, vocabulary padding included."""
+        shape = weights.shard_shape(parameter, self.tensor_size)
+        length = math.prod(shape)
+        if parameter.split_dim is None:
+            return self._agreed(kind, parameter, 0, length).view(shape)
+        parts = [self._flat(kind, parameter.name, rank, 0, length).view(shape) for rank in range(self.tensor_size)]
+        return torch.cat(parts, parameter.split_dim) if len(parts) > 1 else parts[0]
+
+    def _contiguous(self, kind: str, parameter: weights.Parameter, start: int, end: int) -> Tensor:
+        """Elements of the stored ranks' flattened slices, one after the other."""
+        length, parts = math.prod(weights.shard_shape(parameter, self.tensor_size)), []
+        for rank in range(start // length, -(-end // length)):
+            first = rank * length
+            inside = max(start - first, 0), min(end - first, length)
+            parts.append(self._flat(kind, parameter.name, rank, *inside))
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _flat(self, kind: str, name: str, rank: int, start: int, end: int) -> Tensor:
+        """Elements ``start`` to ``end`` of one stored rank's flattened slice."""
+        parts = [
+            self._open(piece.file).get_slice(f"{kind}/{name}")[
+                max(start - piece.start, 0) : min(end, piece.end) - piece.start
+            ]
+            for piece in self._pieces[rank, name]
+            if piece.start < end and start < piece.end
+        ]
+        found = torch.cat(parts) if len(parts) > 1 else next(iter(parts), torch.empty(0))
+        if found.numel() != end - start:
+            raise Damaged(f"{self.path}: holds {found.numel()} of {end - start} elements of {kind}/{name}")
+        return found
+
+    def _agreed(self, kind: str, parameter: weights.Parameter, start: int, end: int) -> Tensor:
+        """Of a parameter that every tensor-parallel rank holds whole: the first rank's copy."""
+        copies = [self._flat(kind, parameter.name, rank, start, end) for rank in range(self.tensor_size)]
+        return agreed_copy(copies, f"{self.path}: {kind} of {parameter.name}")
+
+
+def agreed_copy(copies: Sequence[Tensor], name: str) -> Tensor:
+    """The first of tensor-parallel ranks' copies; ranks that sum in another order may differ in the last places.
+
+    Raises:
+        UserError: a copy differs by more than rounding (``COPY_TOLERANCE``).
+    """
+    first = copies[0]
+    different = [copy for copy in copies[1:] if not torch.equal(first, copy)]
+    if not different:
+        return first
+    largest = max(float((first.double() - copy.double()).abs().nan_to_num(torch.inf).max()) for copy in different)
+    share = largest / max(float(first.double().abs().max()), torch.finfo(torch.float64).tiny)
+    if not share <= COPY_TOLERANCE:
+        raise UserError(
+            f"{name} differs between tensor-parallel ranks by {share:.1e} of its largest value, expected equal copies "
+            f"(up to {COPY_TOLERANCE:.0e} is taken for rounding)"
+        )
+    print(
+        f"warning: {name} differs between tensor-parallel ranks by {share:.1e} of its largest value, within rounding; "
+        "the first rank's copy is used",
+        file=sys.stderr,
+        flush=True,
+    )
+    return first
