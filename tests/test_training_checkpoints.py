@@ -207,23 +207,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_ranks_follow_rank_0(toke
     shutil.copytree(run, tmp_path / "older" / "run")
     (tmp_path / "older" / "run" / "checkpoints" / "latest").write_text("step_00000004\n")
     cache = str(tmp_path / "cache")  # the default one depends on the absolute path
-    views = (
-        recipe(Path("run"), token_shards, training__steps=10, data__cache=cache, **options),
-        [tmp_path, tmp_path / "older"],
-    )
+    relative = recipe(Path("run"), token_shards, training__steps=8, data__cache=cache, **options)
+    views = relative, [tmp_path, tmp_path / "older"]
     group = start(train_with_own_views, views, 2, tmp_path / "log-views")
     assert group.wait() == [0, 0], group.output()
-    assert events(run)[-1] == ("resume", 8)
-    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(tmp_path / "straight")]
+    assert events(run)[-1] == ("resume", 8) and "already at step 8 of 8" in group.output()
 
-    shutil.rmtree(run / "checkpoints" / "step_00000010")
-    (run / "checkpoints" / "latest").write_text("step_00000008\n")
     damaged = run / "checkpoints" / "step_00000008" / "tensor-0.data-1.safetensors"
     flip(damaged)
     output = launch(train, (recipe(run, token_shards, training__steps=10, **options),), 2, tmp_path / "log-damaged")
     (warning,) = re.findall(r"^warning: .*is damaged.*", output, re.MULTILINE)
     assert str(damaged) in warning
-    assert events(run)[-2:] == [("fallback", 8), ("resume", 4)]
+    assert [event for event in events(run) if event[0] != "change"][-2:] == [("fallback", 8), ("resume", 4)]
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(tmp_path / "straight")]
     assert names(run)[:3] == ["latest", "step_00000004", "step_00000008"], "the damaged one was written again"
     StoredState(newest_checkpoint(run / "checkpoints")).verify()

@@ -249,8 +249,8 @@ def check_shards(
     old, new = before.get("shards_sha256"), manifest.index_sha256
     if old is not None and old != new and not said:
         raise UserError(
-            f"{shards}: holds other samples (index {new[:12]}) than those of checkpoint {checkpoint} ({old[:12]}); if that "
-            f"is meant, continue with --change data.shards={shards}"
+            f"{shards}: holds other samples (index {new[:12]}) than those of checkpoint {checkpoint} ({old[:12]}); "
+            f"if that is meant, continue with --change data.shards={shards}"
         )
 
 

@@ -52,6 +52,7 @@ def walk_lineage(folder: Path) -> Iterator[tuple[Path, str | None]]:
     Checkpoints of a branch that was left by rolling back are not met.
     """
     steps = sorted((checkpoint_step(path) for path in folder.glob("step_*") if path.name[5:].isdigit()), reverse=True)
+    step: int | None
     try:
         step = checkpoint_step(Path((folder / LATEST).read_text(encoding="utf-8").strip()))
     except (OSError, ValueError):
