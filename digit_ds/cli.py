@@ -32,7 +32,7 @@ def _train(settings: TrainSettings) -> None:
     from digit_ds.training.resume import Changes
 
     keys = tuple(change.partition("=")[0] for change in settings.change)
-    train(recipe, *_preview(recipe), Changes(keys, settings.rollback, settings.skip_batches))
+    train(recipe, *_preview(recipe), changes=Changes(keys, settings.rollback, settings.skip_batches))
 
 
 def _preview(recipe):

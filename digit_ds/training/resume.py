@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +56,6 @@ class Changes:
     """Step of an earlier checkpoint to go on from; what came after it is abandoned."""
     skip_batches: int = 0
     """Global batches of the data order to pass over."""
-
-    def __post_init__(self) -> None:
-        if self.skip_batches < 0:
-            raise UserError(f"--skip-batches is {self.skip_batches}, expected 0 or more")
 
     def once(self) -> "Changes":
         """Without what a job that Slurm starts again must not do again."""
@@ -158,11 +155,11 @@ def choose_checkpoint(run: Path, rollback: int | None) -> StoredState | None:
             problem = str(error)
         problems = [found for found in gather(problem) if found]
         if not problems:
-            from_main(lambda name=name: _settle(run, folder, name, rollback))
+            from_main(partial(_settle, run, folder, name, rollback))
             return stored
         if rollback is not None or number + 1 == len(names):
             fail_together(f"{problems[0]}; no other checkpoint can be used")
-        from_main(lambda damaged=path, found=problems[0]: _warn(run, damaged, found))
+        from_main(partial(_warn, run, path, problems[0]))
     return None
 
 

@@ -6,7 +6,6 @@ from pydantic import Field
 
 from digit_ds.settings import Option, PathText, Section
 
-
 _CONTINUING = "continuing a run in another way (recorded in RUN/history.jsonl)"
 
 
