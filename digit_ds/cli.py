@@ -32,7 +32,8 @@ def _train(settings: TrainSettings) -> None:
     from digit_ds.training.resume import Changes
 
     keys = tuple(change.partition("=")[0] for change in settings.change)
-    train(recipe, *_preview(recipe), changes=Changes(keys, settings.rollback, settings.skip_batches))
+    grid, figures = _preview(recipe)
+    train(recipe, grid, figures, Changes(keys, settings.rollback, settings.skip_batches))
 
 
 def _preview(recipe):
