@@ -13,6 +13,7 @@ from small_models import small_spec, write_models
 from training_parts import metrics, recipe, train, write_shards
 from training_parts import start as start_ranks
 
+from digit_ds.clustering.seeding import centroids_from_file
 from digit_ds.data import cache as caches
 from digit_ds.data import shards as shard_files
 from digit_ds.data.stream import Chunks, TokenStream
@@ -278,3 +279,24 @@ def test_a_wrong_folder_is_seen_before_the_work_starts(tmp_path):
     census("a.png", "b.png").check(tmp_path)  # an unlabelled set
     with pytest.raises(UserError, match=r"stray.png: lies in no class folder .1 such images., but .* has 1 class"):
         census("2/a.png", "stray.png").check(tmp_path)
+
+
+def test_a_kill_before_the_stamp_and_a_cache_named_like_a_default_one(tmp_path):
+    """The lock comes first: a job killed right after it leaves nothing but the lock."""
+    shards, cache = write_shards(tmp_path / "shards"), tmp_path / "digit_ds-cache-mine"
+    caches.prepare(cache, "a" * 64, "job").close()
+    (cache / caches.STAMP).unlink()
+    assert [path.name.startswith(".lock-") for path in cache.iterdir()] == [True]
+    assert max(codes_of(shards, cache, tmp_path / "a")) > 8
+    assert (cache / "index.json").is_file()  # a cache that the user named stays
+
+
+def test_initial_centroids_of_another_encoder_are_refused(tmp_path):
+    np.save(tmp_path / "init.npy", np.eye(3, dtype=np.float32))
+    centroids = centroids_from_file(tmp_path / "init.npy", 3, 3, {"encoder_sha256": "a" * 64})
+    assert np.array_equal(centroids, np.eye(3))  # a bare file is of unknown origin
+    write_json(tmp_path / "init.json", {"encoder_sha256": "b" * 64})
+    with pytest.raises(
+        UserError, match=r"init.npy: belongs to encoder bbbbbbbbbbbb .*, but features to encoder aaaaaa"
+    ):
+        centroids_from_file(tmp_path / "init.npy", 3, 3, {"encoder_sha256": "a" * 64})

@@ -123,7 +123,7 @@ def _start(points: Points, shard: Shard, assigner: Assigner, clusters: int, seed
     elif init == "k-means++":
         centroids = parallel_centroids(points, shard, assigner, mean, clusters, seed)
     else:
-        centroids = from_main(lambda: centroids_from_file(init, clusters, points.width))
+        centroids = from_main(lambda: centroids_from_file(init, clusters, points.width, points.provenance))
     return State(0, centroids, mean, scale_for(points.count, 2 * magnitude), None, [], 0)
 
 

@@ -1,6 +1,8 @@
 """Initial centroids: drawn points, k-means|| or a file."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ from digit_ds.clustering.collective import add_up
 from digit_ds.clustering.points import BLOCK_ROWS, Points
 from digit_ds.clustering.shard import Shard
 from digit_ds.errors import UserError
+from digit_ds.files import read_json
+from digit_ds.identity import ENCODER, Part, check_agreement
 from digit_ds.parallel.decide import from_main, gather
 from digit_ds.safe_load import load_npy
 
@@ -24,8 +28,15 @@ def random_centroids(points: Points, clusters: int, seed: int) -> np.ndarray:
     return from_main(lambda: points.rows(np.sort(numbers)))
 
 
-def centroids_from_file(path: Path | str, clusters: int, width: int) -> np.ndarray:
-    """Centroids float32 [K, D] stored as a ``.npy`` file."""
+def centroids_from_file(
+    path: Path | str, clusters: int, width: int, provenance: Mapping[str, Any] | None = None
+) -> np.ndarray:
+    """Centroids float32 [K, D] stored as a ``.npy`` file.
+
+    Raises:
+        UserError: the file is no such array, or the provenance beside it names another encoder than ``provenance``,
+            that of the features.
+    """
     centroids = load_npy(path, "random, k-means++ or a .npy array of initial centroids for --init")
     if centroids.shape != (clusters, width):
         raise UserError(f"{path}: initial centroids are {list(centroids.shape)}, expected [{clusters}, {width}]")
@@ -33,6 +44,9 @@ def centroids_from_file(path: Path | str, clusters: int, width: int) -> np.ndarr
         raise UserError(
             f"{path}: initial centroids hold {centroids.dtype} values not all finite, expected finite floating point"
         )
+    sidecar = Path(path).with_suffix(".json")
+    if provenance and sidecar.is_file():
+        check_agreement([Part(f"initial centroids {path}", read_json(sidecar)), Part("features", provenance)], ENCODER)
     return centroids.astype(np.float32)
 
 

@@ -35,8 +35,8 @@ _PREFIX = "digit_ds-cache-"
 
 
 def default_cache(index_sha256: str, owner: str) -> Path:
-    """The default cache of a content for ``owner``, an absolute path or other text that is this job's own."""
-    name = hashlib.sha256(f"{index_sha256}\n{owner}".encode()).hexdigest()[:16]
+    """The default cache of a content on this node for ``owner``, an absolute path that is this job's own."""
+    name = hashlib.sha256(f"{index_sha256}\n{owner}\n{socket.gethostname()}".encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getuid()}-{name}"
 
 
@@ -52,17 +52,16 @@ def prepare(cache: Path, index_sha256: str, owner: str) -> TextIO:
         UserError: the folder holds other files, is in use by another job on this node, or cannot be written.
     """
     try:
+        cache.mkdir(parents=True, exist_ok=True)
+        held = _hold(cache)
         stamp, index = read_stamp(cache), cache / "index.json"
-        ours = stamp is not None or not cache.exists() or not any(cache.iterdir())
-        if not ours and index.is_file():
-            ours = sha256(index) == index_sha256
-        if not ours:
+        others = [path.name for path in cache.iterdir() if not path.name.startswith((_LOCK, STAMP, f".{STAMP}"))]
+        if others and stamp is None and not (index.is_file() and sha256(index) == index_sha256):
+            (cache / f"{_LOCK}{socket.gethostname()}").unlink()
             raise UserError(
                 f"{cache}: holds files that are no cache of these shards (index {index_sha256[:12]}), "
                 "expected an empty folder or their cache; delete it or name another data.cache"
             )
-        cache.mkdir(parents=True, exist_ok=True)
-        held = _hold(cache)
         fresh = {"index_sha256": index_sha256, "owner": owner, "ready": True}
         if stamp is not None and not (stamp.get("ready") and stamp.get("index_sha256") == index_sha256):
             write_json(cache / STAMP, fresh | {"ready": False})
@@ -117,12 +116,6 @@ def _in_use(cache: Path) -> bool:
     except (UserError, OSError):
         return True
     return False
-
-
-def remove(cache: Path) -> None:
-    """Remove a default cache; a cache that the user named stays."""
-    if cache.name.startswith(_PREFIX):
-        shutil.rmtree(cache, ignore_errors=True)
 
 
 def read_stamp(cache: Path) -> dict[str, Any] | None:

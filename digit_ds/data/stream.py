@@ -10,6 +10,7 @@ order is not used, because it pads epochs to the number of ranks, workers and ca
 
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from streaming import StreamingDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from digit_ds.data.cache import check_index, default_cache, prepare, remove, remove_orphans
+from digit_ds.data.cache import check_index, default_cache, prepare, remove_orphans
 from digit_ds.data.shards import HASH, ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch
@@ -103,7 +104,7 @@ class TokenStream:
         self.shards, self._held = shards, None
         self.manifest = from_main(lambda: _manifest(shards))
         content, owner = self.manifest.index_sha256, str(Path(owner).absolute())
-        self.cache = Path(cache).absolute() if cache else default_cache(content, owner)
+        self.cache, self._named = Path(cache).absolute() if cache else default_cache(content, owner), bool(cache)
         problem = None
         if launch.local_rank() == 0:
             try:
@@ -125,7 +126,8 @@ class TokenStream:
         """Remove the default cache, after a run's orderly end; every process calls it."""
         launch.barrier()
         if self._held is not None:
-            remove(self.cache)
+            if not self._named:
+                shutil.rmtree(self.cache, ignore_errors=True)
             self._held.close()
 
     def batches(self, chunks: Chunks, position: int = 0, workers: int = 0) -> Iterator[TokenBatch]:
