@@ -20,7 +20,6 @@ from digit_ds.data.stream import Chunks, TokenStream
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.generation.labels import choose_labels
-from digit_ds.generation.settings import Decoding, Guidance
 from digit_ds.generation.sources import ImageFolder
 from digit_ds.identity import Part, check_agreement, check_classes
 from digit_ds.preparation.census import Census
@@ -239,14 +238,13 @@ def test_guidance_without_class_dropout_is_refused(tmp_path):
     known = read_json(config)
     options = {"prior": models["prior"], "pixel_decoder": models["ar"], "count": 3}
     options |= {"vqgan": models["vqgan.ckpt"], "vqgan_config": models["vqgan.yaml"]}
-    guided = Decoding(guidance=Guidance(2.0))
     write_json(config, {**known, "provenance": {**known["provenance"], "class_dropout": 0.0}})
     with pytest.raises(UserError, match=r"guidance scale is 2.0, but the model was trained with training.cla"):
-        sample(tmp_path / "out", prior_decoding=guided, **options)
+        sample(tmp_path / "out", guidance=2.0, **options)
     assert not (tmp_path / "out").exists()
     for index, provenance in enumerate(({"class_dropout": 0.1}, {})):  # {}: published models do not know
         write_json(config, {**known, "provenance": {**known["provenance"], **provenance}})
-        sample(tmp_path / f"out{index}", prior_decoding=guided, **options)
+        sample(tmp_path / f"out{index}", guidance=2.0, **options)
         assert (tmp_path / f"out{index}" / "manifest.json").is_file()
 
 
@@ -296,7 +294,5 @@ def test_initial_centroids_of_another_encoder_are_refused(tmp_path):
     centroids = centroids_from_file(tmp_path / "init.npy", 3, 3, {"encoder_sha256": "a" * 64})
     assert np.array_equal(centroids, np.eye(3))  # a bare file is of unknown origin
     write_json(tmp_path / "init.json", {"encoder_sha256": "b" * 64})
-    with pytest.raises(
-        UserError, match=r"init.npy: belongs to encoder bbbbbbbbbbbb .*, but features to encoder aaaaaa"
-    ):
+    with pytest.raises(UserError, match=r"init.npy: belongs to encoder bbbbbbbbbbbb .*, but features to encoder"):
         centroids_from_file(tmp_path / "init.npy", 3, 3, {"encoder_sha256": "a" * 64})
