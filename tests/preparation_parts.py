@@ -17,7 +17,6 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from digit_ds.errors import run_command
 from digit_ds.files import sha256
 from digit_ds.tokenizer.codebook import save_codebook
 from digit_ds.tokenizer.vqgan_network import VqganNetwork
@@ -110,9 +109,12 @@ def options(**values: object) -> list[str]:
 
 def call(tool: str, *arguments: object) -> int:
     """Run a tool's command line in this process and return its exit status: no seconds of imports."""
-    module = runpy.run_path(str(REPOSITORY / "tools" / f"{tool}.py"))
-    with pytest.raises(SystemExit) as ended:
-        run_command(module["main"], list(map(str, arguments)))
+    given, sys.argv = sys.argv, [f"{tool}.py", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPOSITORY / "tools" / f"{tool}.py"), run_name="__main__")
+    finally:
+        sys.argv = given
     return ended.value.code or 0
 
 

@@ -1,17 +1,36 @@
 """Directories that a job writes: one protocol, decided once for all processes, whatever each of them sees."""
 
+import ctypes
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from calls import probe, sample, train_kmeans
 from preparation_parts import call, make_codebook, make_encoder, make_images, start_ranks
+from slurm_cluster import may_unshare
+from small_models import write_models
+from test_lock import holder
+from training_parts import recipe, write_shards
 
 from digit_ds import workdir
 from digit_ds.errors import UserError, run_command
+from digit_ds.files import write_atomically, write_json
+from digit_ds.generation.job import SamplingJob
+from digit_ds.generation.pictures import write_adm_array, write_png
+from digit_ds.model.released import read_model, save_model
+from digit_ds.model.weights import initial_state
 from digit_ds.parallel.decide import agree, together
 from digit_ds.parallel.launch import initialize
+from digit_ds.training.export import export
+from digit_ds.training.loop import train
 from digit_ds.workdir import WorkDirectory, is_begun
 
 
@@ -138,3 +157,223 @@ def test_a_directory_removed_meanwhile_is_named(tmp_path):
         with WorkDirectory(tmp_path / "out", lambda: None):
             shutil.rmtree(tmp_path / "out")
             (tmp_path / "out" / "part").touch()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def sampling(models: dict[str, Path], **changed: object) -> None:
+    settings = {"prior": models["prior"], "pixel_decoder": models["ar"], "count": 20} | changed
+    sample("out", vqgan=models["vqgan.ckpt"], vqgan_config=models["vqgan.yaml"], **settings)
+
+
+def test_sampling_whose_ranks_see_different_files(models, views, capfd):
+    """A folder that another job fills, one that is no folder, one that rank 1 does not see, and one that it sees."""
+    work = partial(sampling, models)
+    with holder(views[0] / "out") as (process, _):
+        assert ranks(views, work) == [2, 2]
+    captured = capfd.readouterr().err
+    (line,) = lines(captured)
+    assert line.startswith(f"error: out: process {process.pid} on ") and "Traceback" not in captured
+    shutil.rmtree(views[0] / "out")
+
+    (views[0] / "out").touch()
+    assert ranks(views, work) == [2, 2]
+    captured = capfd.readouterr().err
+    assert len(lines(captured)) == 1 and "Traceback" not in captured
+    (views[0] / "out").unlink()
+
+    (views[0] / "real").mkdir()
+    (views[0] / "out").symlink_to("real")
+    (views[1] / "out").mkdir()
+    (views[1] / "out" / "letter.txt").touch()  # rank 1 sees a foreign folder, which is not its to judge
+    write_models(views[0] / "own")
+    (views[1] / "own").symlink_to(views[0] / "own")
+    for folder in views:
+        (folder / "prior").symlink_to(models["prior"] if folder is views[0] else models["unconditional"])
+    assert ranks(views, partial(sampling, models, prior=Path("prior"))) == [2, 2]
+    captured = capfd.readouterr().err
+    (line,) = lines(captured)
+    assert "rank 1 reads something else than rank 0" in line and "Traceback" not in captured
+
+    shutil.rmtree(views[1] / "out")
+    (views[1] / "out").symlink_to(views[0] / "real")
+    assert ranks(views, work) == [0, 0]
+    assert len(list((views[0] / "real" / "images").iterdir())) == 20
+    # Complete and read-only: nothing to do, nothing to lock.
+    assert ranks(views, work) == [0, 0]
+    assert "complete already" in capfd.readouterr().out
+
+
+def test_probing_where_nothing_can_be_written(models, views, capfd, tmp_path):
+    """Refused before the passes, not after them."""
+    shards = write_shards(tmp_path / "shards")
+    spec = replace(read_model(models["unconditional"]).spec, discriminative_codes=27)
+    save_model(tmp_path / "prior", spec, initial_state(spec, 0), {"codebook_sha256": "k"})
+    work = partial(probe, tmp_path / "prior", shards, shards, "out", passes=1, batch=16)
+    (views[0] / "out").touch()
+    assert ranks(views, work) == [2, 2]
+    captured = capfd.readouterr().err
+    (line,) = lines(captured)
+    assert line.startswith("error: out: cannot be written to") and "Traceback" not in captured
+    assert "probes" not in captured  # no pass has begun
+    (views[0] / "out").unlink()
+    (views[0] / "real").mkdir()
+    for folder in views:
+        (folder / "out").symlink_to(views[0] / "real")
+    assert ranks(views, work) == [0, 0]
+    assert (views[0] / "real" / "probe.json").is_file()
+
+
+def test_clustering_whose_ranks_see_different_files(views, capfd):
+    points = np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32)
+    np.save(views[0] / "points.npy", points)
+    (views[1] / "points.npy").symlink_to(views[0] / "points.npy")
+    (views[1] / "km.npy").touch()  # what rank 1 sees there is not asked
+    work = partial(train_kmeans, "points.npy", 8, "km.npy", iterations=2, backend="torch")
+    assert ranks(views, work) == [2, 2]
+    (line,) = lines(capfd.readouterr().err)
+    assert line.startswith("error: km.run: rank 1 of 2")
+    (views[0] / "km.npy").touch()
+    assert ranks(views, work) == [2, 2]
+    captured = capfd.readouterr().err
+    (line,) = lines(captured)
+    assert "of another run" in line and "Traceback" not in captured
+
+
+def _train(folders: list[Path], shards: Path) -> None:
+    number = int(os.environ["RANK"])
+    os.chdir(folders[number])
+    workdir.SEEN_SECONDS = 1.0
+    rate = float(Path("rate").read_text())
+    run_command(lambda _: train(recipe(Path("run"), shards, optimizer__learning_rate=rate, training__steps=1)), [])
+
+
+def test_training_whose_ranks_see_different_files(views, capfd, tmp_path):
+    """Recipes that differ, a directory that one rank does not see, and one in which another recipe was trained."""
+    shards = write_shards(tmp_path / "shards")
+    for folder, rate in zip(views, ("0.02", "0.03")):
+        (folder / "rate").write_text(rate)
+
+    def statuses() -> list[int]:
+        processes = start_ranks(2, lambda: _train(views, shards))
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
+
+    assert statuses() == [2, 2]
+    captured = capfd.readouterr().err
+    (line,) = lines(captured)
+    assert line.startswith("error: the recipe: rank 1 reads something else than rank 0") and "Traceback" not in captured
+    (views[1] / "rate").write_text("0.02")
+    assert statuses() == [2, 2]
+    captured = capfd.readouterr().err
+    (line,) = lines(captured)
+    assert line.startswith("error: run: rank 1 of 2") and "Traceback" not in captured
+    (views[0] / "run").mkdir()
+    (views[0] / "run" / "letter.txt").touch()
+    assert statuses() == [2, 2]
+    captured = capfd.readouterr().err
+    assert len(lines(captured)) == 1 and "Traceback" not in captured
+
+
+# --- what a file system may answer ------------------------------------------------------------------------------------
+
+
+def refused(work: Callable[[], object], capfd) -> str:
+    """The one line with which a command ends."""
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda _: work() and None, [])
+    captured = capfd.readouterr().err
+    (line,) = captured.splitlines()
+    assert ended.value.code == 2
+    return line
+
+
+def test_names_that_are_too_long(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "r" * 300
+    for work in (
+        lambda: train(recipe(tmp_path / name, tmp_path)),
+        lambda: WorkDirectory(name, lambda: is_begun(Path(name), None, {})),
+        lambda: write_json(tmp_path / name, {}),
+        lambda: SamplingJob(name, {}, [0], []).begin(),
+    ):
+        line = refused(work, capfd)
+        assert line.startswith("error: ") and "rrr" in line and "File name too long" in line, line
+
+
+@pytest.mark.skipif(not may_unshare(), reason="no right to mount (unshare --mount)")
+@pytest.mark.parametrize("event", ["read-only", "full", "removed"])
+def test_a_file_system_that_fails_meanwhile(event, tmp_path, capfd):
+    """One line that names the path, exit status 2, and the lock hides nothing."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    out = disk / "out"
+
+    def mount(*arguments: str) -> None:
+        subprocess.run(["mount", *arguments], check=True)
+
+    def work() -> None:
+        ctypes.CDLL(None).unshare(0x20000)  # CLONE_NEWNS: mounts of its own
+        mount("--make-rprivate", "/")
+        mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk))
+        with WorkDirectory(out, lambda: None):
+            if event == "read-only":
+                mount("--bind", str(out), str(out))
+                mount("-o", "remount,bind,ro", str(out))
+            elif event == "removed":
+                shutil.rmtree(out)
+            with (out / "part").open("wb", buffering=0) as stream:
+                for _ in range(100):
+                    stream.write(bytes(4096))
+
+    (process,) = start_ranks(1, lambda: run_command(lambda _: work(), []))
+    process.join(60)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert process.exitcode == 2
+    reason = {"read-only": "Read-only file system", "full": "No space left", "removed": "No such file"}[event]
+    assert line.startswith(f"error: {out}") and reason in line
+
+
+def test_a_name_outside_ascii_in_the_c_locale(tmp_path):
+    """``LC_ALL=C`` is what many batch systems leave; the name is what ``ls`` shows everywhere else."""
+    images = make_images(tmp_path / "Äpfel", 2, classes=("grün",))
+    script = (
+        "import sys\nfrom digit_ds.errors import run_command\nfrom digit_ds.data.images import walk\n"
+        "run_command(lambda a: print(*[name.encode('utf-8').decode() for name in walk(a[0])]))"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", script, images], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode("utf-8").split() == ["grün/000.jpg", "grün/001.png"]
+
+
+def test_files_are_as_readable_as_the_umask_says(models, tmp_path):
+    """Every kind of file that is written through the shared place: safetensors and tempfile give 0600 by themselves."""
+    spec, state, provenance = read_model(models["prior"])
+    before = os.umask(0o027)
+    try:
+        save_model(tmp_path / "model", spec, state, provenance)
+        write_json(tmp_path / "a.json", {})
+        write_atomically(tmp_path / "a.npy", lambda path: np.save(path, np.zeros(3)))
+        write_atomically(tmp_path / "a.npz", lambda path: np.savez(path, a=np.zeros(3)))
+        write_atomically(tmp_path / "a.pt", lambda path: torch.save({}, path))
+        write_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+        write_adm_array(tmp_path / "adm.npz", iter([np.zeros((8, 8, 3), np.uint8)]), (1, 8, 8, 3), None)
+        os.chdir(tmp_path)
+        sampling(models, count=1)
+        train(recipe(tmp_path / "run", write_shards(tmp_path / "shards"), training__steps=1))
+        export(tmp_path / "run", tmp_path / "released")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".npz", ".png", ".yaml", ".jsonl", ".zstd"}
+    wrong = {
+        str(path.relative_to(tmp_path)): oct(path.stat().st_mode)
+        for path in files
+        if path.stat().st_mode & 0o777 != 0o640
+    }
+    assert not wrong
