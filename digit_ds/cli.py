@@ -181,9 +181,9 @@ def _doctor(settings: DoctorSettings) -> None:
 
 
 def _demo(settings: DemoSettings) -> None:
-    from digit_ds.demo.run import run
+    from digit_ds.demo.run import run as run_demo
 
-    run(settings.out, small=settings.small)
+    run_demo(settings.out, small=settings.small)
 
 
 Verb = tuple[type[Section], Callable[[Any], None]]
@@ -229,10 +229,15 @@ def _add(parser: argparse.ArgumentParser, verb: Verb | Mapping[str, Any]) -> Non
             _add(children.add_parser(name, help=shown, description=text), child)
     else:
         add_options(parser, verb[0])
-        parser.set_defaults(run=verb)
+        parser.set_defaults(chosen=verb)
 
 
-def _main(arguments: list[str], verb: str | None = None) -> None:
+def run(arguments: list[str], verb: str | None = None) -> None:
+    """Do what a command line says; with ``verb`` the words after it alone, as the scripts in ``tools/`` take them.
+
+    Raises:
+        UserError: the command line is wrong, or the verb refuses.
+    """
     if verb is None:
         parser = Parser(prog="digit-ds", description="Train and run DiGIT, from images to FID.")
         parser.add_argument("--version", action="version", version=f"digit-ds {__version__}")
@@ -246,10 +251,10 @@ def _main(arguments: list[str], verb: str | None = None) -> None:
     # The deepspeed launcher puts this before the verb; the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    section, run = options.run
-    run(from_options(section, options))
+    section, function = options.chosen
+    function(from_options(section, options))
 
 
-def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> None:
-    """Entry point of ``digit-ds`` and ``python -m digit_ds``; with ``verb`` that of a script that is this verb."""
-    run_command(partial(_main, verb=verb), arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``digit-ds`` and ``python -m digit_ds``."""
+    run_command(run, arguments)

@@ -1,7 +1,12 @@
 #!/usr/bin/env python3
 """``digit-ds features`` as a script: the same options."""
 
-from digit_ds.cli import main
+from functools import partial
+
+from digit_ds.cli import run
+from digit_ds.errors import run_command
+
+main = partial(run, verb="features")
 
 if __name__ == "__main__":
-    main(verb="features")
+    run_command(main)

@@ -1,7 +1,12 @@
 #!/usr/bin/env python3
 """``digit-ds statistics`` as a script: the same options."""
 
-from digit_ds.cli import main
+from functools import partial
+
+from digit_ds.cli import run
+from digit_ds.errors import run_command
+
+main = partial(run, verb="statistics")
 
 if __name__ == "__main__":
-    main(verb="statistics")
+    run_command(main)
