@@ -295,6 +295,39 @@ def test_copies_that_differ_within_rounding_are_accepted_and_larger_differences_
         export(run, tmp_path / "other")
 
 
+def train_with_a_drift(values: Recipe) -> None:
+    """After step 5 the second tensor-parallel rank's copy of a bias is another one; copies are compared at 4 and 8."""
+    from digit_ds.parallel import launch as place
+    from digit_ds.training import loop, replicas
+
+    replicas.EVERY = 4
+    save = loop._Run._exchange
+
+    def exchange(self, *arguments):
+        if self.progress.step == 5 and place.rank() == 1:
+            for fragment in self.engine.fragments():
+                if fragment.name == "layers.0.attention.out.bias":
+                    fragment.tensors["weight"].detach().add_(1e-6)
+        return save(self, *arguments)
+
+    loop._Run._exchange = exchange
+    train(values)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_copies_that_drift_apart_are_brought_together_from_rank_0(stage, token_shards, tmp_path):
+    options = {"parallel__tensor": 2, "deepspeed": f"zero{stage}.json", "checkpoint__every": 6}
+    values = recipe(tmp_path / "run", token_shards, training__steps=12, checkpoint__keep_last=9, **options)
+    output = launch(train_with_a_drift, (values,), 2, tmp_path / "log")
+    warnings = re.findall(r"warning: (step \d+: copies[^\r\n]*)", output)
+    assert len(warnings) == 1 and warnings[0].startswith("step 9: copies of parameters differed")
+    key = "weight/layers.0.attention.out.bias"
+    for step, equal in ((6, False), (12, True)):
+        folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
+        first, second = (load_file(folder / f"tensor-{rank}.data-0.safetensors")[key] for rank in range(2))
+        assert torch.equal(first, second) == equal
+
+
 # --- explicit changes --------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_g
 from digit_ds.training.pace import Pace
 from digit_ds.training.preemption import STATUS, StopSignal
 from digit_ds.training.preview import Figures, Preview, SampleGrid
+from digit_ds.training.replicas import ReplicaCheck
 from digit_ds.training.schedule import learning_rate, random_order_share
 from digit_ds.training.watchdog import Watchdog
 from digit_ds.workdir import WorkDirectory
@@ -118,6 +119,7 @@ class _Run:
         begin = resume.begin(recipe, self.stream.manifest, self.spec, place, self.device, changes, differences)
         self.engine, self.progress, self.provenance = begin.engine, begin.progress, begin.provenance
         self.checkpoints.parent = begin.parent
+        self.replicas = ReplicaCheck(self.engine)
         self.preview = Preview(self.folder, recipe.training.ema_decay > 0, sample_grid, figures)
         self.chunks = Chunks(
             recipe.training.global_batch, recipe.training.micro_batch, place.data_rank, place.data_size
@@ -212,10 +214,14 @@ class _Run:
         return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout, random_share=random_share)
 
     def _exchange(self, stop: StopSignal, samples: int) -> bool:
-        """Once a step, between hosts: has a stop been requested, who has written a checkpoint, which samples."""
+        """Once a step, between hosts: is a stop requested, whose save is done, which samples, hashes of copies."""
         own = samples if self.place.tensor_rank == 0 else 0
-        stopped, written, failed, samples = self.place.sum([int(stop.requested()), *self.checkpoints.status, own])
+        stopped, written, failed, samples, *hashes = self.place.sum(
+            [int(stop.requested()), *self.checkpoints.status, own, *self.replicas.status]
+        )
         self.checkpoints.poll(written, failed)
+        self.replicas.poll(self.progress.step, hashes)
+        self.replicas.note(self.progress.step)
         self.progress.samples_hash = (self.progress.samples_hash * 6364136223846793005 + samples) % 2**64
         return stopped > 0
 
