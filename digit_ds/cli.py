@@ -12,7 +12,7 @@ from typing import Any
 from digit_ds import __version__
 from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.demo.settings import DemoSettings
-from digit_ds.errors import run_command
+from digit_ds.errors import UserError, run_command
 from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings, StatisticsSettings
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.health.settings import DoctorSettings
@@ -60,9 +60,14 @@ def _estimate(settings: EstimateSettings) -> None:
 
     recipe = load_recipe(settings.recipe, settings.overrides)
 
-    from digit_ds.training.estimate import estimate
+    from digit_ds.training.estimate import estimate, planned_shards
 
-    estimate(recipe, settings.gpus, settings.mfu)
+    shards = None
+    if settings.images is not None:
+        if settings.grid is None or settings.codes is None:
+            raise UserError("--images is given without --grid and --codes, expected all three in place of shards")
+        shards = planned_shards(settings.images, settings.grid, settings.codes, settings.vq_codes, settings.classes)
+    estimate(recipe, settings.gpus, settings.mfu, shards, settings.memory)
 
 
 def _export(settings: ExportSettings) -> None:

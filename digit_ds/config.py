@@ -4,10 +4,11 @@ A recipe is a YAML file; ``section.key=value`` on the command line overrides one
 wrong type and combinations that cannot work end in one line.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from digit_ds import shipped
 from digit_ds.errors import UserError
@@ -102,6 +103,15 @@ class ScheduleConfig(Section):
     """Last steps in which warmup_stable_decay falls linearly to ``minimum``."""
 
 
+def _check_micro_batch(found: Any) -> Any:
+    if found != "auto" and (not isinstance(found, int) or isinstance(found, bool) or found < 1):
+        raise ValueError("a whole number of at least 1, or auto")
+    return found
+
+
+MicroBatch = Annotated[int | Literal["auto"], BeforeValidator(_check_micro_batch)]
+
+
 class TrainingConfig(Section):
     """Batches, length and precision."""
 
@@ -109,8 +119,10 @@ class TrainingConfig(Section):
     """Optimizer steps of the whole run."""
     global_batch: int = Field(1024, ge=1)
     """Images a step over all ranks."""
-    micro_batch: int = Field(64, ge=1)
-    """Images of one forward pass on one data-parallel rank; keep it over layouts for equal dropout masks."""
+    micro_batch: MicroBatch = 64
+    """Images of one forward pass on one data-parallel rank; keep it over layouts for equal dropout masks. ``auto``: the
+    largest that divides a rank's share of the global batch and, by ``digit-ds estimate``, fits into its memory; a run
+    that is continued keeps its number while that divides."""
     seed: int = 1
     """Seed of the initial weights and of dropout."""
     start_from: PathText | None = None
@@ -242,7 +254,7 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply(values, override)
     named = values.get("deepspeed")
-    if isinstance(named, str) and (path.parent / named).is_file():
+    if isinstance(named, str) and os.path.isfile(path.parent / named):  # noqa: PTH113 (False for impossible names)
         values["deepspeed"] = str(path.parent / named)
     recipe = Recipe.read(values, str(path))
     _check_combinations(recipe, path)
@@ -283,7 +295,7 @@ def _check_combinations(recipe: Recipe, path: Path) -> None:
             f"{path}: training.class_dropout is {training.class_dropout}, but model.class_conditional is false"
         )
     _check_order(recipe, path)
-    if training.global_batch % training.micro_batch:
+    if training.micro_batch != "auto" and training.global_batch % training.micro_batch:
         raise UserError(
             f"{path}: training.global_batch {training.global_batch} is not a multiple of "
             f"training.micro_batch {training.micro_batch}"

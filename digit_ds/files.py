@@ -68,8 +68,13 @@ def read_json(path: Path | str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), expected a JSON file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error})") from error
+
+
+def is_whole(value: Any, smallest: int, largest: int = 2**31 - 1) -> bool:
+    """Whether a value read from JSON or YAML is a whole number in a range; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
 
 
 def sha256(path: Path | str) -> str:

@@ -9,6 +9,7 @@ values, ``add_options`` and ``from_options`` make them from a command line, ``re
 
 import argparse
 import re
+import reprlib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -141,8 +142,15 @@ def first_problem(error: ValidationError, section: type[Section], flags: bool = 
         return f"key {key!r} is missing"
     said = problem["msg"].removeprefix("Value error, ")
     if not key:  # a check of several fields together
-        return said if problem["type"] == "value_error" else f"is {problem['input']!r}, expected: {_small(said)}"
-    return f"{key} is {problem['input']!r}, expected: {_small(said)}"
+        return said if problem["type"] == "value_error" else f"is {brief(problem['input'])}, expected: {_small(said)}"
+    return f"{key} is {brief(problem['input'])}, expected: {_small(said)}"
+
+
+def brief(value: Any) -> str:
+    """A value in one line of bounded length: aliases of YAML make a short file's value as large as they please."""
+    shortened = reprlib.Repr()
+    shortened.maxlevel, shortened.maxstring, shortened.maxother, shortened.maxlong = 2, 80, 80, 80
+    return shortened.repr(value)
 
 
 def _small(text: str) -> str:
@@ -157,6 +165,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key, str):  # a list or a mapping, which makes no key of a recipe
+                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key_node.start_mark)
             if key in seen and key != "<<":
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from chain import HOME, Chain, Site, Step, absolute, check_options, in_one_line, load, sbatch, steps
@@ -50,12 +51,34 @@ def _main(arguments: list[str]) -> int:
 
 
 def _check(chain: Chain, site: Site, path: Path) -> None:
-    """Refuse now what would fail hours later: missing inputs, misspelt options, recipes that cannot work."""
+    """Refuse now what would fail hours later, each problem on a line of its own.
+
+    Raises:
+        UserError: the last problem; those before it are printed.
+    """
+    problems = [*_missing_inputs(chain, path), *_unfit_recipes(chain, site, path), *_unknown_options(chain, site, path)]
+    for problem in problems[:-1]:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        raise UserError(problems[-1])
+
+
+def _missing_inputs(chain: Chain, path: Path) -> Iterator[str]:
+    """Files and folders that are not there, or empty."""
     for name in ("features", "tokenize", "tokenize_validation", "sample", "evaluate", "probe"):
         for option in PATHS:
             value = getattr(chain, name).get(option)
-            if value is not None and not absolute(str(value)).exists():
-                raise UserError(f"{path}: {name}.{option} is {value}, which does not exist")
+            if value is None:
+                continue
+            found = absolute(str(value))
+            if not found.exists():
+                yield f"{path}: {name}.{option} is {value}, which does not exist"
+            elif found.is_file() and not found.stat().st_size:
+                yield f"{path}: {name}.{option} is {value}, which is an empty file"
+
+
+def _unfit_recipes(chain: Chain, site: Site, path: Path) -> Iterator[str]:
+    """Recipes that training would refuse on the ranks of their steps."""
     from digit_ds.config import load_recipe  # here, because --status need not wait for them
     from digit_ds.training.deepspeed_config import read_deepspeed_config
 
@@ -63,17 +86,28 @@ def _check(chain: Chain, site: Site, path: Path) -> None:
     for name in ("prior", "decoder"):
         training, wanted = getattr(chain, name), site.resources(name)
         overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
-        recipe = load_recipe(absolute(training.recipe), ["run=x", "data.shards=x", *overrides])
         ranks = wanted["nodes"] * wanted["tasks_per_node"]
+        try:
+            recipe = load_recipe(absolute(training.recipe), ["run=x", "data.shards=x", *overrides])
+        except UserError as error:
+            yield str(error)
+            continue
         try:
             read_deepspeed_config(recipe, max(1, ranks // recipe.parallel.tensor))
         except UserError as error:
-            raise UserError(f"{path}: {name} on {ranks} ranks: {error}") from error
+            yield f"{path}: {name} on {ranks} ranks: {error}"
+
+
+def _unknown_options(chain: Chain, site: Site, path: Path) -> Iterator[str]:
+    """An interpreter that is not there, and options that no command has."""
     program = site.interpreter()[0]
     if shutil.which(program) is None:
-        raise UserError(f"{program} of the site cannot be started, expected the container's program or Python")
+        yield f"{program} of the site cannot be started, expected the container's program or Python"
     for step in steps(chain):
-        check_options(step, str(path))
+        try:
+            check_options(step, str(path))
+        except UserError as error:
+            yield str(error)
 
 
 def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse.Namespace) -> None:
@@ -127,9 +161,11 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, options: argparse
 
 def _doctor(site: Site, folder: Path) -> int:
     """Run the preflight on the nodes of the site, wait for it and print its log; its exit status."""
-    _make_folders(folder)
     step = Step("doctor", ("-m", "digit_ds", "doctor"), ("--folder", str(folder)), (), folder)
     command, variables = sbatch(step, site, folder, [])
+    if shutil.which(command[0]) is None:
+        raise UserError(f"{command[0]} is not installed here, expected a login node of a Slurm cluster")
+    _make_folders(folder)
     result = subprocess.run(
         [*command[:1], "--wait", *command[1:]], env=os.environ | variables, capture_output=True, text=True
     )

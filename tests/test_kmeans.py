@@ -327,3 +327,11 @@ def test_the_command_says_one_sentence(tmp_path):
     assert ranks[0][2].count("\n") == 1 and "nowhere: does not exist" in ranks[0][2]
     assert ranks[1][2] == ""
     assert not (tmp_path / "km.npy").exists()
+
+
+def test_few_points_a_cluster_are_said(tmp_path, capsys):
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).standard_normal((59, 4)).astype(np.float32))
+    for clusters, said in ((2, True), (1, False)):
+        train_kmeans(tmp_path / "few.npy", clusters, tmp_path / f"{clusters}.npy", iterations=1)
+        warned = "holds 59 points, 29.5 a cluster; fewer than 30 make centroids that fit noise"
+        assert (warned in capsys.readouterr().err) == said

@@ -74,3 +74,26 @@ def test_other_kinds_of_files(tmp_path):
     for name in ("text", "array.npy"):
         with pytest.raises(UserError, match=f"{name}: is not a PyTorch checkpoint"):
             load_torch(tmp_path / name)
+
+
+def test_a_shards_column_of_pickles_is_refused_and_not_run(tmp_path):
+    """MDS knows an encoding that unpickles; an index of strangers may name it."""
+    import hashlib
+    import json
+
+    from streaming import MDSWriter
+    from training_parts import write_shards
+
+    from digit_ds.data.shards import iterate
+
+    shards = write_shards(tmp_path / "shards", images=2, views=1)
+    with MDSWriter(columns={"discriminative": "bytes"}, out=str(tmp_path / "pkl"), hashes=["sha256"]) as writer:
+        writer.write({"discriminative": pickle.dumps(Touch(tmp_path / "ran"))})
+    (shards / "shard.00000.mds").write_bytes((tmp_path / "pkl" / "shard.00000.mds").read_bytes())
+    index = (tmp_path / "pkl" / "index.json").read_bytes().replace(b'"bytes"]', b'"pkl"]')
+    (shards / "index.json").write_bytes(index)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps(manifest | {"index_sha256": hashlib.sha256(index).hexdigest()}))
+    with pytest.raises(UserError, match=r"index\.json has a column 'discriminative' of 'pkl', expected token shards"):
+        list(iterate(shards))
+    assert not (tmp_path / "ran").exists()

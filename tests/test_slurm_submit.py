@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ class Submission:
     def __init__(self, folder: Path, running: Cluster):
         self.folder, self.cluster = folder, running
         for name in ("images", "encoder.pth", "vqgan.ckpt"):
-            (folder / name).touch()
+            (folder / name).write_text("not read here")
         stub = folder / "python"
         stub.write_text(f'#!/bin/sh\nexec {sys.executable} -S {HOME}/tests/slurm_stub.py "$@"\n')
         stub.chmod(0o755)
@@ -252,7 +253,10 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
         ),
         (lambda s: s.chain["prior"].update(overrides={"training.step": 3}), "train.yaml: unknown key 'training.step'"),
         (
-            lambda s: s.site.update(tasks_per_node=3),
+            lambda s: (
+                s.site.update(tasks_per_node=3),
+                s.chain["prior"].update(overrides={"training.micro_batch": 64}),
+            ),
             "chain.yaml: prior on 6 ranks: training.global_batch 1024 is not a multiple of training.micro_batch 64 x 6",
         ),
         (lambda s: s.chain.pop("kmeans"), "chain.yaml: key 'kmeans' is missing"),
@@ -287,3 +291,32 @@ def _await(condition, timeout: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_all_problems_are_said_at_once(tmp_path):
+    submission = Submission(tmp_path, None)
+    submission.chain["features"]["images"] = "/no"
+    for name in ("encoder.pth", "vqgan.ckpt"):
+        (tmp_path / name).write_bytes(b"")
+    submission.chain["prior"]["overrides"] = {"training.step": 3}
+    submission.chain["kmeans"]["cluster"] = 3
+    submission.cluster = type("NoCluster", (), {"environment": os.environ | {"PATH": "/usr/bin:/bin"}})
+    result = submission.call("--dry-run")
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2 and all(line.startswith("error: ") for line in lines), result.stderr
+    for words in (
+        "features.images is /no, which does not exist",
+        f"features.encoder is {tmp_path / 'encoder.pth'}, which is an empty file",
+        f"sample.vqgan is {tmp_path / 'vqgan.ckpt'}, which is an empty file",
+        "unknown key 'training.step'",
+        "kmeans.cluster is not an option of tools/train_kmeans.py",
+    ):
+        assert sum(words in line for line in lines) == 1, (words, result.stderr)
+
+
+def test_the_doctor_without_slurm_is_one_line(tmp_path):
+    submission = Submission(tmp_path, None)
+    submission.cluster = type("NoCluster", (), {"environment": os.environ | {"PATH": str(tmp_path)}})
+    result = submission.call("--doctor")
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert result.stderr == "error: sbatch is not installed here, expected a login node of a Slurm cluster\n"

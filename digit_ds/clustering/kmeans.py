@@ -5,6 +5,7 @@ any number of processes, and a run resumed after a kill, gets the same centroids
 """
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from digit_ds.parallel.progress import progress
 from digit_ds.tokenizer.codebook import save_codebook
 from digit_ds.workdir import WorkDirectory
 
+FEW = 30
+"""Points a cluster below which a warning is given (faiss warns below 39)."""
 # fp64 numbers handled at once when centroids are moved
 _CPU_NUMBERS, _GPU_NUMBERS = 1 << 20, 1 << 26
 
@@ -112,6 +115,12 @@ def _opened(features: Path | str, clusters: int, iterations: int, out: Path) -> 
     points = open_points(features)
     if points.count < clusters:
         raise UserError(f"{features}: holds {points.count} points, expected at least as many as clusters ({clusters})")
+    if points.count < FEW * clusters:
+        print(
+            f"warning: {features}: holds {points.count} points, {points.count / clusters:.1f} a cluster; fewer than "
+            f"{FEW} make centroids that fit noise",
+            file=sys.stderr,
+        )
     return points
 
 

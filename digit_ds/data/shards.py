@@ -8,6 +8,7 @@ SHARDS/block-00000/shard.00000.mds.zstd  samples of the first block of images, i
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -21,7 +22,7 @@ from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
 from digit_ds.errors import UserError
-from digit_ds.files import read_json, sha256, write_atomically, write_json
+from digit_ds.files import is_whole, read_json, sha256, write_atomically, write_json
 from digit_ds.identity import Part
 
 COLUMNS = {
@@ -105,7 +106,26 @@ def read_manifest(shards: Path | str, cache: Path | str | None = None) -> ShardM
     known = {field.name for field in fields(ShardManifest)}
     if not isinstance(values, dict) or set(values) != known or values["format"] != 1:
         raise UserError(f"{path}: is not a manifest of format 1 with the keys {', '.join(sorted(known))}")
-    return ShardManifest(**values)
+    manifest = ShardManifest(**values)
+    if problem := _problem(manifest):
+        raise UserError(f"{path}: {problem}")
+    return manifest
+
+
+def _problem(manifest: ShardManifest) -> str | None:
+    """The first value that no tool writes."""
+    smallest = {"images": 1, "views": 1, "image_size": 1, "discriminative_codes": 1, "vq_codes": 0, "skipped": 0}
+    for name, least in smallest.items():
+        if not is_whole(found := getattr(manifest, name), least):
+            return f"{name} is {reprlib.repr(found)}, expected a whole number of at least {least}"
+    grid, classes = manifest.grid, manifest.classes
+    if not isinstance(grid, list) or len(grid) != 2 or not all(is_whole(side, 1) for side in grid):
+        return f"grid is {reprlib.repr(grid)}, expected [rows, columns]"
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return f"classes is {reprlib.repr(classes)}, expected a list of names"
+    if not isinstance(manifest.provenance, dict):
+        return f"provenance is {reprlib.repr(manifest.provenance)}, expected a mapping"
+    return None
 
 
 def _download(remote: str, local: Path) -> None:
@@ -147,17 +167,51 @@ def merge_blocks(directory: Path, blocks: Iterable[str]) -> str:
 def read_index(directory: Path) -> list[dict[str, Any]]:
     """The shards that ``index.json`` names."""
     index = read_json(directory / "index.json")
-    if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
+    shards = index.get("shards") if isinstance(index, dict) else None
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         raise UserError(f"{directory / 'index.json'}: names no shards, expected an MDS index")
-    return index["shards"]
+    for shard in shards:
+        check_columns(shard.get("column_names"), shard.get("column_encodings"), directory)
+    return shards
+
+
+def check_columns(names: Any, encodings: Any, source: Path | str) -> None:
+    """Refuse a shard with other columns than :data:`COLUMNS`: MDS knows encodings that unpickle, and so run code.
+
+    Raises:
+        UserError: names ``source`` and the first column that differs.
+    """
+    if not isinstance(names, list) or not isinstance(encodings, list) or len(names) != len(encodings):
+        raise UserError(f"{source}: index.json describes a shard without columns, expected an MDS index")
+    for name, encoding in zip(names, encodings):
+        if not isinstance(name, str) or COLUMNS.get(name) != encoding:
+            raise UserError(
+                f"{source}: index.json has a column {reprlib.repr(name)} of {reprlib.repr(encoding)}, expected token "
+                f"shards with the columns {', '.join(f'{known} ({kind})' for known, kind in COLUMNS.items())}"
+            )
+    if missing := [name for name in COLUMNS if name not in names and name != "vq"]:
+        raise UserError(f"{source}: index.json has no column {missing[0]!r}, expected token shards")
 
 
 def read_shard(directory: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
     """Samples of one shard of a local directory, its hashes checked.
 
     Raises:
-        UserError: the shard file is missing, or its bytes are not those that were written.
+        UserError: the shard file is missing, its bytes are not those that were written, or ``shard`` does not say how
+            to read it.
     """
+    try:
+        return _read_shard(directory, shard)
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged index MDSReader and the decompressor raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{directory / 'index.json'}: describes a shard that cannot be read ({reason[:200]})"
+        ) from error
+
+
+def _read_shard(directory: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
     stored = shard["zip_data"] or shard["raw_data"]
     path = directory / stored["basename"]
     try:

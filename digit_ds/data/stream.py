@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from digit_ds.data.cache import check_index, default_cache, prepare, remove_orphans
 from digit_ds.data.shards import HASH, ShardManifest, read_manifest
 from digit_ds.errors import UserError
-from digit_ds.parallel import launch
+from digit_ds.parallel import launch, shared_memory
 from digit_ds.parallel.decide import fail_together, from_main
 from digit_ds.parallel.helpers import obey_parent_only
 
@@ -150,9 +150,8 @@ class TokenStream:
             num_workers=workers,
             worker_init_fn=obey_parent_only,
             prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
         )
-        return iter(loader)
+        return map(_batch, iter(loader))  # the processes start now
 
 
 def _endless(chunks: Chunks, position: int) -> Iterator[list[int]]:
@@ -215,19 +214,28 @@ def _narrow(numbers: np.ndarray, end: int) -> np.ndarray:
     return numbers.astype(np.min_scalar_type(end - 1))
 
 
-def _collate(samples: list[dict]) -> TokenBatch:
-    """Decoded arrays are read-only uint16 views of the shard: stacking copies, int64 is what embeddings read."""
+def _collate(samples: list[dict]) -> dict[str, np.ndarray | list[str]]:
+    """Samples stacked, in a loading process. Arrays go to the rank through a pipe; tensors would go through /dev/shm,
+    which is small in containers. Decoded arrays are read-only views of the shard: stacking copies."""
+    columns = [name for name in ("discriminative", "vq", "label", "real", "sample") if name in samples[0]]
+    stacked: dict[str, np.ndarray | list[str]] = {name: np.stack([s[name] for s in samples]) for name in columns}
+    return stacked | {"image_ids": [sample["image_id"] for sample in samples]}
 
-    def codes(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([sample[name] for sample in samples]).astype(np.int64))
+
+def _batch(stacked: dict[str, Any]) -> TokenBatch:
+    """A batch of tensors; int64 is what embeddings read."""
+
+    def tensor(name: str, dtype: type = np.int64) -> Tensor:
+        found = torch.from_numpy(stacked[name].astype(dtype))
+        return found.pin_memory() if torch.cuda.is_available() else found
 
     return TokenBatch(
-        discriminative=codes("discriminative"),
-        vq=codes("vq") if "vq" in samples[0] else None,
-        labels=torch.tensor([sample["label"] for sample in samples]),
-        real=torch.tensor([sample["real"] for sample in samples]),
-        samples=torch.tensor([sample["sample"] for sample in samples]),
-        image_ids=[sample["image_id"] for sample in samples],
+        discriminative=tensor("discriminative"),
+        vq=tensor("vq") if "vq" in stacked else None,
+        labels=tensor("label"),
+        real=tensor("real", np.bool_),
+        samples=torch.from_numpy(stacked["sample"].astype(np.int64)),
+        image_ids=stacked["image_ids"],
     )
 
 
@@ -247,6 +255,7 @@ def _open(shards: str, cache: str) -> StreamingDataset:
         raise UserError(f"LOCAL_WORLD_SIZE is {local}, expected the processes of a node out of {world}")
     remote = shards if "://" in shards else str(Path(shards).absolute())
     _forget_killed(cache)
+    fail_together(shared_memory.shortage(shared_memory.LEAST))
     try:
         with _one_job_at_a_time():
             return StreamingDataset(remote=remote, local=cache, shuffle=False, validate_hash=HASH, batch_size=1)

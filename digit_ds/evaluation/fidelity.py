@@ -18,6 +18,7 @@ from digit_ds.evaluation.extractors import Extractor, open_extractor
 from digit_ds.evaluation.pictures import Array, Pictures, Statistics, describe_sides, open_pictures
 from digit_ds.evaluation.settings import EvaluateSettings, StatisticsSettings
 from digit_ds.files import read_json, write_atomically, write_json
+from digit_ds.parallel import shared_memory
 from digit_ds.parallel.helpers import loaders_in_one_sentence
 from digit_ds.safe_load import load_npz
 
@@ -29,6 +30,8 @@ BATCH = 64
 """Pictures of one forward pass unless told."""
 NEIGHBOURS = 3
 """Nearest neighbours that span the manifolds of precision and recall (torch-fidelity's default)."""
+LOADERS, AHEAD = 4, 2
+"""Loading processes that torch-fidelity starts, and batches that each has ready."""
 FEW = 5_000
 """Below this many pictures, starting loader processes takes longer than decoding."""
 
@@ -214,7 +217,7 @@ def _settings(
         "isc_splits": min(SPLITS, len(samples)),
         "cuda": torch.cuda.is_available(),
         "batch_size": batch,
-        "save_cpu_ram": len(samples) < FEW,
+        "save_cpu_ram": len(samples) < FEW or not _room_for_loaders(samples, batch),
         "cache": cache is not None,
         "verbose": sys.stderr.isatty(),
     }
@@ -224,6 +227,16 @@ def _settings(
             if pictures is not None:
                 settings[f"{slot}_cache_name"] = f"{pictures.content_hash[:24]}-{extractor.name}"
     return settings
+
+
+def _room_for_loaders(samples: Pictures, batch: int) -> bool:
+    """Whether the batches of torch-fidelity's loading processes fit into shared memory; one process loads otherwise."""
+    height, width = samples.sides
+    needed = LOADERS * (AHEAD + 1) * batch * 3 * height * width
+    problem = shared_memory.shortage(needed)
+    if problem:
+        print(f"warning: {problem}; until then one process loads the pictures", file=sys.stderr)
+    return problem is None
 
 
 def _features(

@@ -1,9 +1,11 @@
 """What defines a released model: the sizes and choices written to ``config.json``."""
 
+import reprlib
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from digit_ds.errors import UserError
+from digit_ds.files import is_whole
 from digit_ds.vocabulary import Kind, Vocabulary
 
 NormPosition = Literal["post", "pre"]
@@ -18,6 +20,13 @@ _CHOICES: dict[str, Any] = {
 }
 _MODERN = ("normalization", "positions", "activation", "qk_norm", "target_positions")
 """Choices whose defaults are all that published models have."""
+_SMALLEST = {
+    **dict.fromkeys(("layers", "width", "heads", "ffn_width", "max_positions"), 1),
+    **dict.fromkeys(("discriminative_codes", "vq_codes", "classes"), 0),
+}
+_LARGEST = {"layers": 10_000}
+"""A damaged file must not make millions of names of layers; other sizes are compared with the tensors alone."""
+_ANY = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -53,14 +62,24 @@ class TransformerSpec:
     order (target-aware positional embedding of RAR, arXiv 2411.00776)."""
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise UserError(f"kind is {reprlib.repr(self.kind)}, expected {', '.join(map(repr, get_args(Kind)))}")
+        for name, smallest in _SMALLEST.items():
+            _check_size(name, getattr(self, name), smallest, _LARGEST.get(name, _ANY))
+        if not isinstance(self.grid, (list, tuple)) or len(self.grid) != 2:
+            raise UserError(f"grid is {reprlib.repr(self.grid)}, expected [rows, columns]")
+        for side in self.grid:
+            _check_size("a side of grid", side, 1, _ANY)
         if self.width % self.heads:
             raise UserError(f"width {self.width} is not divisible by heads {self.heads}")
         for name, choices in _CHOICES.items():
             if (found := getattr(self, name)) not in get_args(choices):
-                raise UserError(f"{name} is {found!r}, expected {' or '.join(map(repr, get_args(choices)))}")
+                raise UserError(
+                    f"{name} is {reprlib.repr(found)}, expected {' or '.join(map(repr, get_args(choices)))}"
+                )
         for name in ("qk_norm", "target_positions"):
             if not isinstance(found := getattr(self, name), bool):
-                raise UserError(f"{name} is {found!r}, expected true or false")
+                raise UserError(f"{name} is {reprlib.repr(found)}, expected true or false")
         if self.target_positions and self.kind not in ("prior", "vq"):
             raise UserError(f"target_positions is true, but a pixel decoder ({self.kind}) writes in raster order alone")
         if self.positions == "rotary2d" and self.head_width % 4:
@@ -129,8 +148,16 @@ class TransformerSpec:
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UserError(f"{source}: unknown key {unknown[0]!r}, expected {', '.join(sorted(known))}")
+            raise UserError(f"{source}: unknown key {reprlib.repr(unknown[0])}, expected {', '.join(sorted(known))}")
         required = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := sorted(required - set(values)):
             raise UserError(f"{source}: key {missing[0]!r} is missing")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+
+
+def _check_size(name: str, found: object, smallest: int, largest: int) -> None:
+    if not is_whole(found, smallest, largest):
+        raise UserError(f"{name} is {reprlib.repr(found)}, expected a whole number from {smallest} to {largest}")

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-Place = tuple[int, Size] | Tensor
-"""Where a tensor lies in its slot and its shape; or the tensor itself, where its slot had no room for it."""
+Place = tuple[int, Size] | np.ndarray
+"""Where a tensor lies in its slot and its shape; or its values, where its slot had no room for it. They go through a
+pipe: a tensor would go through /dev/shm."""
 
 
 class Slab:
@@ -28,7 +29,7 @@ class Slab:
         for tensor in tensors:
             begin = end
             if begin + tensor.numel() > len(slot):
-                places.append(tensor)
+                places.append(tensor.numpy())
                 continue
             end += tensor.numel()
             slot[begin:end] = tensor.numpy().ravel()
@@ -39,6 +40,8 @@ class Slab:
         """The tensors of an item, in its slot's memory: to be used before the slot's next item is written."""
         slot = torch.from_numpy(self._memory[item % len(self._memory)])
         return [
-            place if isinstance(place, Tensor) else slot[place[0] : place[0] + place[1].numel()].view(place[1])
+            torch.from_numpy(place)
+            if isinstance(place, np.ndarray)
+            else slot[place[0] : place[0] + place[1].numel()].view(place[1])
             for place in places
         ]

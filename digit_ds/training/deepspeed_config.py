@@ -52,7 +52,15 @@ def find_config(name: str) -> Path:
 def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, Any]:
     """What the recipe decides, in DeepSpeed's words."""
     training = recipe.training
-    per_pass = training.micro_batch * data_size
+    if training.micro_batch == "auto":
+        if training.global_batch % data_size:
+            raise UserError(
+                f"training.global_batch {training.global_batch} is not a multiple of {data_size} data-parallel ranks"
+            )
+        micro_batch = training.global_batch // data_size  # the largest; what fits is known with the shards
+    else:
+        micro_batch = training.micro_batch
+    per_pass = micro_batch * data_size
     if training.global_batch % per_pass:
         raise UserError(
             f"training.global_batch {training.global_batch} is not a multiple of training.micro_batch "
@@ -60,7 +68,7 @@ def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, 
         )
     owned: dict[str, Any] = {
         "train_batch_size": training.global_batch,
-        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": training.global_batch // per_pass,
         # The optimizer clips by recipe.optimizer.gradient_clipping inside its fused kernel.
         "gradient_clipping": 0.0,

@@ -3,16 +3,18 @@
 import math
 
 from digit_ds.config import Recipe
-from digit_ds.data.shards import read_manifest
+from digit_ds.data.shards import ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.files import read_json
 from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
-from digit_ds.training.deepspeed_config import find_config
+from digit_ds.training.deepspeed_config import find_config, read_deepspeed_config
 from digit_ds.training.metrics import flops_per_image
 from digit_ds.training.runs import model_spec
 
 _GIB = 2**30
+SHARE = 0.9
+"""Share of a device's memory that the estimate may take: the rest is the allocator's, the libraries' and NCCL's."""
 
 
 def device_parameters(spec: TransformerSpec, tensor_size: int) -> int:
@@ -38,7 +40,9 @@ def memory_by_part(
     parts["gradients"] = count * 4 / (share[2] if stage >= 2 else 1)
     states = 2 + (1 if recipe.training.ema_decay else 0) + (1 if stage else 0)  # moments, average, float32 master
     parts["optimizer"] = 0.0 if offload else count * 4 * states / share[1]
-    rows, width = recipe.training.micro_batch * spec.sequence_length, spec.width
+    images = recipe.training.micro_batch
+    assert images != "auto"  # it is settled before
+    rows, width = images * spec.sequence_length, spec.width
     replicated = rows * width * (6 * low + 2)
     heads = (6 if spec.qk_norm or spec.positions == "rotary2d" else 4) * width
     split = rows * (heads + (2 if spec.activation == "gelu" else 3) * spec.ffn_width) * low / tensor
@@ -46,27 +50,88 @@ def memory_by_part(
         parts["activations"] = spec.layers * rows * width * low + replicated + split
     else:
         parts["activations"] = spec.layers * (replicated + split)
-    logits = recipe.training.micro_batch * (spec.tokens + 1) * weights.padded_rows(spec.vocabulary.output_size) / tensor
+    logits = images * (spec.tokens + 1) * weights.padded_rows(spec.vocabulary.output_size) / tensor
     parts["logits"] = logits * low
     return {name: size / _GIB for name, size in parts.items()}
 
 
-def estimate(recipe: Recipe, gpus: int = 1, mfu: float = 0.4) -> None:
-    """Print parameters, memory of one device by part and ZeRO stage, and the time of the run.
+def zero_of(recipe: Recipe) -> tuple[int, bool]:
+    """ZeRO stage of the recipe's DeepSpeed file, and whether the optimizer's state lies in host memory."""
+    zero = read_json(find_config(recipe.deepspeed)).get("zero_optimization", {})
+    return zero.get("stage", 0), (zero.get("offload_optimizer") or {}).get("device") == "cpu"
 
-    The token grid and the code counts come from the shards' manifest.
+
+def largest(recipe: Recipe, spec: TransformerSpec, data_size: int, memory_gib: float) -> int:
+    """The largest divisor of a rank's images a step whose estimated memory fits.
 
     Raises:
-        UserError: the shards cannot be read, or ``gpus`` devices cannot be laid out as the recipe says.
+        UserError: not even one image fits.
+    """
+    rank_batch = recipe.training.global_batch // data_size
+    stage, offload = zero_of(recipe)
+    for number in range(rank_batch, 0, -1):
+        if rank_batch % number:
+            continue
+        parts = memory_by_part(with_micro_batch(recipe, number), spec, data_size, stage, offload)
+        if sum(parts.values()) <= SHARE * memory_gib:
+            return number
+    raise UserError(
+        f"training.micro_batch is auto, but a single image needs about {sum(parts.values()):.1f} GiB and a device has "
+        f"{memory_gib:.1f}, of which {SHARE:.0%} may be used; expected a higher ZeRO stage, more ranks or "
+        "training.recompute"
+    )
+
+
+def with_micro_batch(recipe: Recipe, number: int) -> Recipe:
+    """The recipe with this number."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch": number})})
+
+
+def planned_shards(images: int, grid: int, codes: int, vq_codes: int = 0, classes: int = 0) -> ShardManifest:
+    """The manifest of shards that are not made yet, as far as an estimate needs it.
+
+    Args:
+        images: number of images.
+        grid: rows of the square token grid.
+        codes: K of the codebook.
+        vq_codes: N of the VQGAN; 0: none.
+        classes: number of classes.
+    """
+    return ShardManifest(
+        images=images,
+        views=1,
+        classes=[str(number) for number in range(classes)],
+        grid=[grid, grid],
+        image_size=16 * grid,
+        discriminative_codes=codes,
+        vq_codes=vq_codes,
+        crops="training",
+        provenance={},
+        index_sha256="",
+        skipped=0,
+    )
+
+
+def estimate(
+    recipe: Recipe, gpus: int = 1, mfu: float = 0.4, shards: ShardManifest | None = None, memory_gib: float = 80.0
+) -> None:
+    """Print parameters, memory of one device by part and ZeRO stage, and the time of the run.
+
+    The token grid and the code counts come from ``shards`` or, where it is None, from the manifest of the recipe's
+    shards. With ``training.micro_batch: auto`` the number is that for devices of ``memory_gib`` GiB.
+
+    Raises:
+        UserError: the shards cannot be read, or training would refuse the recipe on ``gpus`` devices.
     """
     tensor = recipe.parallel.tensor
     if gpus < 1 or gpus % tensor:
         raise UserError(f"--gpus is {gpus}, expected a multiple of parallel.tensor {tensor}")
-    manifest = read_manifest(recipe.data.shards, recipe.data.cache)
+    manifest = read_manifest(recipe.data.shards, recipe.data.cache) if shards is None else shards
     spec, data_size = model_spec(recipe, manifest), gpus // tensor
-    config = read_json(find_config(recipe.deepspeed))
-    zero = config.get("zero_optimization", {})
-    stage, offload = zero.get("stage", 0), (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    read_deepspeed_config(recipe, data_size)  # refuses what training refuses
+    if recipe.training.micro_batch == "auto":
+        recipe = with_micro_batch(recipe, largest(recipe, spec, data_size, memory_gib))
+    stage, offload = zero_of(recipe)
     print(f"model            {spec.kind}, {weights.parameter_count(spec):,} parameters, {spec.sequence_length} tokens")
     print(f"one device       {device_parameters(spec, tensor):,} parameters of tensor size {tensor}")
     print(f"memory of one device (GiB), micro-batch {recipe.training.micro_batch}, {gpus} devices:")

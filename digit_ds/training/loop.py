@@ -20,7 +20,7 @@ from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
 from digit_ds.parallel.decide import agree, together
 from digit_ds.parallel.helpers import loaders_in_one_sentence, shield_tracker
-from digit_ds.training import resume, runs
+from digit_ds.training import micro_batch, resume, runs
 from digit_ds.training.checkpoint import Checkpoints
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.engine import check_start
@@ -103,7 +103,7 @@ class _Run:
         changes: resume.Changes = resume.NO_CHANGES,
         differences: Iterable[runs.Difference] = (),
     ) -> None:
-        self.recipe, self.place = recipe, place
+        self.place = place
         self.folder, self.device = Path(recipe.run), launch.device()
         data = recipe.data
         self.stream = TokenStream(data.shards, data.cache, data.shuffle_seed, owner=f"{recipe.run}/train")
@@ -112,6 +112,7 @@ class _Run:
         )
         runs.check_shards(recipe, self.stream.manifest, self.validation.manifest if self.validation else None)
         self.spec = runs.model_spec(recipe, self.stream.manifest)
+        self.recipe = recipe = micro_batch.settle(recipe, self.spec, place.data_size, self.device)
         settings = recipe.checkpoint
         self.checkpoints = Checkpoints(
             self.folder, settings.keep_last, settings.keep_every, place.world_size, place.sum
@@ -121,9 +122,9 @@ class _Run:
         self.checkpoints.parent = begin.parent
         self.replicas = ReplicaCheck(self.engine)
         self.preview = Preview(self.folder, recipe.training.ema_decay > 0, sample_grid, figures)
-        self.chunks = Chunks(
-            recipe.training.global_batch, recipe.training.micro_batch, place.data_rank, place.data_size
-        )
+        training = recipe.training
+        assert training.micro_batch != "auto"  # settled above
+        self.chunks = Chunks(training.global_batch, training.micro_batch, place.data_rank, place.data_size)
         self.guard = SkipGuard(self.progress, recipe.training.max_skipped)
         self.pace = Pace(place, self.device, self.chunks.per_step)
         self.used_tokens = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
@@ -137,6 +138,11 @@ class _Run:
             self.report.say(f"{self.folder}: already at step {progress.step} of {steps}, nothing to do")
             return False
         self.report.say(self._headline())
+        if (warm_up := recipe.schedule.warmup_steps) >= steps:
+            self.report.say(
+                f"warning: schedule.warmup_steps {warm_up} is not less than training.steps {steps}: the learning rate "
+                "never reaches optimizer.learning_rate"
+            )
         clock = Clock()
         self.engine.train()
         stopped = self.place.sum([int(stop.requested())])[0] > 0  # while everything was made ready

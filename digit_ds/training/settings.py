@@ -8,6 +8,8 @@ from digit_ds.settings import Option, PathText, Section
 
 _CONTINUING = "continuing a run in another way (recorded in RUN/history.jsonl)"
 
+_PLANNED = "in place of token shards that are not made yet"
+
 
 class RecipeSettings(Section):
     """A recipe and what differs from it."""
@@ -36,6 +38,18 @@ class EstimateSettings(RecipeSettings):
     """Devices of the run."""
     mfu: float = Field(0.4, gt=0, le=1)
     """Share of peak assumed for the hours."""
+    memory: Annotated[float, Option(metavar="GIB")] = Field(80.0, gt=0)
+    """Memory of a device, for ``training.micro_batch: auto``."""
+    images: Annotated[int | None, Option(metavar="N", group=_PLANNED)] = Field(None, ge=1)
+    """Number of images."""
+    grid: Annotated[int | None, Option(metavar="ROWS", group=_PLANNED)] = Field(None, ge=1)
+    """Rows of the square token grid, such as 16."""
+    codes: Annotated[int | None, Option(metavar="K", group=_PLANNED)] = Field(None, ge=1)
+    """Codes of the codebook."""
+    vq_codes: Annotated[int, Option(metavar="N", group=_PLANNED)] = Field(0, ge=0)
+    """Codes of the VQGAN; 0: none."""
+    classes: Annotated[int, Option(metavar="C", group=_PLANNED)] = Field(0, ge=0)
+    """Number of classes; 0: none."""
 
 
 class ExportSettings(Section):
