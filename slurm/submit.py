@@ -8,6 +8,7 @@ what failed is started again and continues from what it had done.
 """
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -45,18 +46,21 @@ def _main(arguments: list[str]) -> int:
     site = load(options.site, Site)
     if options.doctor:
         return _doctor(site, folder)
-    _check(chain, site, options.chain)
+    _check(chain, site, options.chain, options.dry_run)
     _submit(steps(chain), site, folder, options)
     return 0
 
 
-def _check(chain: Chain, site: Site, path: Path) -> None:
-    """Refuse now what would fail hours later, each problem on a line of its own.
+def _check(chain: Chain, site: Site, path: Path, every: bool) -> None:
+    """Refuse now what would fail hours later.
 
     Raises:
-        UserError: the last problem; those before it are printed.
+        UserError: the first problem; with ``every`` the last one, and those before it are printed, a line each.
     """
-    problems = [*_missing_inputs(chain, path), *_unfit_recipes(chain, site, path), *_unknown_options(chain, site, path)]
+    found = itertools.chain(
+        _missing_inputs(chain, path), _unfit_recipes(chain, site, path), _unknown_options(chain, site, path)
+    )
+    problems = list(found if every else itertools.islice(found, 1))
     for problem in problems[:-1]:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
