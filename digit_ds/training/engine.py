@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,16 @@ class Engine:
         model = MegatronTransformer(
             spec, recipe.model.dropout, recipe.training.recompute, recipe.training.label_smoothing
         )
-        with together():
-            first = None if resumes else _first_weights(recipe, spec, topology)
-        _fill(model, first, topology)
+        first: weights.State | None = None  # kept until the masters are there
+        if resumes:
+            _fill(model, _placeholders(model, topology))
+        elif recipe.training.start_from is None:
+            drawn = weights.initial_shard(spec, recipe.training.seed, topology.tensor_size, topology.tensor_rank)
+            _fill(model, drawn)
+        else:
+            with together():
+                first = _first_weights(recipe, spec, topology)
+            _fill(model, first.items())
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         before = fingerprint(model, dtype) if topology.world_size > 1 and self.stage < 3 else None
         if recipe.training.compile:
@@ -93,7 +100,7 @@ class Engine:
         if before is not None and fingerprint(model, dtype) != before:
             raise RuntimeError("deepspeed.initialize changed this rank's weights")
         self.kernels = _kernels(recipe, device)
-        if first is not None and recipe.training.start_from is not None:
+        if first is not None:
             self._set_master_weights(first)
 
     def train(self) -> None:
@@ -237,25 +244,28 @@ class Engine:
 
 
 def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) -> weights.State:
-    """This rank's part of the weights that training starts from, float32: drawn, or those of a released model."""
-    source, size, rank = recipe.training.start_from, topology.tensor_size, topology.tensor_rank
-    if source is None:
-        return dict(weights.initial_shard(spec, recipe.training.seed, size, rank))
-    found, state = read_shard(source, size, rank)
+    """This rank's part of the weights of the model that training starts from, float32."""
+    source = str(recipe.training.start_from)
+    found, state = read_shard(source, topology.tensor_size, topology.tensor_rank)
     for name, value in spec.to_dict().items():
         if (other := found.to_dict()[name]) != value:
             raise UserError(f"{source}: its model has {name} {other}, but the recipe and its shards make {value}")
     return {name: value.float() for name, value in state.items()}
 
 
-@torch.no_grad()
-def _fill(model: MegatronTransformer, state: weights.State | None, topology: Topology) -> None:
-    """Set all parameters; without a ``state`` to what differs between tensor-parallel ranks, for the check below."""
+def _placeholders(model: MegatronTransformer, topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    """Values until a checkpoint is read: other ones on each tensor-parallel rank, for the comparison after start."""
     for name, parameter in model.named_parameters():
-        if state is None:
-            parameter.fill_(1.0 + topology.tensor_rank)
-        else:
-            parameter.copy_(state[name])
+        yield name, torch.full((), 1.0 + topology.tensor_rank).expand(parameter.shape)
+
+
+@torch.no_grad()
+def _fill(model: MegatronTransformer, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Set all parameters, one after the other."""
+    parameters = dict(model.named_parameters())
+    for name, value in values:
+        parameters.pop(name).copy_(value)
+    assert not parameters, f"not set: {list(parameters)}"
 
 
 def fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> list[int]:
