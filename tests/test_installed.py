@@ -9,13 +9,13 @@ import venv
 from pathlib import Path
 
 import pytest
+from preparation_parts import make_encoder, make_images, make_vqgan
 
 import digit_ds
 from digit_ds.files import read_json
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[1]
-SHARDS = REPOSITORY / "tests" / "golden" / "demo_shards"
 TINY = ("model.layers=1", "model.width=32", "model.heads=2", "training.steps=2", "training.global_batch=8")
 TINY += ("training.micro_batch=8", "training.precision=fp32", "training.compile=false", "data.workers=0")
 
@@ -65,13 +65,28 @@ def test_what_is_installed(environment, tmp_path):
     assert files.split() == sorted(path.name for path in (REPOSITORY / "ds_configs").iterdir())
 
 
-def test_a_shipped_recipe_trains_by_name_from_another_directory(environment, tmp_path):
-    data = (f"data.shards={SHARDS / 'train'}", f"data.validation={SHARDS / 'val'}")
-    run(environment, tmp_path, "digit-ds", "train", "vq_baseline.yaml", "run=run", *data, *TINY)
-    run(environment, tmp_path, "digit-ds", "export", "run", "model")
-    probe = ("probe", "--model", "model", "--train", SHARDS / "val", "--val", SHARDS / "val", "--passes", 1)
-    run(environment, tmp_path, "digit-ds", *probe, "--out", "probe")
-    assert 0 < read_json(tmp_path / "probe" / "probe.json")["best_accuracy"] <= 1
+def test_the_pipeline_runs_from_another_directory(environment, tmp_path):
+    """From images to pictures and a probe, by the commands of the wheel and a shipped recipe's name."""
+    make_images(tmp_path / "images")
+    make_encoder(tmp_path / "encoder.pth")
+    make_vqgan(tmp_path / "vqgan.ckpt")
+
+    def command(verb: str, *words: object) -> str:
+        return run(environment, tmp_path, "digit-ds", verb, *words)
+
+    encoder, vqgan = ("--encoder", "encoder.pth", "--num-heads", 2), ("--vqgan", "vqgan.ckpt")
+    vqgan += ("--vqgan-config", "vqgan.yaml")
+    command("features", "--images", "images", *encoder, "--workers", 0, "--out", "features")
+    command("kmeans", "--features", "features", "--clusters", 24, "--iterations", 2, "--out", "km.npy")
+    tokens = ("--images", "images", *encoder, "--codebook", "km.npy", *vqgan, "--workers", 0, "--out", "shards")
+    command("tokenize", *tokens)
+    command("verify", "shards")
+    command("train", "vq_baseline.yaml", "run=run", "data.shards=shards", "data.validation=shards", *TINY)
+    command("export", "run", "model")
+    command("sample", "--prior", "model", *vqgan, "--count", 3, "--out", "samples")
+    assert len(list((tmp_path / "samples" / "images").rglob("*.png"))) == 3
+    command("probe", "--model", "model", "--train", "shards", "--val", "shards", "--passes", 1, "--out", "probe")
+    assert 0 <= read_json(tmp_path / "probe" / "probe.json")["best_accuracy"] <= 1
 
 
 def test_a_name_that_is_not_shipped_is_refused_with_those_that_are(environment, tmp_path):

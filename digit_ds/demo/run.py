@@ -7,9 +7,8 @@ repeated; an interrupted one continues as its command does.
 import shlex
 from pathlib import Path
 
-from digit_ds.demo.stages import FULL, SMALL, TOOLS, Scale, Stages
+from digit_ds.demo.stages import FULL, SMALL, Scale, Stages
 from digit_ds.demo.steps import Step, claim, run_steps
-from digit_ds.errors import UserError
 
 
 def run(out: Path | str, small: bool = False) -> None:
@@ -23,7 +22,6 @@ def run(out: Path | str, small: bool = False) -> None:
         UserError: ``out`` holds something else, or a step failed.
     """
     out = Path(out).resolve()
-    check_checkout()
     with claim(out, "demo.json", {"small": small}):
         if not run_steps(steps(out, SMALL if small else FULL)):
             print(f"{out}: complete already, nothing to do; delete the folder to start again")
@@ -31,16 +29,6 @@ def run(out: Path | str, small: bool = False) -> None:
         f"\npictures   {out / 'samples.png'}\nreport     {out / 'report.html'}\nfigures    {out / 'report.json'}\n"
         f"curves     tensorboard --logdir {shlex.quote(str(out))}"
     )
-
-
-def check_checkout() -> None:
-    """Refuse an installed package without the repository around it.
-
-    Raises:
-        UserError: there are no tools.
-    """
-    if not (TOOLS / "tokenize_images.py").is_file():
-        raise UserError(f"{TOOLS}: holds no tools, expected the demo to run from a checkout of the repository")
 
 
 def steps(out: Path, scale: Scale) -> list[Step]:

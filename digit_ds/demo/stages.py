@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from digit_ds.demo.steps import REPOSITORY, Step
+from digit_ds.demo.steps import Step
 
 VIEW_RESIZE = 35
 """Pixels to which a digit is enlarged before a view of 32 is cut: it moves by up to 1.5 pixels either way."""
 RECIPES = Path(__file__).parent
-TOOLS = REPOSITORY / "tools"
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,10 @@ class Stages:
         """From the pictures to checked token shards: what every model is made from."""
         scale, features = self.scale, self.out / "features"
         tokenise = (
-            *("tokenize_images.py", "--encoder", self.encoder, "--codebook", self.codebook, *self.painter),
+            *("tokenize", "--encoder", self.encoder, "--codebook", self.codebook, *self.painter),
             *("--resize", VIEW_RESIZE, "--no-flip"),
         )
-        extract = ("extract_features.py", "--images", self.train_images, "--encoder", self.encoder)
+        extract = ("features", "--images", self.train_images, "--encoder", self.encoder)
         return [
             self.module("digits", "digits", self.out / "images"),
             self.module("judge", "judge", self.train_images, self.judge, needs=("digits",)),
@@ -92,23 +91,23 @@ class Stages:
                 *("vqgan", "stand_in_vqgan", self.train_images, *self.vqgan, "--steps", scale.vqgan_steps),
                 needs=("digits",),
             ),
-            self._tool("features", *extract, "--out", features, "--no-flip", needs=("encoder",)),
-            self._tool(
-                *("kmeans", "train_kmeans.py", "--features", features, "--clusters", scale.codes),
+            self.verb("features", *extract, "--out", features, "--no-flip", needs=("encoder",)),
+            self.verb(
+                *("kmeans", "kmeans", "--features", features, "--clusters", scale.codes),
                 *("--iterations", scale.kmeans_iterations, "--out", self.codebook),
                 needs=("features",),
             ),
-            self._tool(
+            self.verb(
                 *("tokens_train", *tokenise, "--images", self.train_images, "--views", scale.views),
                 *("--out", self.train_shards),
                 needs=("kmeans", "vqgan"),
             ),
-            self._tool(
+            self.verb(
                 *("tokens_val", *tokenise, "--images", self.held_out_images, "--out", self.held_out_shards),
                 needs=("kmeans", "vqgan"),
             ),
-            self._tool("verify_train", "verify_shards.py", self.train_shards, needs=("tokens_train",)),
-            self._tool("verify_val", "verify_shards.py", self.held_out_shards, needs=("tokens_val",)),
+            self.verb("verify_train", "verify", self.train_shards, needs=("tokens_train",)),
+            self.verb("verify_val", "verify", self.held_out_shards, needs=("tokens_val",)),
         ]
 
     def train(self, name: str, recipe: str, run: Path, *overrides: str) -> Step:
@@ -147,9 +146,6 @@ class Stages:
     def verb(self, name: str, verb: str, *words: object, needs: Sequence[str] = ()) -> Step:
         """``digit-ds VERB WORDS``."""
         return self._step(name, "-m", "digit_ds", verb, *words, needs=needs)
-
-    def _tool(self, name: str, script: str, *words: object, needs: Sequence[str] = ()) -> Step:
-        return self._step(name, TOOLS / script, *words, needs=needs)
 
     def _step(self, name: str, *words: object, needs: Sequence[str]) -> Step:
         return Step(name, self.out, (sys.executable, *map(str, words)), tuple(needs))

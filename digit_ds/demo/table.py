@@ -23,7 +23,6 @@ from digit_ds.config import load_recipe
 from digit_ds.demo.digits import read_images, read_labels
 from digit_ds.demo.judge import as_originals, train_judge
 from digit_ds.demo.report import read_job
-from digit_ds.demo.run import check_checkout
 from digit_ds.demo.stages import FULL, SMALL, Scale, Stages
 from digit_ds.demo.steps import Step, claim, run_steps
 from digit_ds.errors import UserError, run_command
@@ -138,7 +137,6 @@ def make_table(out: Path | str, seeds: list[int], jobs: int, small: bool = False
         UserError: ``out`` holds something else, or a step failed.
     """
     out = Path(out).resolve()
-    check_checkout()
     if jobs < 1 or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"jobs is {jobs}, seeds are {seeds}, expected at least one job and different seeds from 0 on")
     with claim(out, "settings.json", {"table": True, "small": small}):
