@@ -17,6 +17,11 @@ from digit_ds.settings import PathText, Section, ShortPrecision, parse_yaml, rea
 from digit_ds.vocabulary import Kind
 
 
+def _whole_layers(value: object) -> object:
+    """What ``recompute`` was before parts of a layer could be chosen."""
+    return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class ModelConfig(Section):
     """The transformer. Vocabulary sizes and the token grid come from the shards, not from here."""
 
@@ -139,8 +144,9 @@ class TrainingConfig(Section):
     order_anneal: tuple[int, int] | None = Field(None, strict=False)
     """With ``order: random`` the steps between which the share of randomly ordered images falls linearly from 1 to 0;
     RAR: half and three quarters of the run."""
-    recompute: bool = False
-    """Recompute activations in the backward pass: slower, less memory."""
+    recompute: Annotated[Literal["none", "attention", "feed_forward", "layer"], BeforeValidator(_whole_layers)] = "none"
+    """What of each layer is computed again in the backward pass instead of kept: slower, less memory. ``true`` means
+    ``layer``, ``false`` means ``none``."""
     compile: bool = False
     """Compile the layers with torch.compile."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
@@ -156,6 +162,9 @@ class ParallelConfig(Section):
 
     tensor: int = Field(1, ge=1)
     """Tensor-parallel size; must divide heads and ffn_width."""
+    sequence: bool = False
+    """Between the matrices a tensor-parallel rank holds its share of the tokens instead of all (sequence parallelism,
+    arXiv 2205.05198): less memory, less work on every rank; ``tensor`` must divide ``training.micro_batch``."""
 
 
 class CheckpointConfig(Section):

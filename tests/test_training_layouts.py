@@ -165,3 +165,30 @@ def test_random_order_equals_plain_training(tensor, data, stage, token_shards, p
     )
     launch(train, (values,), tensor * data, tmp_path / "log")
     compare(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tensor", "data", "stage", "sequence", "compiled", "recompute"),
+    [
+        (2, 1, 1, True, False, "attention"),
+        (2, 2, 1, True, True, "none"),
+        (2, 1, 1, False, True, "feed_forward"),
+        (2, 2, 3, True, True, "layer"),
+        (1, 2, 3, False, True, "none"),
+    ],
+)
+def test_fast_layouts_equal_plain_training(
+    tensor, data, stage, sequence, compiled, recompute, token_shards, plain, tmp_path
+):
+    values = recipe(
+        tmp_path / "run",
+        token_shards,
+        deepspeed=f"zero{stage}.json",
+        parallel__tensor=tensor,
+        parallel__sequence=sequence,
+        training__compile=compiled,
+        training__recompute=recompute,
+    )
+    launch(train, (values,), tensor * data, tmp_path / "log", timeout=600)
+    compare(tmp_path / "run", plain("prior"))

@@ -9,7 +9,8 @@ the default generator, which Megatron's scheme keeps equal over a tensor-paralle
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,18 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from digit_ds.model import tensor_parallel
 from digit_ds.model.rotary import rotate, rotation
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.vocabulary_loss import vocabulary_parallel_loss
 from digit_ds.model.weights import POSITION_OFFSET, check_tensor_size, padded_rows
 
 NORM_EPSILON = 1e-5
+Recompute = Literal["none", "attention", "feed_forward", "layer"]
 
 try:
     from apex.normalization import FusedLayerNorm as LayerNorm
@@ -41,24 +43,28 @@ except ImportError:
     NORM_KERNEL = "torch LayerNorm"
 
 
-def _config(tensor_size: int) -> ModelParallelConfig:
+def _config(tensor_size: int, sequence_parallel: bool = False) -> ModelParallelConfig:
     """Megatron must neither draw weights (they come from a state dict) nor reach for a GPU that may not exist."""
     return ModelParallelConfig(
-        tensor_model_parallel_size=tensor_size, use_cpu_initialization=True, perform_initialization=False
+        tensor_model_parallel_size=tensor_size,
+        sequence_parallel=sequence_parallel and tensor_size > 1,
+        use_cpu_initialization=True,
+        perform_initialization=False,
     )
 
 
 class _Column(ColumnParallelLinear):
-    """Output features cut over ranks. Alone there is nothing to communicate: a plain matrix product, which compiles."""
+    """Output features cut over ranks. Megatron-core says what a rank holds; its forward breaks torch.compile's graph."""
 
     def __init__(self, *sizes: int, **options) -> None:
         super().__init__(*sizes, **options)
         self.tensor_size = self.tp_group.size()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tensor_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        return super().forward(x)[0]
+        """[..., D] to [..., width / tensor size]; with sequence parallelism from this rank's rows to all rows."""
+        if self.tensor_size > 1:
+            x = tensor_parallel.gather(x) if self.config.sequence_parallel else tensor_parallel.copy(x)
+        return F.linear(x, self.weight, self.bias)
 
 
 class _Row(RowParallelLinear):
@@ -68,11 +74,13 @@ class _Row(RowParallelLinear):
         super().__init__(*sizes, **options)
         self.tensor_size = self.tp_group.size()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., width / tensor size] to [..., D]; with sequence parallelism from all rows to this rank's rows."""
         if self.tensor_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        # Megatron-core 0.16.1 drops the reduction of a tensor that is not contiguous; a product of a contiguous one is.
-        return super().forward(x.contiguous())[0]
+            return F.linear(x, self.weight, bias)
+        x = F.linear(x, self.weight)
+        x = tensor_parallel.reduce_scatter(x) if self.config.sequence_parallel else tensor_parallel.reduce(x)
+        return x if bias is None else x + bias
 
 
 def check_reductions(device: torch.device) -> str | None:
@@ -88,7 +96,7 @@ def check_reductions(device: torch.device) -> str | None:
     for layer in (column, row):
         nn.init.ones_(layer.weight)
     x = torch.ones(3, 2, 2, device=device).transpose(0, 1).requires_grad_()
-    y = row(column(x).transpose(0, 1))
+    y = row(column(x).transpose(0, 1), None)
     y.sum().backward()
     for name, found in (("forward", y), ("backward", x.grad)):
         assert found is not None
@@ -121,7 +129,7 @@ class _QkNorm(nn.Module):
         weight = self.weight
         if self.tensor_size > 1:
             # Every rank holds the whole weight but sees its own heads alone: the gradient is the sum over the ranks.
-            weight = copy_to_tensor_model_parallel_region(weight)
+            weight = tensor_parallel.copy(weight)
         return F.rms_norm(qk, qk.shape[-1:], eps=NORM_EPSILON) * weight
 
 
@@ -137,8 +145,9 @@ class _Attention(nn.Module):
         self.qk_norm = _QkNorm(spec) if spec.qk_norm else None
         self.out = _Row(spec.width, spec.width, input_is_parallel=True, **options)
 
-    def forward(self, x: Tensor, turn: Tensor | None) -> Tensor:
-        batch, length, _ = x.shape
+    def forward(self, x: Tensor, bias: Tensor | None, shape: tuple[int, int], turn: Tensor | None) -> Tensor:
+        """Rows [N, D] in and out; ``bias`` is that of ``out``, ``shape`` is B, T."""
+        batch, length = shape
         # Rows of the fused matrix are grouped by head: for each head its q, k and v.
         qk, value = self.qkv(x).view(batch, length, -1, 3, self.head_width).split((2, 1), dim=3)
         if self.qk_norm is not None:
@@ -149,7 +158,7 @@ class _Attention(nn.Module):
         query, key = qk.transpose(1, 2).unbind(3)  # [B, heads, T, D / H] each
         value = value.squeeze(3).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return self.out(mixed.transpose(1, 2).reshape(batch * length, -1), bias)
 
 
 class _FeedForward(nn.Module):
@@ -161,8 +170,8 @@ class _FeedForward(nn.Module):
         self.up = _Column(spec.width, spec.ffn_width, gather_output=False, **options)
         self.down = _Row(spec.ffn_width, spec.width, input_is_parallel=True, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.down(F.gelu(self.up(x)), bias)
 
 
 class _GatedFeedForward(nn.Module):
@@ -174,15 +183,17 @@ class _GatedFeedForward(nn.Module):
         self.gate_up = _Column(spec.width, 2 * spec.ffn_width, gather_output=False, **options)
         self.down = _Row(spec.ffn_width, spec.width, input_is_parallel=True, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         gate, up = self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up, bias)
 
 
-class _Layer(nn.Module):
+class TransformerLayer(nn.Module):
     """Attention and feed-forward, each a residual branch with its norm before (pre) or after the sum (post)."""
 
-    def __init__(self, spec: TransformerSpec, config: ModelParallelConfig, dropout: float) -> None:
+    def __init__(
+        self, spec: TransformerSpec, config: ModelParallelConfig, dropout: float, recompute: Recompute
+    ) -> None:
         super().__init__()
         self.attention = _Attention(spec, config)
         self.attention_norm = _norm(spec)
@@ -190,16 +201,50 @@ class _Layer(nn.Module):
         self.ffn_norm = _norm(spec)
         self.pre_norm = spec.norm_position == "pre"
         self.dropout = dropout
+        self.recompute = recompute
+        self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: Tensor, turn: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shape: tuple[int, int], turn: Tensor | None) -> Tensor:
+        """Rows [N, D] of ``shape`` B, T: N = B T, or this rank's share of them with sequence parallelism."""
+        norms = (self.attention_norm, self.ffn_norm)
+        whole = [self.attention.out.bias, self.ffn.down.bias, *(p for norm in norms for p in norm.parameters())]
+        if self.sequence_parallel:
+            # Every rank holds these whole but sees its own rows alone: their gradients are sums over the ranks.
+            whole = list(tensor_parallel.copy_all(*whole))
+        out_bias, down_bias, *scales = whole
+        half = len(scales) // 2
+        attention = self._branch("attention", self.attention, out_bias, shape, turn)
+        ffn = self._branch("feed_forward", self.ffn, down_bias)
         if self.pre_norm:
-            x = x + self._drop(self.attention(self.attention_norm(x), turn))
-            return x + self._drop(self.ffn(self.ffn_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x, turn)))
-        return self.ffn_norm(x + self._drop(self.ffn(x)))
+            x = x + self._drop(attention(_apply(norms[0], x, scales[:half])))
+            return x + self._drop(ffn(_apply(norms[1], x, scales[half:])))
+        x = _apply(norms[0], x + self._drop(attention(x)), scales[:half])
+        return _apply(norms[1], x + self._drop(ffn(x)), scales[half:])
+
+    def _branch(self, name: Recompute, function: nn.Module, *arguments: Any) -> Callable[[Tensor], Tensor]:
+        """A residual branch of its rows, computed again in the backward pass where that is wished."""
+        if self.recompute == name and self.training:
+            return lambda x: checkpoint(function, x, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return lambda x: function(x, *arguments)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        if not self.sequence_parallel:
+            return F.dropout(x, self.dropout, self.training)
+        if not self.training or self.dropout == 0.0:
+            return x
+        # All ranks draw the mask of all rows, so that it is the mask of any other layout.
+        rows = tensor_parallel.size() * x.shape[0]
+        kept = tensor_parallel.own_rows(F.dropout(x.new_ones(rows, x.shape[1]), self.dropout)) != 0
+        return torch.where(kept, x * (1.0 / (1.0 - self.dropout)), 0.0)
+
+
+def _apply(norm: nn.Module, x: Tensor, parameters: list[Tensor]) -> Tensor:
+    """``norm`` with its parameters taken from ``parameters``."""
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, norm.normalized_shape, *parameters, norm.eps)
+    if isinstance(norm, nn.RMSNorm):
+        return F.rms_norm(x, norm.normalized_shape, *parameters, norm.eps)
+    return torch.func.functional_call(norm, dict(zip(("weight", "bias"), parameters)), (x,))
 
 
 class MegatronTransformer(nn.Module):
@@ -209,12 +254,19 @@ class MegatronTransformer(nn.Module):
 
     Args:
         dropout: on the embeddings and both residual branches.
-        recompute: keep only each layer's input and compute the rest again in the backward pass.
+        recompute: what of a layer is computed again in the backward pass instead of kept.
+        sequence_parallel: between the matrices a tensor-parallel rank holds 1 / tensor size of the B T rows, which must
+            divide.
         smoothing: label smoothing of :meth:`forward` with a target.
     """
 
     def __init__(
-        self, spec: TransformerSpec, dropout: float = 0.0, recompute: bool = False, smoothing: float = 0.0
+        self,
+        spec: TransformerSpec,
+        dropout: float = 0.0,
+        recompute: Recompute = "none",
+        smoothing: float = 0.0,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -223,23 +275,24 @@ class MegatronTransformer(nn.Module):
         self.smoothing = smoothing
         tensor_size = parallel_state.get_tensor_model_parallel_world_size()
         check_tensor_size(spec, tensor_size)
-        config = _config(tensor_size)
+        config = _config(tensor_size, sequence_parallel)
+        self.sequence_parallel = config.sequence_parallel
         vocabulary = spec.vocabulary
         self.embedding = VocabParallelEmbedding(
-            padded_rows(vocabulary.embedding_rows), spec.width, init_method=nn.init.zeros_, config=config
+            padded_rows(vocabulary.embedding_rows), spec.width, init_method=nn.init.zeros_, config=_config(tensor_size)
         )
         rows, learned = spec.max_positions + POSITION_OFFSET, spec.positions == "learned"
         self.positions = nn.Embedding(rows, spec.width) if learned else None
         self.prefix_positions = nn.Embedding(rows, spec.width) if learned and vocabulary.has_prefix else None
         self.target_positions = nn.Embedding(spec.tokens, spec.width) if spec.target_positions else None
-        self.layers = nn.ModuleList(_Layer(spec, config, dropout) for _ in range(spec.layers))
+        self.layers = nn.ModuleList(TransformerLayer(spec, config, dropout, recompute) for _ in range(spec.layers))
         self.norm = _norm(spec) if spec.norm_position == "pre" else None
         self.output = _Column(
             spec.width,
             padded_rows(vocabulary.output_size),
             gather_output=False,
             bias=False,
-            config=config,
+            config=_config(tensor_size),
             init_method=nn.init.zeros_,
         )
         self._mark_tensor_parallel()
@@ -287,11 +340,18 @@ class MegatronTransformer(nn.Module):
             positions = F.pad(order + 1, (1, 0))  # [B, T]: the start token stands before the image
         x = self._embed(tokens, positions)
         turn = rotation(self.spec, positions, x.dtype)
+        shape = x.shape[0], x.shape[1]
+        x = x.flatten(0, 1)  # [B T, D]
+        if self.sequence_parallel:
+            x = tensor_parallel.scatter(x)
         for layer in self.layers:
-            if self.recompute and self.training:
-                x = checkpoint(layer, x, turn, use_reentrant=False)
+            if self.recompute == "layer" and self.training:
+                x = checkpoint(layer, x, shape, turn, use_reentrant=False)
             else:
-                x = layer(x, turn)
+                x = layer(x, shape, turn)
+        if self.sequence_parallel:
+            x = tensor_parallel.join(x)
+        x = x.unflatten(0, shape)
         if self.norm is not None:
             x = self.norm(x)
         if target is None:
@@ -325,9 +385,14 @@ class MegatronTransformer(nn.Module):
         return F.pad(self.target_positions(places), (0, 0, 0, 1))
 
     def compile_layers(self) -> None:
-        """Compile each layer; all layers have one shape, so the first compilation serves the others."""
+        """Compile each layer; all layers have one shape, so the first compilation serves the others.
+
+        Hooks stay outside: those of ZeRO 3 gather the layer's weights before it and free them after it.
+        """
+        # Reordering lets the sums of input gradients over tensor-parallel ranks pass beside the weights' products.
+        options = {"reorder_for_compute_comm_overlap": True} if tensor_parallel.size() > 1 else None
         for layer in self.layers:
-            layer.compile()
+            layer.forward = torch.compile(layer.forward, options=options)
 
 
 def seed_dropout(seed: int, step: int, chunk: int) -> None:

@@ -113,12 +113,11 @@ def _check_combinations(recipe: Recipe, path: Path, config: dict[str, Any], zero
         raise UserError(f"{path}: overlap_comm and training.compile together give wrong gradients; turn one off")
     if overlap is None and stage == 3:
         zero["overlap_comm"] = False  # on by default in stage 3 alone, with repeated reports of NaN
-    if training.compile and stage == 3:
+    if recipe.parallel.sequence and training.micro_batch % recipe.parallel.tensor:
         raise UserError(
-            f"{path}: ZeRO stage 3 gathers weights inside a layer, which training.compile cannot; use stage 2"
+            f"training.micro_batch is {training.micro_batch}, expected a multiple of parallel.tensor "
+            f"{recipe.parallel.tensor} with parallel.sequence"
         )
-    if training.compile and recipe.parallel.tensor > 1:
-        raise UserError("training.compile is proven with parallel.tensor 1 only; turn one of the two off")
     offload = zero.get("offload_optimizer") or {}
     if offload.get("device", "none") not in ("none", "cpu"):
         raise UserError(f"{path}: offload_optimizer.device is {offload['device']!r}, expected 'cpu' or 'none'")

@@ -13,13 +13,14 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
 from megatron.core import parallel_state
 from torch import Tensor
 
 from digit_ds.config import Recipe
 from digit_ds.errors import UserError
 from digit_ds.model import weights
-from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer, check_reductions
+from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer, TransformerLayer, check_reductions
 from digit_ds.model.partition import read_shard
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.parallel.decide import fail_together, together
@@ -61,7 +62,11 @@ class Engine:
         self.device = device
         self.stage: int = config.get("zero_optimization", {}).get("stage", 0)
         model = MegatronTransformer(
-            spec, recipe.model.dropout, recipe.training.recompute, recipe.training.label_smoothing
+            spec,
+            recipe.model.dropout,
+            recipe.training.recompute,
+            recipe.training.label_smoothing,
+            recipe.parallel.sequence,
         )
         first: weights.State | None = None  # kept until the masters are there
         if resumes:
@@ -75,6 +80,9 @@ class Engine:
             _fill(model, first.items())
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         before = fingerprint(model, dtype) if topology.world_size > 1 and self.stage < 3 else None
+        if self.stage == 3:
+            # Weights are gathered a layer at a time: fewer and larger messages, and no hook inside a compiled layer.
+            set_z3_leaf_modules(model, [TransformerLayer])
         if recipe.training.compile:
             model.compile_layers()
         settings = recipe.optimizer

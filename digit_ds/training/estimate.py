@@ -46,7 +46,7 @@ def memory_by_part(
     replicated = rows * width * (6 * low + 2)
     heads = (6 if spec.qk_norm or spec.positions == "rotary2d" else 4) * width
     split = rows * (heads + (2 if spec.activation == "gelu" else 3) * spec.ffn_width) * low / tensor
-    if recipe.training.recompute:
+    if recipe.training.recompute == "layer":
         parts["activations"] = spec.layers * rows * width * low + replicated + split
     else:
         parts["activations"] = spec.layers * (replicated + split)

@@ -1,0 +1,151 @@
+"""Collectives over the tensor-parallel group that autograd and torch.compile see through.
+
+Megatron-core's own ones break the compiler's graph. Each function here is a pair of conjugate operations, as in
+Megatron-LM (arXiv 1909.08053; with rows cut over the ranks, arXiv 2205.05198): what is copied forward is summed
+backward, what is gathered forward is reduce-scattered backward. Rows are the first dimension, in the ranks' order.
+"""
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+_OPS = torch.ops._c10d_functional
+
+
+def size() -> int:
+    """Ranks of the group."""
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def _name() -> str:
+    return parallel_state.get_tensor_model_parallel_group().group_name
+
+
+def _sum(x: Tensor, group: str) -> Tensor:
+    return _OPS.wait_tensor(_OPS.all_reduce(x.contiguous(), "sum", group))
+
+
+def _gather(x: Tensor, ranks: int, group: str) -> Tensor:
+    return _OPS.wait_tensor(_OPS.all_gather_into_tensor(x.contiguous(), ranks, group))
+
+
+def _reduce_scatter(x: Tensor, ranks: int, group: str) -> Tensor:
+    return _OPS.wait_tensor(_OPS.reduce_scatter_tensor(x.contiguous(), "sum", ranks, group))
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _sum(grad, ctx.group), None
+
+
+class _CopyAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, *parameters):
+        ctx.group = group
+        return tuple(x.view_as(x) for x in parameters)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        summed = _sum(torch.cat([grad.flatten() for grad in grads]), ctx.group)
+        parts = summed.split([grad.numel() for grad in grads])
+        return None, *(part.view(grad.shape) for part, grad in zip(parts, grads))
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ranks, group):
+        ctx.ranks, ctx.group = ranks, group
+        return _gather(x, ranks, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _reduce_scatter(grad, ctx.ranks, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ranks, group):
+        ctx.ranks, ctx.group = ranks, group
+        return _reduce_scatter(x, ranks, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather(grad, ctx.ranks, ctx.group), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ranks, group):
+        ctx.ranks, ctx.group = ranks, group
+        return own_rows(x).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather(grad, ctx.ranks, ctx.group), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ranks, group):
+        return _gather(x, ranks, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return own_rows(grad).contiguous(), None, None
+
+
+def own_rows(x: Tensor) -> Tensor:
+    """This rank's rows of a tensor that every rank holds whole."""
+    count = x.shape[0] // size()
+    return x.narrow(0, parallel_state.get_tensor_model_parallel_rank() * count, count)
+
+
+def copy(x: Tensor) -> Tensor:
+    """A tensor that each rank then uses in its own way: the gradient is the sum over the ranks."""
+    return _Copy.apply(x, _name())
+
+
+def copy_all(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """:func:`copy` of several small tensors with one reduction."""
+    return _CopyAll.apply(_name(), *tensors)
+
+
+def reduce(x: Tensor) -> Tensor:
+    """Sum over the ranks, which all go on with it alike."""
+    return _Reduce.apply(x, _name())
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, which each rank then uses in its own way."""
+    return _Gather.apply(x, size(), _name())
+
+
+def reduce_scatter(x: Tensor) -> Tensor:
+    """This rank's rows of the sum over the ranks."""
+    return _ReduceScatter.apply(x, size(), _name())
+
+
+def scatter(x: Tensor) -> Tensor:
+    """This rank's rows of a tensor that all ranks computed alike."""
+    return _Scatter.apply(x, size(), _name())
+
+
+def join(x: Tensor) -> Tensor:
+    """Rows of all ranks, with which all ranks go on alike."""
+    return _Join.apply(x, size(), _name())
