@@ -54,7 +54,7 @@ def _config(tensor_size: int, sequence_parallel: bool = False) -> ModelParallelC
 
 
 class _Column(ColumnParallelLinear):
-    """Output features cut over ranks. Megatron-core says what a rank holds; its forward breaks torch.compile's graph."""
+    """Output features cut over ranks. Megatron-core says what a rank holds; its own forward does not compile."""
 
     def __init__(self, *sizes: int, **options) -> None:
         super().__init__(*sizes, **options)
@@ -63,7 +63,7 @@ class _Column(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., width / tensor size]; with sequence parallelism from this rank's rows to all rows."""
         if self.tensor_size > 1:
-            x = tensor_parallel.gather(x) if self.config.sequence_parallel else tensor_parallel.copy(x)
+            return tensor_parallel.column_product(x, self.weight, self.bias, self.config.sequence_parallel)
         return F.linear(x, self.weight, self.bias)
 
 

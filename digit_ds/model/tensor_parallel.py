@@ -67,15 +67,30 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _ColumnProduct(torch.autograd.Function):
+    """The sum of the input's gradient over the ranks travels while the weight's gradient is computed."""
+
     @staticmethod
-    def forward(ctx, x, ranks, group):
-        ctx.ranks, ctx.group = ranks, group
-        return _gather(x, ranks, group)
+    def forward(ctx, x, weight, bias, ranks, group, sequence):
+        ctx.ranks, ctx.group, ctx.sequence = ranks, group, sequence
+        if sequence:
+            x = _gather(x, ranks, group)
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        return _reduce_scatter(grad, ctx.ranks, ctx.group), None, None
+        x, weight = ctx.saved_tensors
+        product = (grad @ weight).contiguous()
+        if ctx.sequence:
+            sent = _OPS.reduce_scatter_tensor(product, "sum", ctx.ranks, ctx.group)
+        else:
+            sent = _OPS.all_reduce(product, "sum", ctx.group)
+        rows = grad.flatten(0, -2)
+        of_weight = rows.T @ x.flatten(0, -2)
+        of_bias = rows.sum(0) if ctx.biased else None
+        return _OPS.wait_tensor(sent), of_weight, of_bias, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -131,9 +146,12 @@ def reduce(x: Tensor) -> Tensor:
     return _Reduce.apply(x, _name())
 
 
-def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks, which each rank then uses in its own way."""
-    return _Gather.apply(x, size(), _name())
+def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
+    """``linear(x, weight, bias)`` with this rank's share of the output features.
+
+    ``x`` is whole on every rank or, with ``sequence``, this rank's rows of it.
+    """
+    return _ColumnProduct.apply(x, weight, bias, size(), _name(), sequence)
 
 
 def reduce_scatter(x: Tensor) -> Tensor:
