@@ -319,7 +319,6 @@ def test_deepspeed_file_is_passed_on_with_the_recipes_own(tmp_path):
         ({"gradient_clipping": 0.7}, {}, "gradient_clipping"),
         ({"zero_optimization": {"stage": 4}}, {}, "stage is 4"),
         ({"zero_optimization": {"stage": 0}}, {"training__precision": "bf16"}, "use stage 1"),
-        ({"zero_optimization": {"stage": 2, "overlap_comm": True}}, {"training__compile": True}, "overlap_comm"),
         ({}, {"parallel__tensor": 4, "parallel__sequence": True}, "multiple of parallel.tensor 4"),
         ({"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"stage": 2}}, {}, "grad_accum_dtype"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, {}, "stage 2 or 3"),

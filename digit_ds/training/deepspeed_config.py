@@ -108,10 +108,7 @@ def _check_combinations(recipe: Recipe, path: Path, config: dict[str, Any], zero
             f"{path}: ZeRO stage 0 cannot accumulate bf16 gradients in fp32, which training.precision bf16 means; "
             "use stage 1"
         )
-    overlap = zero.get("overlap_comm")
-    if training.compile and overlap:
-        raise UserError(f"{path}: overlap_comm and training.compile together give wrong gradients; turn one off")
-    if overlap is None and stage == 3:
+    if zero.get("overlap_comm") is None and stage == 3:
         zero["overlap_comm"] = False  # on by default in stage 3 alone, with repeated reports of NaN
     if recipe.parallel.sequence and training.micro_batch % recipe.parallel.tensor:
         raise UserError(

@@ -102,8 +102,6 @@ class Engine:
             mpu=Mpu(),
             dist_init_required=False,
         )
-        if self.stage == 3:
-            unwrap_parameters(model)
         self.model: MegatronTransformer = model
         self._zero: Any = self._deepspeed.optimizer
         self.optimizer.global_norm = self._stage_zero_norm if self.stage == 0 else lambda: self._zero._global_grad_norm
@@ -276,17 +274,6 @@ def _fill(model: MegatronTransformer, values: Iterable[tuple[str, Tensor]]) -> N
     for name, value in values:
         parameters.pop(name).copy_(value)
     assert not parameters, f"not set: {list(parameters)}"
-
-
-def unwrap_parameters(model: MegatronTransformer) -> None:
-    """Give the layers' modules plain dictionaries of parameters again.
-
-    DeepSpeed's own ones gather a weight that is asked for and not there. Inside a leaf module all are there; and
-    torch.compile would compile every layer anew, since it cannot look into such a dictionary.
-    """
-    for layer in model.layers:
-        for module in layer.modules():
-            module._parameters = dict(module._parameters)
 
 
 def fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> list[int]:
