@@ -391,13 +391,11 @@ class MegatronTransformer(nn.Module):
         """
         # Reordering lets the sums of input gradients over tensor-parallel ranks pass beside the weights' products.
         options = {"reorder_for_compute_comm_overlap": True} if tensor_parallel.size() > 1 else None
-        # Under ZeRO 3 the compiler cannot look into DeepSpeed's dictionaries of parameters and compiles each layer anew:
-        # with its usual limit of 8 the rest would run uncompiled.
-        limit = 8 * len(self.layers)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-        torch._dynamo.config.accumulated_recompile_limit = max(
-            torch._dynamo.config.accumulated_recompile_limit, 2 * limit
-        )
+        # Under ZeRO 3 the compiler cannot look into DeepSpeed's dictionaries of parameters and compiles every layer anew:
+        # with its usual limit of 8 the others would run uncompiled.
+        dynamo, limit = torch._dynamo.config, 8 * len(self.layers)
+        dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 2 * limit)
         for layer in self.layers:
             layer.forward = torch.compile(layer.forward, options=options)
 
