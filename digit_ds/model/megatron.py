@@ -126,7 +126,7 @@ class _QkNorm(nn.Module):
 
     def forward(self, qk: Tensor) -> Tensor:
         """[B, T, heads, 2, D / H] to the same shape."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.tensor_size > 1:
             # Every rank holds the whole weight but sees its own heads alone: the gradient is the sum over the ranks.
             weight = tensor_parallel.copy(weight)
@@ -241,9 +241,11 @@ class TransformerLayer(nn.Module):
 def _apply(norm: nn.Module, x: Tensor, parameters: list[Tensor]) -> Tensor:
     """``norm`` with its parameters taken from ``parameters``."""
     if isinstance(norm, nn.LayerNorm):
-        return F.layer_norm(x, norm.normalized_shape, *parameters, norm.eps)
+        weight, bias = parameters
+        return F.layer_norm(x, list(norm.normalized_shape), weight, bias, norm.eps)
     if isinstance(norm, nn.RMSNorm):
-        return F.rms_norm(x, norm.normalized_shape, *parameters, norm.eps)
+        (scale,) = parameters
+        return F.rms_norm(x, list(norm.normalized_shape), scale, norm.eps)
     return torch.func.functional_call(norm, dict(zip(("weight", "bias"), parameters)), (x,))
 
 
@@ -390,8 +392,10 @@ class MegatronTransformer(nn.Module):
         Hooks stay outside: those of ZeRO 3 gather the layer's weights before it and free them after it.
         """
         # Reordering lets the sums of input gradients over tensor-parallel ranks pass beside the weights' products.
-        options = {"reorder_for_compute_comm_overlap": True} if tensor_parallel.size() > 1 else None
-        # Under ZeRO 3 the compiler cannot look into DeepSpeed's dictionaries of parameters and compiles every layer anew:
+        options: dict[str, Any] | None = (
+            {"reorder_for_compute_comm_overlap": True} if tensor_parallel.size() > 1 else None
+        )
+        # Under ZeRO 3 the compiler cannot look into DeepSpeed's dictionaries of parameters and compiles each layer anew;
         # with its usual limit of 8 the others would run uncompiled.
         dynamo, limit = torch._dynamo.config, 8 * len(self.layers)
         dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
