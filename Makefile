@@ -24,6 +24,7 @@ format: environment ## rewrite the sources in the project's format and draw the 
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python docs/draw_layers.py
+	$(BIN)/python docs/draw_faults.py
 
 environment: $(VENV)/complete
 

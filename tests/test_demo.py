@@ -120,6 +120,13 @@ def test_refuses_a_folder_with_other_results(tmp_path):
         run(tmp_path / "other", small=True)
 
 
+@pytest.mark.fault(
+    "Ctrl-C or SIGTERM",
+    stage="demo",
+    outcome="the same call continues in the interrupted step",
+    status="130",
+    lost="nothing",
+)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_small_run_is_interrupted_continued_and_then_a_no_op(tmp_path):

@@ -48,6 +48,13 @@ def test_alone_all_is_well(tmp_path, shards, capsys):
     assert "failed" not in levels(said).values() and "3 of 3 shards read by each rank" in said
 
 
+@pytest.mark.fault(
+    "a token shard is damaged",
+    stage="doctor",
+    outcome="the shard is named",
+    status="not 0",
+    lost="nothing",
+)
 def test_a_damaged_shard_is_named(tmp_path, shards, capsys):
     damaged = next((shards / "1").glob("shard*.zstd"))
     data = bytearray(damaged.read_bytes())

@@ -66,6 +66,13 @@ def codes_of(shards: Path, cache: Path | None, owner: Path) -> set[int]:
     return seen
 
 
+@pytest.mark.fault(
+    "shards made again under the same path",
+    stage="training",
+    outcome="the cache is named by content: the new shards are read",
+    status="-",
+    lost="nothing",
+)
 def test_a_default_cache_is_of_one_content_and_goes_with_its_run(tmp_path, monkeypatch):
     """Shards made again under the same path, trained on under the same name: everyone's loop."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -77,6 +84,13 @@ def test_a_default_cache_is_of_one_content_and_goes_with_its_run(tmp_path, monke
     assert not list((tmp_path / "tmp").glob("digit_ds-cache-*"))
 
 
+@pytest.mark.fault(
+    "data.cache holds other shards, or was killed while being emptied",
+    stage="training",
+    outcome="it is emptied and filled anew",
+    status="-",
+    lost="nothing",
+)
 def test_a_named_cache_is_emptied_for_other_shards(tmp_path):
     before, after = write_shards(tmp_path / "before"), other_shards(tmp_path / "after")
     cache = tmp_path / "cache"
@@ -132,6 +146,13 @@ def test_an_index_that_the_manifest_does_not_name_is_refused(tmp_path):
         codes_of(shards, None, tmp_path / "a")
 
 
+@pytest.mark.fault(
+    "validation shards of another codebook or with other classes",
+    stage="training",
+    outcome="refused at the start",
+    status="2",
+    lost="nothing",
+)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -169,6 +190,13 @@ def test_a_model_knows_its_classes_shards_and_class_dropout(tmp_path):
     assert provenance["class_dropout"] == 0.0
 
 
+@pytest.mark.fault(
+    "a sample without a label in class-conditional training",
+    stage="training",
+    outcome="one line that names the image",
+    status="2",
+    lost="steps since the last checkpoint",
+)
 def test_a_sample_without_a_label_ends_a_class_conditional_training_by_name(tmp_path):
     shards = write_shards(tmp_path / "shards", images=16)
     for block in ("block-00000", "block-00001"):

@@ -43,6 +43,13 @@ def holder(directory: Path):
             os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.fault(
+    "two jobs on one output directory",
+    stage="every stage",
+    outcome="the second is refused with one line; a killed job leaves no lock",
+    status="2",
+    lost="nothing",
+)
 def test_the_second_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     out = tmp_path / "new" / "out"
     with holder(out) as (process, worker):
@@ -85,6 +92,13 @@ def test_the_file_of_a_lock_that_was_released_meanwhile_counts_nothing(tmp_path,
     lock.release()
 
 
+@pytest.mark.fault(
+    "the output directory is not writable or on a read-only file system",
+    stage="every stage",
+    outcome="one line that names the path",
+    status="2",
+    lost="nothing",
+)
 @pytest.mark.parametrize("mode", [0o555, 0o000], ids=["readable", "closed"])
 def test_a_directory_that_cannot_be_written_to(mode):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others

@@ -20,3 +20,9 @@ def test_files_that_contributing_names_exist():
     assert len(files) > 15
     places = (ROOT, ROOT / "digit_ds")
     assert [name for name in sorted(files) if not any((place / name).is_file() for place in places)] == []
+
+
+def test_the_faults_are_those_that_tests_show():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_faults.py"))["page"]()
+    assert drawn.count("\n| ") > 30 and "test_training_faults.py::test_killed_at_twenty_moments" in drawn
+    assert (ROOT / "docs" / "faults.md").read_text() == drawn, "run python docs/draw_faults.py"

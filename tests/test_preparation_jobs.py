@@ -83,6 +83,13 @@ def test_any_number_of_processes_writes_the_same_bytes(jobs, whole, tmp_path, na
     assert contents(tmp_path / "out") == whole[name]
 
 
+@pytest.mark.fault(
+    "kill -9 of any rank at any moment",
+    stage="features, tokens",
+    outcome="the same call continues; the files are byte-equal to those of an unbroken job",
+    status="-",
+    lost="nothing but unfinished blocks, which are done again",
+)
 @pytest.mark.parametrize("name", ["features", "tokens"])
 def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name, monkeypatch):
     draw = random.Random(name)
@@ -107,6 +114,13 @@ def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name, monke
     assert contents(out) == whole[name]
 
 
+@pytest.mark.fault(
+    "a process that loads data or writes blocks is killed",
+    stage="features, tokens",
+    outcome="one line; the same call continues",
+    status="2",
+    lost="nothing but unfinished blocks",
+)
 @pytest.mark.parametrize(
     "name, child, sentence",
     [

@@ -54,6 +54,13 @@ def test_only_what_is_allowed_gets_in(tmp_path):
         load_torch(tmp_path / "a.pt")
 
 
+@pytest.mark.fault(
+    "a checkpoint of weights is truncated",
+    stage="every loader",
+    outcome="one line that names the file",
+    status="2",
+    lost="nothing",
+)
 @pytest.mark.parametrize("zip_format", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_a_truncated_file_is_one_sentence(tmp_path, zip_format, share):

@@ -136,6 +136,13 @@ def test_the_number_of_processes_changes_no_byte(models, tmp_path):
     assert content(tmp_path / "three") == content(tmp_path / "alone")
 
 
+@pytest.mark.fault(
+    "kill -9 of any rank at any moment",
+    stage="sampling",
+    outcome="the same call continues; equal pictures and tokens",
+    status="-",
+    lost="at most a block of pictures a process",
+)
 def test_a_killed_job_continues_and_refuses_other_settings(models, tmp_path):
     run(models, tmp_path / "whole", pixel_decoder="nar", count=300, batch=128)
     out = tmp_path / "killed"

@@ -153,6 +153,13 @@ def test_ranks_of_training_ran_on_both_nodes(reader):
     assert "on n[1-2], 2 ranks" in log and "data 2" in log
 
 
+@pytest.mark.fault(
+    "preemption or time limit under Slurm",
+    stage="training",
+    outcome="the job is requeued and continues; the end is that of an unbroken run",
+    status="75, requeued",
+    lost="nothing",
+)
 def test_interrupted_training_ends_as_the_unbroken_run(reader, tmp_path):
     """scontrol requeue at random moments, start-up included, and the signal that a time limit sends.
 

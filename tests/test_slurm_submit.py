@@ -150,6 +150,13 @@ def test_a_failing_step_stops_the_chain_and_says_why(submission):
     assert submission.cluster.wait(repeated["evaluate"])["JobState"] == "COMPLETED"
 
 
+@pytest.mark.fault(
+    "a rank is killed under srun",
+    stage="training under Slurm",
+    outcome="srun ends the step at once and the status names the rank",
+    status="not 0",
+    lost="steps since the last checkpoint",
+)
 def test_a_killed_rank_ends_the_step_with_its_name(submission):
     submission.behave(features={"killed": 1, "gate": True})
     job = submission.submit()["features"]
@@ -159,6 +166,13 @@ def test_a_killed_rank_ends_the_step_with_its_name(submission):
     assert "n2: task 1: Killed" in submission.status()["features"]
 
 
+@pytest.mark.fault(
+    "disk full under Slurm",
+    stage="every step of a chain",
+    outcome="--status names the file system",
+    status="not 0",
+    lost="nothing",
+)
 def test_a_full_disk_is_named(submission):
     disk = submission.cluster.small_disk
     if not disk.is_mount():

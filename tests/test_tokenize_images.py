@@ -152,6 +152,13 @@ def killed(*_arguments) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.fault(
+    "a reading process is killed",
+    stage="verify",
+    outcome="one line",
+    status="2",
+    lost="nothing",
+)
 def test_a_killed_reader_does_not_hang_the_verification(shards, monkeypatch):
     monkeypatch.setattr(verify, "_check_shard", killed)
     with pytest.raises(UserError, match="a process that read its shards was killed"):
@@ -228,6 +235,13 @@ def test_bad_folders(parts, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault(
+    "an image is truncated or no image",
+    stage="features, tokens",
+    outcome="skipped and listed in skipped.json; more than --max-skipped: one line",
+    status="0; 2 beyond",
+    lost="that image",
+)
 def test_truncated_image_is_skipped_and_reported(parts, tmp_path, capsys):
     images = make_images(tmp_path / "images", 12)
     victim = images / "dog" / "001.png"

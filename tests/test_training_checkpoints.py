@@ -93,6 +93,13 @@ def train_with_failing_commits(values: Recipe, how: str, step: int) -> None:
     run_command(lambda _arguments: train(values), [])
 
 
+@pytest.mark.fault(
+    "manifest or rename of a checkpoint fails",
+    stage="training",
+    outcome="warning that says which; training goes on and the last good checkpoint stays",
+    status="-",
+    lost="that checkpoint",
+)
 @pytest.mark.parametrize(
     ("how", "reason"), [("full", "File too large"), ("rename", "Input/output error"), ("lost", "tensor-0.data-1.json")]
 )
@@ -107,6 +114,13 @@ def test_a_commit_that_fails_leaves_the_last_good_checkpoint_and_training_goes_o
     assert "Traceback" not in group.output()
 
 
+@pytest.mark.fault(
+    "the last save of a run fails",
+    stage="training",
+    outcome="one line; no success is reported and export takes nothing older silently",
+    status="2",
+    lost="steps since the last checkpoint",
+)
 @pytest.mark.parametrize("how", ["full", "rename"])
 def test_a_last_save_that_fails_is_no_success(how, token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=4, checkpoint__every=2)
@@ -121,6 +135,13 @@ def test_a_last_save_that_fails_is_no_success(how, token_shards, tmp_path):
     assert names(tmp_path / "run") == ["latest", "step_00000002", "step_00000004"]
 
 
+@pytest.mark.fault(
+    "a part of a checkpoint is missing",
+    stage="training, export",
+    outcome="the directory counts as incomplete and is passed over",
+    status="-",
+    lost="that checkpoint",
+)
 def test_a_checkpoint_without_a_part_of_every_rank_is_incomplete(token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=2)
     launch(train, (values,), 2, tmp_path / "log")
@@ -197,6 +218,13 @@ def train_with_own_views(values: Recipe, folders: list[Path]) -> None:
     run_command(lambda _arguments: train(values), [])
 
 
+@pytest.mark.fault(
+    "the newest checkpoint is damaged; ranks see different checkpoints",
+    stage="training",
+    outcome="warning that names the file; the one before is used; all ranks follow rank 0",
+    status="-",
+    lost="steps since that one",
+)
 def test_a_damaged_newest_checkpoint_is_passed_over_and_ranks_follow_rank_0(token_shards, tmp_path):
     run = tmp_path / "run"
     options = {"checkpoint__every": 4, "checkpoint__keep_last": 9}
@@ -274,6 +302,13 @@ def nudge(checkpoint: Path, share: float) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.fault(
+    "replicated weights differ between tensor-parallel ranks",
+    stage="training, export",
+    outcome="within rounding: a warning, rank 0's are taken; more: refused",
+    status="2 when refused",
+    lost="nothing",
+)
 def test_copies_that_differ_within_rounding_are_accepted_and_larger_differences_refused(token_shards, tmp_path):
     run = tmp_path / "run"
     options = {"parallel__tensor": 2, "checkpoint__every": 2, "checkpoint__keep_last": 9}
@@ -381,6 +416,13 @@ def rewrite_manifest(shards: Path, **values) -> None:
     replace(manifest, **{"provenance": manifest.provenance | values.pop("provenance", {}), **values}).write(shards)
 
 
+@pytest.mark.fault(
+    "shards of another codebook, VQGAN or classes on resume",
+    stage="training",
+    outcome="refused with one line that names both",
+    status="2",
+    lost="nothing",
+)
 def test_a_run_goes_on_with_the_tokens_that_it_was_begun_with(token_shards, tmp_path):
     run = tmp_path / "run"
     launch(train, (recipe(run, token_shards, training__steps=2),), 1, tmp_path / "log")

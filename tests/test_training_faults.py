@@ -80,6 +80,13 @@ def train_and_stop_in_a_save(values: Recipe, moment: str, reached: Path) -> None
     train(values)
 
 
+@pytest.mark.fault(
+    "kill -9 of any rank at any moment, also inside a save",
+    stage="training",
+    outcome="the same call continues from the newest complete checkpoint; equal metrics and weights",
+    status="-",
+    lost="steps since that checkpoint, which are done again",
+)
 def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path):
     """Ten of them at random, ten inside a save, before each of its files in turn."""
     options = {"training__steps": 120, "model__dropout": 0.2, "checkpoint__every": 2, "deepspeed": "zero2.json"}
@@ -159,6 +166,13 @@ def train_with_signals_taken(values: Recipe) -> None:
     train(values)
 
 
+@pytest.mark.fault(
+    "SIGTERM, SIGUSR1 or Ctrl-C on one rank",
+    stage="training",
+    outcome="all ranks finish the step and save it",
+    status="75",
+    lost="nothing",
+)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_to_one_rank_stops_and_saves_all(number, token_shards, tmp_path):
     straight = recipe(tmp_path / "straight", token_shards, training__steps=30)
@@ -183,6 +197,13 @@ def train_in_a_terminal(values: Recipe) -> None:
     train(values)
 
 
+@pytest.mark.fault(
+    "the same signals on all processes of a rank, as srun and scancel send them",
+    stage="training",
+    outcome="all ranks finish the step and save it",
+    status="75",
+    lost="nothing",
+)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_signal_to_all_processes_of_a_rank_stops_and_saves(number, token_shards, tmp_path):
     """As srun and a terminal send it: the processes that load data get it too, and must not end before the step."""
@@ -223,6 +244,13 @@ def train_as_a_command(values: Recipe) -> None:
     run_command(lambda _arguments: train(values), [])
 
 
+@pytest.mark.fault(
+    "a process that loads data is killed",
+    stage="training",
+    outcome="one line; the same call continues",
+    status="2",
+    lost="steps since the last checkpoint",
+)
 def test_a_killed_loading_process_ends_the_run_with_a_sentence(token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=100_000, data__workers=2)
     group = start(train_as_a_command, (values,), 1, tmp_path / "log")
@@ -239,6 +267,13 @@ def test_a_killed_loading_process_ends_the_run_with_a_sentence(token_shards, tmp
     assert "Traceback" not in group.output()
 
 
+@pytest.mark.fault(
+    "a token shard is damaged",
+    stage="training",
+    outcome="refused by its hash when it enters the cache",
+    status="2",
+    lost="steps since the last checkpoint",
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_shard_ends_the_run_with_a_sentence(workers, tmp_path):
     shards = write_shards(tmp_path / "shards")
@@ -270,6 +305,13 @@ def train_with_a_signal_at_the_start(values: Recipe) -> None:
     train(values)
 
 
+@pytest.mark.fault(
+    "a signal while a run is being made ready",
+    stage="training",
+    outcome="all ranks leave before the first step",
+    status="75",
+    lost="nothing",
+)
 def test_signal_before_the_first_step_stops_all_without_one(token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=5)
     group = start(train_with_a_signal_at_the_start, (values,), 2, tmp_path / "log")
@@ -296,6 +338,13 @@ def train_with_nan(values: Recipe, bad_steps: list[int]) -> None:
     train(values)
 
 
+@pytest.mark.fault(
+    "gradient not finite on one rank",
+    stage="training",
+    outcome="the update is skipped on all ranks; the images are named",
+    status="-",
+    lost="that update",
+)
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 1), ("bf16", 2)])
 def test_nan_on_one_rank_skips_the_update_on_all(precision, stage, token_shards, tmp_path):
     options = {"training__steps": 6, "training__precision": precision, "deepspeed": f"zero{stage}.json"}
@@ -316,6 +365,13 @@ def test_nan_on_one_rank_skips_the_update_on_all(precision, stage, token_shards,
         assert all(value.isfinite().all() for value in fourth.values())
 
 
+@pytest.mark.fault(
+    "training.max_skipped such updates in a row",
+    stage="training",
+    outcome="the run stops with advice",
+    status="2",
+    lost="steps since the last checkpoint",
+)
 def test_many_skipped_updates_stop_the_run_with_advice(token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__max_skipped=3)
     group = start(train_with_nan, (values, [3, 4, 5, 6, 7, 8]), 2, tmp_path / "log")
@@ -385,6 +441,13 @@ def train_until_stuck(values: Recipe) -> None:
     train(values)
 
 
+@pytest.mark.fault(
+    "a rank dies or hangs",
+    stage="training",
+    outcome="stacks of all ranks are written at 0.8 of training.timeout_seconds; the others end after it",
+    status="not 0",
+    lost="steps since the last checkpoint",
+)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP, "stuck"])
 def test_dead_or_hung_rank_ends_the_job(how, token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=10000, training__timeout_seconds=8.0)
@@ -426,6 +489,13 @@ def train_on_full_disk(values: Recipe) -> None:
     train(values)
 
 
+@pytest.mark.fault(
+    "disk full while a checkpoint is written",
+    stage="training",
+    outcome="warning; training goes on and the last good checkpoint stays",
+    status="-",
+    lost="that checkpoint",
+)
 def test_full_disk_leaves_the_last_good_checkpoint(token_shards, tmp_path):
     options = {"training__steps": 12, "checkpoint__every": 4}
     launch(train, (recipe(tmp_path / "straight", token_shards, **options),), 2, tmp_path / "log-straight")

@@ -62,6 +62,13 @@ def views(tmp_path) -> list[Path]:
     return folders
 
 
+@pytest.mark.fault(
+    "rank 0 refuses (directory in use, other settings, not writable)",
+    stage="every stage",
+    outcome="all ranks leave; one line, printed once",
+    status="2",
+    lost="nothing",
+)
 def test_a_refusal_is_printed_once_and_ends_all(views, capfd):
     (views[0] / "out").mkdir()
     (views[0] / "out" / "letter.txt").touch()
@@ -72,6 +79,13 @@ def test_a_refusal_is_printed_once_and_ends_all(views, capfd):
     assert not (views[1] / "out").exists()  # only rank 0 decides and makes directories
 
 
+@pytest.mark.fault(
+    "a rank does not see the output directory",
+    stage="every stage",
+    outcome="all ranks leave; one line names the rank and host",
+    status="2",
+    lost="nothing",
+)
 def test_a_rank_on_another_file_system_ends_all(views, capfd):
     assert ranks(views, lambda: WorkDirectory("out", lambda: None)) == [2, 2]
     (line,) = lines(capfd.readouterr().err)
@@ -91,6 +105,13 @@ def test_a_file_that_one_rank_cannot_read_ends_all(views, capfd):
     assert line == "error: weights: cannot be used (No such file or directory)"
 
 
+@pytest.mark.fault(
+    "ranks read different recipes, weights or settings",
+    stage="every stage",
+    outcome="all ranks leave; one line names the first difference",
+    status="2",
+    lost="nothing",
+)
 def test_ranks_that_read_different_files_end(views, capfd):
     for number, folder in enumerate(views):
         (folder / "seed").write_text(str(number))
@@ -152,6 +173,13 @@ def test_a_link_to_nothing_is_refused_by_name(tmp_path):
         WorkDirectory(tmp_path / "out", lambda: None)
 
 
+@pytest.mark.fault(
+    "the output directory is removed meanwhile",
+    stage="every stage",
+    outcome="one line that names the path",
+    status="2",
+    lost="what was removed",
+)
 def test_a_directory_removed_meanwhile_is_named(tmp_path):
     with pytest.raises(UserError, match=r"^.*out/part: cannot be used \(No such file or directory\)$"):  # noqa: SIM117
         with WorkDirectory(tmp_path / "out", lambda: None):
