@@ -395,8 +395,8 @@ class MegatronTransformer(nn.Module):
         options: dict[str, Any] | None = (
             {"reorder_for_compute_comm_overlap": True} if tensor_parallel.size() > 1 else None
         )
-        # Under ZeRO 3 the compiler cannot look into DeepSpeed's dictionaries of parameters and compiles each layer anew;
-        # with its usual limit of 8 the others would run uncompiled.
+        # Under ZeRO 3 the compiler cannot look into DeepSpeed's dictionaries of parameters and compiles layer by layer;
+        # with its usual limit of 8 the other layers would run uncompiled.
         dynamo, limit = torch._dynamo.config, 8 * len(self.layers)
         dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 2 * limit)
