@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, get_args
 
@@ -140,8 +141,8 @@ def open_image(source: Path | str | BinaryIO) -> Image.Image:
     return Image.open(source, formats=FORMATS)
 
 
-def decode(path: Path | str) -> Image.Image:
-    """Decode the first frame of an image file to upright 8-bit RGB.
+def decode(source: Path | str | bytes) -> Image.Image:
+    """Decode the first frame of an image file, or of its content as bytes, to upright 8-bit RGB.
 
     EXIF orientation is applied; greyscale and CMYK are converted; what is transparent becomes white; 16-bit greys keep
     their high byte.
@@ -152,13 +153,13 @@ def decode(path: Path | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images and odd metadata: what cannot be used raises
-            with open_image(path) as image:
+            with open_image(BytesIO(source) if isinstance(source, bytes) else source) as image:
                 image.load()
                 return _rgb(_upright(image))
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders of foreign files raise anything: each means that there is no picture
-        raise UnreadableImageError(_reason(Path(path), error)) from error
+        raise UnreadableImageError(_reason(source, error)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -183,13 +184,11 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """A short reason that does not depend on where the folder lies."""
+def _reason(source: Path | str | bytes, error: Exception) -> str:
+    """A short reason that does not depend on where the file lies."""
     if isinstance(error, Image.UnidentifiedImageError):
-        if not path.stat().st_size:
-            return "empty file"
-        with path.open("rb") as stream:
-            return f"not an image (begins with {stream.read(12)!r})"
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return f"not an image (begins with {content[:12]!r})" if content else "empty file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{error}" or type(error).__name__

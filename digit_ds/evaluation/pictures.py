@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from digit_ds.data.images import UnreadableImageError, decode, list_images
+from digit_ds.data.images import UnreadableImageError, decode
+from digit_ds.data.sources.opening import list_source, open_source
 from digit_ds.errors import UserError
 from digit_ds.evaluation.settings import Preparation
 from digit_ds.files import read_json
@@ -37,13 +38,14 @@ class Pictures(Protocol):
 
 
 class Folder(Dataset):
-    """All pictures below a folder, sorted; all of one size."""
+    """All pictures of a folder or of archives (``data.sources``), sorted; all of one size."""
 
     def __init__(self, root: Path | str, preparation: Preparation = "none", size: int | None = None):
         if preparation != "none" and size is None:
             raise UserError(f"{root}: preparation {preparation!r} needs a size in pixels")
         self.root, self.preparation, self.size = Path(root), preparation, size
-        self.files = list_images(root)
+        self._source = open_source(root)
+        self.files = list_source(self._source)
         self.sides: tuple[int, int] = (
             self._read(0).size[::-1] if size is None or preparation == "none" else (size, size)
         )
@@ -55,15 +57,21 @@ class Folder(Dataset):
         digest = hashlib.sha256(f"{self.preparation} {self.size}".encode())
         for file in self.files:
             digest.update(file.encode("utf-8", "surrogateescape"))
-            digest.update(hashlib.sha256((self.root / file).read_bytes()).digest())
+            digest.update(hashlib.sha256(self._read_bytes(file)).digest())
         return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.files)
 
+    def _read_bytes(self, name: str) -> bytes:
+        try:
+            return self._source.read(name)
+        except UnreadableImageError as error:
+            raise UserError(f"{self.root / name}: cannot be read ({error})") from error
+
     def _read(self, index: int) -> Image.Image:
         try:
-            return decode(self.root / self.files[index])
+            return decode(self._source.read(self.files[index]))
         except UnreadableImageError as error:
             raise UserError(f"{self.root / self.files[index]}: is no readable image ({error})") from error
 
@@ -121,8 +129,12 @@ def open_pictures(
     if path.is_dir():
         pictures = _job(path, preparation, size) if _is_job(path) else Folder(path, preparation, size)
         return _at_least_two(pictures)
+    if path.suffix in (".parquet", ".tar", ".zip"):
+        return _at_least_two(Folder(path, preparation, size))
     if path.suffix != ".npz":
-        raise UserError(f"{path}: is neither a folder of images nor an .npz file")
+        raise UserError(
+            f"{path}: is neither a folder of images nor an .npz file, nor a parquet, tar or zip file of them"
+        )
     if preparation != "none":
         raise UserError(f"{path}: is an .npz, which cannot be prepared; preparation is for folders of images")
     try:

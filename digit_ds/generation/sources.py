@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode, list_images
+from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode
+from digit_ds.data.sources.opening import list_source, open_source
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.generation.pipeline import BLOCK
@@ -54,7 +55,7 @@ class TokenFile:
 
 
 class ImageFolder:
-    """Pictures of a folder in sorted order, cut to ``size`` in their centre and tokenised on demand.
+    """Pictures of a folder or of archives (``data.sources``) in sorted order, cut to ``size`` in their centre and tokenised on demand.
 
     ``encode`` gives the codes int64 [B, G] of float images [B, 3, size, size] in [0, 1].
     """
@@ -67,7 +68,8 @@ class ImageFolder:
         encode: Callable[[Tensor], Tensor],
         device: torch.device,
     ):
-        self.root, self.names = Path(root), list_images(root)
+        self.root, self._source = Path(root), open_source(root)
+        self.names = list_source(self._source)
         self._crops = Crops(kind="training", size=size, resize=resize, views=1, seed=0)
         self._encode, self._device = encode, device
         self.count = len(self.names)
@@ -90,8 +92,8 @@ class ImageFolder:
         return torch.cat(codes)
 
     def _picture(self, image: int) -> np.ndarray:
-        path = self.root / self.names[image]
+        name = self.names[image]
         try:
-            return self._crops.cut(decode(path), self.names[image])[0]
+            return self._crops.cut(decode(self._source.read(name)), name)[0]
         except UnreadableImageError as error:
-            raise UserError(f"{path}: is no readable image ({error})") from error
+            raise UserError(f"{self.root / name}: is no readable image ({error})") from error

@@ -77,7 +77,7 @@ def extract_features(settings: FeatureSettings) -> None:
     def write(block: int, encoded: list[Encoded]) -> None:
         _write_chunk(Path(settings.out), block, encoded, model.width, STORED[settings.dtype])
 
-    with Job(settings.out, settings.images, record, settings.block_images) as job:
+    with Job(settings.out, settings.images, record, settings.block_images, labels=settings.labels) as job:
         if job.complete:
             if is_main():
                 print(f"{settings.out}: already complete, nothing to do")

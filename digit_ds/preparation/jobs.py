@@ -8,6 +8,7 @@ that are missing. In the output directory:
 settings.json     what the job does; another job's settings are refused
 catalogue.json    number and hash of the image names, class names, where each block begins in images.jsonl
 images.jsonl      the names in sorted order, one JSON string a line
+images.index      where the images lie in their archives (SQLite), unless they are files of a folder
 skipped.json      images that could not be read, with the reason
 manifest.json     written last: the job is complete
 ```
@@ -23,15 +24,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from digit_ds.data.images import no_images, walk, warn_of_passed_over
+from digit_ds.data.images import no_images, warn_of_passed_over
+from digit_ds.data.sources.folder import FolderSource
+from digit_ds.data.sources.opening import open_source
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.lock import NAME as LOCK
 from digit_ds.parallel.decide import agree, from_main
 from digit_ds.parallel.launch import initialize, rank, world_size
-from digit_ds.preparation.census import Census
+from digit_ds.preparation.census import Census, ClassOrder
 from digit_ds.workdir import WorkDirectory, is_begun
 
 
@@ -49,12 +52,21 @@ class Job:
     """The output directory of a job and what is left to do in it; as a context manager, locked until the end."""
 
     def __init__(
-        self, out: Path | str, images: Path | str, settings: dict[str, Any], block_images: int, labelled: bool = False
+        self,
+        out: Path | str,
+        images: Path | str,
+        settings: dict[str, Any],
+        block_images: int,
+        labelled: bool = False,
+        labels: Path | str | None = None,
+        class_order: ClassOrder = "lexicographic",
     ) -> None:
         """Claim ``out`` and list the images, on rank 0.
 
         Args:
             labelled: whether the folders of the images become labels; then all images lie in folders, or none does.
+            labels: file of classes for images without folders, as ``open_source`` takes it.
+            class_order: how class names become labels where the source does not say it.
 
         Raises:
             UserError: there are no images, ``out`` is another job's, or an image has no label where others have one.
@@ -63,7 +75,13 @@ class Job:
         self.out = Path(out)
         self.root = Path(images)
         self.block_images = block_images
+        self.class_order = class_order
+        if class_order not in get_args(ClassOrder):
+            raise UserError(f"class order is {class_order!r}, expected one of {', '.join(get_args(ClassOrder))}")
+        if class_order != "lexicographic":
+            settings = settings | {"class_order": class_order}
         initialize()
+        self.source = from_main(lambda: open_source(self.root, self.out / "images.index", labels))
         settings = agree(settings | {"block_images": block_images}, f"{self.out}, its settings")
         self._directory = WorkDirectory(self.out, lambda: is_begun(self.out, _stored(self.out), settings))
         try:
@@ -94,13 +112,14 @@ class Job:
     def _begin(self, settings: dict[str, Any], begun: bool) -> dict[str, Any]:
         """Write the settings and the list of images, which must be that of the earlier run; return the catalogue."""
         passed_over: Counter[str] = Counter()
-        found = walk(self.root, passed_over)
+        found = self.source.names(passed_over)
         first = next(found, None)
         if first is None:
             raise no_images(self.root, passed_over)
         write_json(self.out / "settings.json", settings)
         census = Census()
         names = self._list(chain([first], found), census)
+        classes = names["classes"] = census.ordered(self.root, self.source.classes, self.class_order)
         if begun and (self.out / "catalogue.json").is_file():
             known = read_json(self.out / "catalogue.json")
             if known["sha256"] != names["sha256"]:
@@ -109,13 +128,18 @@ class Job:
                     f"{self.root}: holds {names['images']} images that are not the {known['images']} with which "
                     f"{self.out} was begun, expected the same folder or another output directory"
                 )
+            if known.get("classes", classes) != classes:
+                raise UserError(
+                    f"{self.root}: its labels stand for other classes than those with which {self.out} was begun, "
+                    "expected the same or another output directory"
+                )
         if self.labelled:
             census.check(self.root)
         (self.out / "images.jsonl.new").replace(self.out / "images.jsonl")
         write_json(self.out / "catalogue.json", names)
         warn_of_passed_over(self.root, passed_over)
-        print(census.summary(self.root), flush=True)
-        for warning in census.warnings(self.root):
+        print(census.summary(self.root, classes), flush=True)
+        for warning in census.warnings(self.root, classes, isinstance(self.source, FolderSource)):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         return names
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import count
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -104,21 +103,19 @@ class _Pieces(Dataset):
             name.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UnreadableImageError("name is not valid UTF-8") from error
-        path, crops = self._job.root / name, self._loading.crops
-        jpeg = _for_gpu(path) if self._loading.decoder == "gpu" else None
+        content, crops = self._job.source.read(name), self._loading.crops
+        jpeg = _for_gpu(content) if self._loading.decoder == "gpu" else None
         if jpeg:
-            data, image_size = jpeg
-            piece.data.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            piece.windows.append(crops.windows(image_size, name))
+            piece.data.append(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            piece.windows.append(crops.windows(jpeg, name))
         else:
-            piece.data.append(torch.from_numpy(crops.cut(decode(path), name)))
+            piece.data.append(torch.from_numpy(crops.cut(decode(content), name)))
             piece.windows.append(None)
 
 
-def _for_gpu(path: Path) -> tuple[bytes, tuple[int, int]] | None:
-    """Bytes and size of a plain, upright, whole RGB JPEG file; None for all that the GPU might take otherwise."""
+def _for_gpu(data: bytes) -> tuple[int, int] | None:
+    """Size of a plain, upright, whole RGB JPEG file; None for all that the GPU might take otherwise."""
     try:
-        data = path.read_bytes()
         image = Image.open(BytesIO(data), formats=["JPEG"])
         plain = image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
         upright = "exif" not in image.info or image.getexif().get(0x0112, 1) == 1
@@ -127,7 +124,7 @@ def _for_gpu(path: Path) -> tuple[bytes, tuple[int, int]] | None:
     short, long = sorted(image.size)
     whole = b"\xff\xd9" in data[-64:]  # the end marker
     if plain and upright and whole and long <= LONGEST_FOR_GPU and long < STRETCHED * short:
-        return data, image.size
+        return image.size
     return None
 
 

@@ -1,7 +1,7 @@
 """Tokenising a sample of images again, against what the shards hold, and a picture of it for the eye."""
 
 import colorsys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from PIL import Image
 
 from digit_ds.data.images import Crops, UnreadableImageError, decode, uniforms
 from digit_ds.data.shards import read_index, read_manifest, read_shard
+from digit_ds.data.sources.opening import open_source
+from digit_ds.data.sources.protocol import ImageSource
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically
 from digit_ds.parallel.launch import device
@@ -57,7 +59,7 @@ def tokenize_again(settings: VerifySettings) -> None:
         precision=settings.precision,
         device=device(),
     )
-    found = recheck(settings.shards, settings.images, tokenizer, settings.sample)
+    found = recheck(settings.shards, settings.images, tokenizer, settings.sample, labels=settings.labels)
     for kind, share in found.agreement.items():
         print(f"{kind} tokens of {len(found.samples)} samples tokenised again: {share:.2%} equal")
     if settings.sheet:
@@ -71,7 +73,14 @@ def tokenize_again(settings: VerifySettings) -> None:
             )
 
 
-def recheck(directory: Path | str, images: Path | str, tokenizer: Tokenizer, count: int, seed: int = 0) -> Recheck:
+def recheck(
+    directory: Path | str,
+    images: Path | str,
+    tokenizer: Tokenizer,
+    count: int,
+    seed: int = 0,
+    labels: Path | str | None = None,
+) -> Recheck:
     """Tokenise ``count`` samples again, drawn over all shards, and compare.
 
     Raises:
@@ -95,7 +104,10 @@ def recheck(directory: Path | str, images: Path | str, tokenizer: Tokenizer, cou
         settings["flips"],
     )
     samples = _draw(directory, count, seed)
-    views = np.stack([_view(Path(images), crops, sample) for sample in samples])
+    source = open_source(images, labels=labels)
+    for _ in source.names(Counter()):
+        break  # it is indexed
+    views = np.stack([_view(source, crops, sample) for sample in samples])
     kinds = ["discriminative", "vq"][: 2 if manifest.vq_codes else 1]
     equal = dict.fromkeys(kinds, 0)
     with torch.inference_mode():
@@ -126,13 +138,13 @@ def _draw(directory: Path, count: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _view(images: Path, crops: Crops, sample: dict[str, Any]) -> np.ndarray:
+def _view(source: ImageSource, crops: Crops, sample: dict[str, Any]) -> np.ndarray:
     """The pixels from which a sample was made: uint8 [size, size, 3]."""
     name = sample["image_id"]
     try:
-        return crops.cut(decode(images / name), name)[sample["view"]]
+        return crops.cut(decode(source.read(name)), name)[sample["view"]]
     except UnreadableImageError as error:
-        raise UserError(f"{images / name}: cannot be read ({error}), but the shards hold its tokens") from error
+        raise UserError(f"{source.root / name}: cannot be read ({error}), but the shards hold its tokens") from error
 
 
 def write_sheet(path: Path | str, found: Recheck, tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from digit_ds.data.images import CropKind
+from digit_ds.preparation.census import ClassOrder
 from digit_ds.settings import Option, PathText, Section, ShortPrecision
 
 JpegDecoder = Literal["cpu", "gpu"]
@@ -14,7 +15,7 @@ Precision = Annotated[Literal["fp32", "bf16", "fp16"], ShortPrecision]
 
 
 _NOT_RECORDED = {
-    *("images", "encoder", "codebook", "vqgan", "vqgan_config", "out", "layer", "num_heads", "image_size"),
+    *("images", "labels", "encoder", "codebook", "vqgan", "vqgan_config", "out", "layer", "num_heads", "image_size"),
     *("workers", "block_images", "max_skipped"),
 }
 _FIRST_RECORDED = {
@@ -27,8 +28,10 @@ _FIRST_RECORDED = {
 class JobSettings(Section):
     """What the jobs over an image folder have in common."""
 
-    images: Annotated[PathText, Option(metavar="DIR")]
-    """Images (docs/preparation.md lists the kinds); the folders they are in are the classes."""
+    images: Annotated[PathText, Option(metavar="PATH")]
+    """Images: a folder, parquet, tars or a zip (docs/preparation.md lists the kinds); folders are the classes."""
+    labels: Annotated[PathText | None, Option(metavar="FILE")] = None
+    """Classes of images without class folders: Kaggle's LOC_val_solution.csv or ImageNet's devkit."""
     encoder: Annotated[PathText, Option(metavar="WEIGHTS")]
     """DINOv2-format weights."""
     layer: int = 3
@@ -103,6 +106,8 @@ class TokenSettings(JobSettings):
     """Side of a view; default: the largest that the encoder takes (256 of DINOv2)."""
     resize: int | None = Field(None, ge=1)
     """Short side before cropping; default: the image size, 1.1 times that for ten-crop."""
+    class_order: ClassOrder = "lexicographic"
+    """How class folders become labels; numeric for folders that are numbers."""
 
 
 class VerifySettings(Section):
@@ -112,8 +117,10 @@ class VerifySettings(Section):
 
     shards: Annotated[PathText, Option(positional=True, metavar="SHARDS_DIR")]
     """Complete directory of token shards."""
-    images: Annotated[PathText | None, Option(metavar="DIR", group="tokenising a sample again")] = None
+    images: Annotated[PathText | None, Option(metavar="PATH", group="tokenising a sample again")] = None
     """The images."""
+    labels: Annotated[PathText | None, Option(metavar="FILE", group="tokenising a sample again")] = None
+    """The file of classes that was given with them."""
     encoder: Annotated[PathText | None, Option(metavar="WEIGHTS", group="tokenising a sample again")] = None
     """The encoder's weights."""
     layer: Annotated[int, Option(group="tokenising a sample again")] = 3

@@ -135,7 +135,7 @@ def _decode_on_cpu(batch: Batch, numbers: list[int], job: Job, loading: Loading)
     for number in reversed(numbers):
         name = batch.names[number]
         try:
-            batch.data[number] = torch.from_numpy(loading.crops.cut(decode(job.root / name), name))
+            batch.data[number] = torch.from_numpy(loading.crops.cut(decode(job.source.read(name)), name))
             batch.windows[number] = None
         except UnreadableImageError as error:
             batch.skipped.append({"image": name, "reason": str(error)})

@@ -1,0 +1,62 @@
+"""Images inside tars or a zip, read by offset."""
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from digit_ds.data.images import UnreadableImageError
+from digit_ds.data.sources.index import Index
+from digit_ds.data.sources.labels import Labels
+from digit_ds.data.sources.protocol import Entry
+
+LONGEST = 1 << 30
+"""Bytes to which a compressed member may grow."""
+
+
+class ArchiveSource:
+    """The members that ``entries`` finds; see :class:`~digit_ds.data.sources.protocol.ImageSource`."""
+
+    def __init__(
+        self,
+        root: Path,
+        files: list[Path],
+        index: Path,
+        labels: Labels | None,
+        entries: Callable[[list[Path], Counter[str]], Iterator[Entry]],
+    ) -> None:
+        self.root, self._files, self._entries = root, files, entries
+        self._index = Index(index, files, labels)
+        self._descriptors: dict[tuple[int, int], int] = {}
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names by the archive's own labels."""
+        return self._index.classes
+
+    def names(self, passed_over: Counter[str]) -> Iterator[str]:
+        """Sorted names, from the index, which is built where it is missing."""
+        self._index.build(lambda: self._entries(self._files, passed_over), lambda: None)
+        return self._index.names()
+
+    def read(self, name: str) -> bytes:
+        """The member's bytes."""
+        place = self._index.place(name)
+        if place is None:
+            raise UnreadableImageError("not in the archive")
+        try:
+            key = (os.getpid(), place.archive)
+            if key not in self._descriptors:
+                self._descriptors[key] = os.open(self._files[place.archive], os.O_RDONLY)
+            data = os.pread(self._descriptors[key], place.length, place.offset)
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+        if len(data) != place.length:
+            raise UnreadableImageError(f"{self._files[place.archive].name} ends inside it")
+        if not place.deflated:
+            return data
+        try:
+            return zlib.decompressobj(-15).decompress(data, LONGEST)
+        except zlib.error as error:
+            raise UnreadableImageError(str(error)) from error

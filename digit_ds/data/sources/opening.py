@@ -1,0 +1,85 @@
+"""Which source a path is."""
+
+import atexit
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from digit_ds.data.images import no_images, walk, warn_of_passed_over
+from digit_ds.data.sources import tars, zips
+from digit_ds.data.sources.archive import ArchiveSource
+from digit_ds.data.sources.folder import FolderSource
+from digit_ds.data.sources.labels import Labels
+from digit_ds.data.sources.parquet import ParquetSource
+from digit_ds.data.sources.protocol import ImageSource
+from digit_ds.errors import UserError
+
+SPLITS = ("test", "train", "val", "validation")
+EXPECTED = "expected a folder of images, or parquet, tar or zip files"
+
+
+def open_source(path: Path | str, index: Path | None = None, labels: Path | str | None = None) -> ImageSource:
+    """The images of a folder, or of one archive or a folder of archives; nothing is listed yet.
+
+    Args:
+        path: a folder, a ``.parquet``, ``.tar`` or ``.zip`` file, or a folder (perhaps its ``data/``) of parquet files
+            or tars, or a pattern of such files (``DIR/train-*.parquet``).
+        index: file for the members' places, where ``path`` is no folder of images; None: one that goes with the process.
+        labels: file of classes by file name, for images without class folders (see ``labels``).
+
+    Raises:
+        UserError: it is none of them.
+    """
+    path = Path(path)
+    known = None if labels is None else Labels(labels)
+    if "*" in path.name:
+        files, kind = sorted(path.parent.glob(path.name)), path.suffix[1:].lower()
+        if not files or kind not in ("parquet", "tar", "zip"):
+            raise UserError(f"{path}: matches {len(files)} files, expected some that end in .parquet, .tar or .zip")
+        return _open(path, kind, files, index, known)
+    if path.is_dir() and next(walk(path), None) is None:
+        for kind in ("parquet", "tar"):
+            if files := sorted(path.glob(f"*.{kind}")) or sorted(path.glob(f"data/*.{kind}")):
+                return _open(path, kind, files, index, known)
+    if path.is_dir():
+        return FolderSource(path, known)
+    kind = path.suffix[1:].lower()
+    if not path.is_file() or kind not in ("parquet", "tar", "zip"):
+        raise UserError(f"{path}: is not a folder{'' if path.is_file() else ' or a file'}, {EXPECTED}")
+    return _open(path, kind, [path], index, known)
+
+
+def _open(root: Path, kind: str, files: list[Path], index: Path | None, labels: Labels | None) -> ImageSource:
+    splits = sorted({part for file in files for part in re.split("[-_.]", file.stem)} & {*SPLITS})
+    if len(splits) > 1:
+        raise UserError(f"{root}: holds the splits {' and '.join(splits)}, expected one, such as 'DIR/train-*.{kind}'")
+    index = index or _passing_index()
+    if kind == "parquet":
+        if labels is not None:
+            raise UserError(f"{root}: has labels of its own, expected no file of labels with parquet")
+        return ParquetSource(root, files, index)
+    return ArchiveSource(root, files, index, labels, tars.entries if kind == "tar" else zips.entries)
+
+
+def _passing_index() -> Path:
+    """A file that is removed with this process, not with those that it forks."""
+    folder, process = tempfile.mkdtemp(prefix="digit-ds-index-"), os.getpid()
+    atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))
+    return Path(folder) / "images.index"
+
+
+def list_source(source: ImageSource) -> list[str]:
+    """All names in memory; a warning says which files were passed over.
+
+    Raises:
+        UserError: there are none.
+    """
+    passed_over: Counter[str] = Counter()
+    names = list(source.names(passed_over))
+    if not names:
+        raise no_images(source.root, passed_over)
+    warn_of_passed_over(source.root, passed_over)
+    return names
