@@ -129,7 +129,7 @@ def open_pictures(
     if path.is_dir():
         pictures = _job(path, preparation, size) if _is_job(path) else Folder(path, preparation, size)
         return _at_least_two(pictures)
-    if path.suffix in (".parquet", ".tar", ".zip"):
+    if path.suffix in (".parquet", ".tar", ".zip"):  # a pattern of such files, too
         return _at_least_two(Folder(path, preparation, size))
     if path.suffix != ".npz":
         raise UserError(

@@ -55,7 +55,8 @@ class TokenFile:
 
 
 class ImageFolder:
-    """Pictures of a folder or of archives (``data.sources``) in sorted order, cut to ``size`` in their centre and tokenised on demand.
+    """Pictures of a folder or of archives (``data.sources``) in sorted order, cut to ``size`` in their centre and
+    tokenised on demand.
 
     ``encode`` gives the codes int64 [B, G] of float images [B, 3, size, size] in [0, 1].
     """

@@ -27,7 +27,8 @@ def open_source(path: Path | str, index: Path | None = None, labels: Path | str 
     Args:
         path: a folder, a ``.parquet``, ``.tar`` or ``.zip`` file, or a folder (perhaps its ``data/``) of parquet files
             or tars, or a pattern of such files (``DIR/train-*.parquet``).
-        index: file for the members' places, where ``path`` is no folder of images; None: one that goes with the process.
+        index: file for the members' places, where ``path`` is no folder of images; None: one that is removed with
+            the process.
         labels: file of classes by file name, for images without class folders (see ``labels``).
 
     Raises:
