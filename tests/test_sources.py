@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from calls import extract_features, tokenize_images
 from preparation_parts import (
     REPOSITORY,
     command,
@@ -32,8 +33,6 @@ from digit_ds.data.sources.opening import open_source
 from digit_ds.errors import UserError
 from digit_ds.evaluation.pictures import open_pictures
 from digit_ds.generation.sources import ImageFolder
-from digit_ds.preparation.features import extract_features
-from digit_ds.preparation.tokens import tokenize_images
 
 CLASSES = ["n01440764", "n01443537", "n01484850"]
 KINDS = ["parquet", "webdataset", "tar-of-tars", "zip", "kaggle", "val-tar"]

@@ -12,7 +12,8 @@ class FolderSource:
     """The image files below ``root``; see :class:`~digit_ds.data.sources.protocol.ImageSource`."""
 
     def __init__(self, root: Path, labels: Labels | None = None) -> None:
-        self.root, self.classes, self._labels = root, None, labels
+        self.root, self._labels = root, labels
+        self.classes: list[str] | None = None
 
     def names(self, passed_over: Counter[str]) -> Iterator[str]:
         """Sorted names; with labels the class stands before the file's name."""

@@ -68,7 +68,12 @@ def _open(root: Path, kind: str, files: list[Path], index: Path | None, labels: 
 def _passing_index() -> Path:
     """A file that is removed with this process, not with those that it forks."""
     folder, process = tempfile.mkdtemp(prefix="digit-ds-index-"), os.getpid()
-    atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
     return Path(folder) / "images.index"
 
 

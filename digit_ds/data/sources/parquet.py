@@ -25,7 +25,9 @@ class ParquetSource:
     def __init__(self, root: Path, files: list[Path], index: Path) -> None:
         self.root, self._files = root, files
         self._index = Index(index, files, None)
-        self._process, self._open, self._group = 0, {}, ((-1, -1), None)
+        self._process = 0
+        self._open: dict[int, Any] = {}
+        self._group: tuple[tuple[int, int], Any] = ((-1, -1), None)
 
     @property
     def classes(self) -> list[str] | None:

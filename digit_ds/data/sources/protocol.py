@@ -14,8 +14,10 @@ class ImageSource(Protocol):
 
     root: Path
     """The folder or file, for messages."""
-    classes: list[str] | None
-    """Class names in the order of the labels where the source says it, known after ``names``; None: it does not."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names in the order of the labels where the source says it, known after ``names``; None: it does not."""
 
     def names(self, passed_over: Counter[str]) -> Iterator[str]:
         """All names, sorted as strings; files that are no images are counted by suffix. Called on one process."""

@@ -30,7 +30,8 @@ def entries(files: list[Path], passed_over: Counter[str]) -> Iterator[Entry]:
 
 def _samples(file: Path, number: int, stream: BinaryIO, folder: str, passed_over: Counter[str]) -> Iterator[Entry]:
     """The images of the tar that begins where ``stream`` stands."""
-    key, images, label = "", [], None  # of the sample that is being collected
+    key, label = "", None  # of the sample that is being collected
+    images: list[Entry] = []
     for member in _members(file, stream):
         path = folder + member.name.removeprefix("./")
         if any(part.startswith(".") and part != ".." for part in path.split("/")):
@@ -59,7 +60,7 @@ def _members(file: Path, stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # it keeps them all
+                tar.members = []  # type: ignore[attr-defined]  # it keeps them all
                 if member.isreg():
                     yield member
             stream.seek(tar.offset)
