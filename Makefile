@@ -25,6 +25,7 @@ format: environment ## rewrite the sources in the project's format and draw the 
 	$(BIN)/ruff format .
 	$(BIN)/python docs/draw_layers.py
 	$(BIN)/python docs/draw_faults.py
+	$(BIN)/python docs/draw_reference.py
 
 environment: $(VENV)/complete
 

@@ -26,3 +26,9 @@ def test_the_faults_are_those_that_tests_show():
     drawn = runpy.run_path(str(ROOT / "docs" / "draw_faults.py"))["page"]()
     assert drawn.count("\n| ") > 30 and "test_training_faults.py::test_killed_at_twenty_moments" in drawn
     assert (ROOT / "docs" / "faults.md").read_text() == drawn, "run python docs/draw_faults.py"
+
+
+def test_the_reference_is_of_the_settings():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_reference.py"))["page"]()
+    assert "| `--guidance` |" in drawn and "| `training.micro_batch` |" in drawn and "## digit-ds convert" in drawn
+    assert (ROOT / "docs" / "reference.md").read_text() == drawn, "run python docs/draw_reference.py"

@@ -11,7 +11,7 @@ from digit_ds.settings import Option, PathText, Section, ShortPrecision
 JpegDecoder = Literal["cpu", "gpu"]
 """``cpu``: Pillow in the workers, the same pixels on every machine; ``gpu``: JPEG files are decoded and cut on the GPU,
 whose pixel values differ by a level or two here and there."""
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], ShortPrecision]
+Precision = Annotated[Literal["fp32", "fp16", "bf16"], ShortPrecision]
 
 
 _NOT_RECORDED = {
