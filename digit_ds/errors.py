@@ -30,7 +30,7 @@ _SITUATIONS = (
 
 
 class UserError(Exception):
-    """What the user can mend: one sentence naming the file or key, what was found and what was expected."""
+    """What the user can mend: one line that names the file or key, what was found and what was expected."""
 
 
 def file_error(error: OSError, path: Path | str | None = None) -> UserError | None:

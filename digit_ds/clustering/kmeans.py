@@ -101,7 +101,7 @@ def _train(points: Points, record: Record, settings: dict[str, Any], backend: st
 
 
 def _assigner(backend: str) -> Assigner:
-    """The back end; when a process cannot have it, all end with the first one's sentence."""
+    """The back end; when a process cannot have it, all exit with the first one's message."""
     with together():
         return make_assigner(backend, device())
 

@@ -1,4 +1,4 @@
-"""Preflight: every process looks at its machine, rank 0 says in one sentence each what is fine and what is not."""
+"""Preflight: every process looks at its machine, rank 0 says in one line each what is fine and what is not."""
 
 import random
 import shutil

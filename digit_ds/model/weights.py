@@ -162,7 +162,7 @@ def parameter_count(spec: TransformerSpec) -> int:
 
 
 def check_state(state: Mapping[str, Tensor], spec: TransformerSpec, source: str) -> None:
-    """Refuse a state dict whose names or shapes are not those of ``spec``; the sentence names ``source``."""
+    """Refuse a state dict whose names or shapes are not those of ``spec``; the message names ``source``."""
     expected = {parameter.name: parameter.shape for parameter in parameters(spec)}
     if missing := sorted(set(expected) - set(state)):
         raise UserError(f"{source}: tensor {missing[0]!r} is missing ({len(missing)} missing in all)")

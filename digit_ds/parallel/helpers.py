@@ -40,7 +40,7 @@ def _listen(forker: int) -> None:
 
 @contextmanager
 def loaders_in_one_sentence() -> Iterator[None]:
-    """Failures in and of DataLoader's processes as sentences.
+    """Failures in and of DataLoader's processes as one-line errors.
 
     Raises:
         UserError: as it was raised in such a process, where DataLoader wraps it in that process's traceback; or one was

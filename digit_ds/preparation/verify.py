@@ -109,7 +109,7 @@ def verify_shards(directory: Path | str, workers: int | None = None) -> Report:
 
 
 def _unless_killed(directory: Path, found: Iterator[_Shard]) -> Iterator[_Shard]:
-    """What the processes found; when one of them was killed, a sentence."""
+    """What the processes found; when one of them was killed, one line."""
     try:
         yield from found
     except BrokenProcessPool as error:

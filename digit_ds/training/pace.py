@@ -54,7 +54,7 @@ class Pace:
         return event
 
     def summary(self) -> tuple[dict[str, float | int], str | None]:
-        """Own seconds a step since the last call, over all ranks; a sentence when one begins to hold the others up.
+        """Own seconds a step since the last call, over all ranks; a message when one begins to hold the others up.
 
         Every rank calls it, after the device has done the steps that it is about. The median is the lower one of two,
         so that of two ranks the faster is the usual one.
