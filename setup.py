@@ -31,6 +31,7 @@ setup(
         "pyyaml",
         "safetensors",
         "scikit-learn",
+        "scipy",
         "tensorboard",
         "timm>=1.0.31",
         "torch>=2.11",

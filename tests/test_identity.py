@@ -294,13 +294,16 @@ def test_a_wrong_folder_is_seen_before_the_work_starts(tmp_path):
     numbers = census("2/a.png", "10/b.png", "10/c.png")
     (tmp_path / "3").mkdir()
     assert numbers.classes == ["10", "2"]
-    assert numbers.summary(tmp_path) == f"{tmp_path}: 3 images, 2 classes of 1 to 2 images: 10, 2"
-    empty, order = numbers.warnings(tmp_path)
+    assert numbers.summary(tmp_path, ["10", "2"]) == f"{tmp_path}: 3 images, 2 classes of 1 to 2 images: 10, 2"
+    empty, order = numbers.warnings(tmp_path, ["10", "2"], True)
     assert "1 folders without images are no classes and have no label: 3" in empty
     assert "label 0 is class '10'" in order
     shutil.rmtree(tmp_path / "3")
     splits = census("train/a.png", "val/b.png")
-    assert any("folders train and val are taken for classes" in text for text in splits.warnings(tmp_path))
+    assert any(
+        "folders train and val are taken for classes" in text
+        for text in splits.warnings(tmp_path, ["train", "val"], True)
+    )
     numbers.check(tmp_path)
     census("a.png", "b.png").check(tmp_path)  # an unlabelled set
     with pytest.raises(UserError, match=r"stray.png: lies in no class folder .1 such images., but .* has 1 class"):

@@ -5,6 +5,7 @@ systems). A refusal ends every process with exit status 2 and is printed once, b
 identity for a process alone and must be called by all ranks in the same order.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,13 +38,12 @@ def _control_group() -> dist.ProcessGroup:
 
 @contextmanager
 def _peers() -> Iterator[dist.ProcessGroup]:
-    """The control group; when a process of it is gone, the others say so in one line."""
+    """The control group; when a process of it is gone, the others leave with a remark: it says why."""
     try:
         yield _control_group()
     except RuntimeError as error:
-        raise UserError(
-            f"rank {rank()} on {host()}: another process of this job has ended, its own message says why"
-        ) from error
+        print(f"rank {rank()} on {host()}: leaves, another process of this job has ended", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
 
 
 def gather(value: T) -> list[T]:
