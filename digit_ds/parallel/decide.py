@@ -36,6 +36,11 @@ def _control_group() -> dist.ProcessGroup:
     return _groups[world]
 
 
+def forget() -> None:
+    """Let go of the control group before the process group is left: a fork that let go of it later would hang."""
+    _groups.clear()
+
+
 @contextmanager
 def _peers() -> Iterator[dist.ProcessGroup]:
     """The control group; when a process of it is gone, the others leave with a remark: it says why."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from digit_ds.errors import UserError
-from digit_ds.parallel import launch
+from digit_ds.parallel import decide, launch
 
 LEAVE_SECONDS = 30.0
 """How long a process may take to say why it failed and to end."""
@@ -120,5 +120,6 @@ def finish() -> None:
     """Leave all groups; a process group left open warns at exit."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    decide.forget()
     if dist.is_initialized():
         dist.destroy_process_group()
