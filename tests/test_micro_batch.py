@@ -93,7 +93,6 @@ def test_estimate_needs_no_shards_and_refuses_what_training_refuses(token_shards
         (planned[:2], "--images is given without --grid and --codes"),
         ([*planned[:5], "0"], "codes is 0, expected: input should be greater than or equal to 1"),
         ([*planned, "--vq-codes", "1024", "--gpus", "3"], "training.global_batch 1024 is not a multiple of 3 data-par"),
-        (["parallel.tensor=2", *planned, "--vq-codes", "9", "--gpus", "2"], "training.compile is proven with parallel"),
         (["deepspeed=zero0.json", *planned, "--vq-codes", "9"], "ZeRO stage 0 cannot accumulate bf16"),
         ([*planned, "--vq-codes", "9", "--mfu", "0"], "mfu is 0.0, expected: input should be greater than 0"),
         ([*planned, "--vq-codes", "9", "--memory", "1"], "a single image needs about"),
