@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +28,30 @@ from digit_ds.training.export import export
 from digit_ds.training.runs import check_shards
 
 
-def other_shards(directory: Path, shift: int = 7, images: int = 24) -> Path:
-    """Shards as ``write_shards`` makes them, of other codes and another number of images."""
-    write_shards(directory, images=images)
-    for block in ("block-00000", "block-00001"):
+def rewrite(directory: Path, change: Callable[[dict], None]) -> Path:
+    """Change every sample of a shard set and make its index and manifest anew."""
+    blocks = ("block-00000", "block-00001")
+    for block in blocks:
         samples = []
         for shard in read_json(directory / block / "index.json")["shards"]:
             for part in (shard["raw_data"], shard["zip_data"]):
                 part["basename"] = f"{block}/{part['basename']}"
             samples += shard_files.read_shard(directory, shard)
         shutil.rmtree(directory / block)
-        for sample_ in samples:
-            sample_["discriminative"] = ((sample_["discriminative"] + shift) % 8).astype(np.uint16)
+        for one in samples:
+            change(one)
         shard_files.write_block(directory / block, samples, shard_files.COLUMNS)
-    index = shard_files.merge_blocks(directory, ["block-00000", "block-00001"])
-    change_manifest(directory, index_sha256=index)
+    change_manifest(directory, index_sha256=shard_files.merge_blocks(directory, blocks))
     return directory
+
+
+def other_shards(directory: Path) -> Path:
+    """Shards as ``write_shards`` makes them, of other codes and another number of images."""
+
+    def shift(one: dict) -> None:
+        one["discriminative"] = ((one["discriminative"] + 7) % 8).astype(np.uint16)
+
+    return rewrite(write_shards(directory, images=24), shift)
 
 
 def change_manifest(directory: Path, **values) -> None:
@@ -198,18 +207,10 @@ def test_a_model_knows_its_classes_shards_and_class_dropout(tmp_path):
     lost="steps since the last checkpoint",
 )
 def test_a_sample_without_a_label_ends_a_class_conditional_training_by_name(tmp_path):
-    shards = write_shards(tmp_path / "shards", images=16)
-    for block in ("block-00000", "block-00001"):
-        samples = []
-        for shard in read_json(shards / block / "index.json")["shards"]:
-            for part in (shard["raw_data"], shard["zip_data"]):
-                part["basename"] = f"{block}/{part['basename']}"
-            samples += shard_files.read_shard(shards, shard)
-        shutil.rmtree(shards / block)
-        for one in samples:
-            one["label"] = -1 if one["index"] == 5 else one["label"]
-        shard_files.write_block(shards / block, samples, shard_files.COLUMNS)
-    change_manifest(shards, index_sha256=shard_files.merge_blocks(shards, ["block-00000", "block-00001"]))
+    def take_label(one: dict) -> None:
+        one["label"] = -1 if one["index"] == 5 else one["label"]
+
+    shards = rewrite(write_shards(tmp_path / "shards", images=16), take_label)
     group = start_ranks(train, (recipe(tmp_path / "run", shards),), 1, tmp_path / "log")
     assert group.wait() != [0]
     assert "image class2/0005.png has label -1, but a class-conditional model expects one of 0..2" in group.output()

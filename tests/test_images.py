@@ -249,7 +249,7 @@ def test_formats_that_are_not_listed_are_no_images(tmp_path, name):
 
 
 def test_files_of_other_formats_are_counted(tmp_path, capsys):
-    from digit_ds.data.images import list_images
+    from digit_ds.data.sources.opening import list_source, open_source
     from digit_ds.preparation.jobs import Job
 
     images = tmp_path / "images"
@@ -258,10 +258,10 @@ def test_files_of_other_formats_are_counted(tmp_path, capsys):
         (images / name).touch()
     said = "passed over 4 files: 2 .avif, 1 .heic, 1 without a suffix"
     with pytest.raises(UserError, match=rf"holds no images \({said}\)"):
-        list_images(images)
+        list_source(open_source(images))
     with pytest.raises(UserError, match=rf"holds no images \({said}\)"):
         Job(tmp_path / "none", images, {}, 8)
     smooth(40, 40).save(images / "good.png")
-    assert list_images(images) == ["good.png"]
+    assert list_source(open_source(images)) == ["good.png"]
     with Job(tmp_path / "out", images, {}, 8):
         assert capsys.readouterr().err.splitlines() == [f"warning: {images}: {said}"] * 2

@@ -57,20 +57,6 @@ def walk(root: Path | str, passed_over: Counter[str] | None = None) -> Iterator[
     yield from _walk(str(root), "", (_inode(str(root)),), Counter() if passed_over is None else passed_over)
 
 
-def list_images(root: Path | str) -> list[str]:
-    """All names that :func:`walk` gives; a warning says which files were passed over.
-
-    Raises:
-        UserError: there are none, or as :func:`walk`.
-    """
-    passed_over: Counter[str] = Counter()
-    names = list(walk(root, passed_over))
-    if not names:
-        raise no_images(root, passed_over)
-    warn_of_passed_over(root, passed_over)
-    return names
-
-
 def no_images(root: Path | str, passed_over: Counter[str]) -> UserError:
     """The error of a folder without images."""
     others = f" ({describe_passed_over(passed_over)})" if passed_over else ""

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from digit_ds.data.images import no_images, warn_of_passed_over
 from digit_ds.data.sources.folder import FolderSource
@@ -76,10 +76,6 @@ class Job:
         self.root = Path(images)
         self.block_images = block_images
         self.class_order = class_order
-        if class_order not in get_args(ClassOrder):
-            raise UserError(f"class order is {class_order!r}, expected one of {', '.join(get_args(ClassOrder))}")
-        if class_order != "lexicographic":
-            settings = settings | {"class_order": class_order}
         initialize()
         self.source = from_main(lambda: open_source(self.root, self.out / "images.index", labels))
         settings = agree(settings | {"block_images": block_images}, f"{self.out}, its settings")

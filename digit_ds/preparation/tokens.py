@@ -52,8 +52,9 @@ def tokenize_images(settings: TokenSettings) -> None:
     record = {"job": "tokens", "provenance": tokenizer.provenance(), **settings.record(), **filled_in}
     workers = default_workers() if settings.workers is None else settings.workers
     loading = Loading(cut, settings.batch, workers, settings.decoder)
-    listing = True, settings.labels, settings.class_order
-    with Job(settings.out, settings.images, record, settings.block_images, *listing) as job:
+    with Job(
+        settings.out, settings.images, record, settings.block_images, True, settings.labels, settings.class_order
+    ) as job:
         if job.complete:
             if is_main():
                 print(f"{settings.out}: already complete, nothing to do")
