@@ -321,6 +321,16 @@ def test_a_kill_before_the_stamp_and_a_cache_named_like_a_default_one(tmp_path):
     assert (cache / "index.json").is_file()  # a cache that the user named stays
 
 
+def test_a_kill_while_a_default_cache_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    shards, owner = write_shards(tmp_path / "shards"), tmp_path / "run" / "train"
+    left = caches.default_cache(shard_files.read_manifest(shards).index_sha256, str(owner))
+    (left / "block-00000").mkdir(parents=True)
+    (left / "block-00000" / "shard.00000.mds").write_bytes(b"half")  # the stamp and the index went first
+    assert max(codes_of(shards, None, owner)) > 8
+    assert not left.exists()
+
+
 def test_initial_centroids_of_another_encoder_are_refused(tmp_path):
     np.save(tmp_path / "init.npy", np.eye(3, dtype=np.float32))
     centroids = centroids_from_file(tmp_path / "init.npy", 3, 3, {"encoder_sha256": "a" * 64})

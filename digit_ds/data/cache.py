@@ -7,8 +7,8 @@ CACHE/.digit_ds.json   {"index_sha256": hash of the shards' index, "owner": who 
 ```
 
 and a cache of another content is emptied before it is used. ``ready`` is false while it is being emptied, so that a
-kill in the midst of it is noticed. A cache without a stamp is adopted when its index is the right one and refused
-otherwise: it may be anybody's folder.
+kill in the midst of it is noticed. A named cache without a stamp is adopted when its index is the right one and refused
+otherwise: it may be anybody's folder. A default cache without a stamp is what a kill left of its removal.
 
 Default caches lie in the temporary folder, named by content and owner (two live jobs must not share one). They are
 removed at the orderly end of their run; what killed runs leave is reused by the same run or, once the run directory
@@ -40,10 +40,13 @@ def default_cache(index_sha256: str, owner: str) -> Path:
     return Path(tempfile.gettempdir()) / f"{_PREFIX}{os.getuid()}-{name}"
 
 
-def prepare(cache: Path, index_sha256: str, owner: str) -> TextIO:
+def prepare(cache: Path, index_sha256: str, owner: str, named: bool = True) -> TextIO:
     """Make ``cache`` one of this content: keep it, empty it, or refuse a folder that is no cache of ours.
 
     For one process of each node, before any opens the dataset.
+
+    Args:
+        named: whether the user chose the folder; a default one is this package's alone.
 
     Returns:
         An open file; while it is open, other jobs on this node are refused.
@@ -56,14 +59,16 @@ def prepare(cache: Path, index_sha256: str, owner: str) -> TextIO:
         held = _hold(cache)
         stamp, index = read_stamp(cache), cache / "index.json"
         others = [path.name for path in cache.iterdir() if not path.name.startswith((_LOCK, STAMP, f".{STAMP}"))]
-        if others and stamp is None and not (index.is_file() and sha256(index) == index_sha256):
+        unknown = others and stamp is None and not (index.is_file() and sha256(index) == index_sha256)
+        if unknown and named:
             (cache / f"{_LOCK}{socket.gethostname()}").unlink()
             raise UserError(
                 f"{cache}: holds files that are no cache of these shards (index {index_sha256[:12]}), "
                 "expected an empty folder or their cache; delete it or name another data.cache"
             )
         fresh = {"index_sha256": index_sha256, "owner": owner, "ready": True}
-        if stamp is not None and not (stamp.get("ready") and stamp.get("index_sha256") == index_sha256):
+        stale = stamp is not None and not (stamp.get("ready") and stamp.get("index_sha256") == index_sha256)
+        if unknown or stale:
             write_json(cache / STAMP, fresh | {"ready": False})
             _empty(cache)
         write_json(cache / STAMP, fresh)

@@ -108,7 +108,7 @@ class TokenStream:
         problem = None
         if launch.local_rank() == 0:
             try:
-                self._held = prepare(self.cache, content, owner)
+                self._held = prepare(self.cache, content, owner, self._named)
                 remove_orphans(owner, keep=self.cache)
             except UserError as error:
                 problem = str(error)

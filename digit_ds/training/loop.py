@@ -194,7 +194,8 @@ class _Run:
             clock.waited(time.perf_counter() - start)
             chunk = micro * self.place.data_size + self.place.data_rank
             seed_dropout(training.seed, progress.step, chunk)
-            sequence = self._sequence(batch, training.class_dropout, random_order_share(self.recipe, progress.step))
+            share = random_order_share(self.recipe, progress.step)
+            sequence = self._sequence(self.stream, batch, training.class_dropout, share)
             self.used_tokens[sequence.target.flatten()] = 1
             loss, nll = self.engine.loss(sequence.input, sequence.target, sequence.loss_mask, sequence.order)
             self.pace.end()
@@ -209,13 +210,15 @@ class _Run:
         loss, nll = torch.stack(losses).mean(0)
         return loss, nll, samples
 
-    def _sequence(self, batch: TokenBatch, class_dropout: float = 0.0, random_share: float = 0.0) -> Sequence:
+    def _sequence(
+        self, stream: TokenStream, batch: TokenBatch, class_dropout: float = 0.0, random_share: float = 0.0
+    ) -> Sequence:
         """A batch on the device, as the model reads it. All that is random comes from the default generator."""
         codes = batch.discriminative.to(self.device, non_blocking=True) if self.spec.kind != "vq" else None
         vq = batch.vq.to(self.device, non_blocking=True) if self.spec.kind != "prior" and batch.vq is not None else None
         labels = None
         if self.spec.classes:
-            batch.check_labels(self.spec.classes, self.stream.shards)
+            batch.check_labels(self.spec.classes, stream.shards)
             labels = batch.labels.to(self.device, non_blocking=True)
         return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout, random_share=random_share)
 
@@ -275,7 +278,7 @@ class _Run:
         seed_dropout(self.recipe.training.seed, 0, self.place.data_rank)  # NAR masks: the same at every validation
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in self.validation.epoch(self.chunks.micro_batch, self.place.data_rank, self.place.data_size):
-            sequence = self._sequence(batch)
+            sequence = self._sequence(self.validation, batch)
             mask = batch.real.to(self.device).unsqueeze(1).expand_as(sequence.target)
             if sequence.loss_mask is not None:
                 mask = mask & sequence.loss_mask
