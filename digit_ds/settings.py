@@ -3,8 +3,6 @@
 
 A field's type, default and docstring are written once, where it is declared. ``Section.read`` makes settings from plain
 values, ``add_options`` and ``from_options`` make them from a command line, ``read_yaml`` reads a file of them.
-(pydantic-settings has a command line too: it writes an error over several lines, shows a nullable option's type as
-``{str,null}``, and has neither ``--no-flip`` as a chain's key nor groups.)
 """
 
 import argparse

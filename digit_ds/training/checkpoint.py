@@ -123,7 +123,7 @@ class Checkpoints:
             **extra,
         }
         folder = self.folder / f".{checkpoint_name(progress.step)}.partial"
-        pending = _Pending(progress.step, folder, common | extra)
+        pending = _Pending(progress.step, folder, common)
         path = folder / part_name(topology.tensor_rank, topology.data_rank)
 
         def write() -> None:
@@ -205,9 +205,8 @@ class Checkpoints:
             return True
         self._pending.done.wait()
         self.poll(*self._total(self.status))
-        (failures,) = self._total(
-            [int(self._failure is not None)]
-        )  # nobody leaves before rank 0 has moved it into place
+        # Nobody leaves before rank 0 has moved it into place.
+        (failures,) = self._total([int(self._failure is not None)])
         return failures == 0
 
     def take_new(self) -> list[Path]:

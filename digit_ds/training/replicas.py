@@ -43,9 +43,8 @@ class ReplicaCheck:
             for tensor in fragment.tensors.values():
                 number += 1
                 bits = tensor.detach().contiguous().view(torch.int32).to(self._engine.device).long()
-                total += (bits.sum() + (bits * bits).sum()) * (
-                    2 * number + 1
-                )  # products wrap around, equally everywhere
+                # Products wrap around, equally everywhere.
+                total += (bits.sum() + (bits * bits).sum()) * (2 * number + 1)
         if total.is_cuda:
             self._hash = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(total, non_blocking=True)
             self._event = torch.cuda.Event()
