@@ -1,5 +1,6 @@
 """Small real parts for the tests of the offline jobs: pictures, a DINOv2-format encoder, a codebook, a VQGAN."""
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -143,6 +144,7 @@ def start_ranks(world: int, work: Callable[[], None]) -> list[multiprocessing.Pr
         port = free.getsockname()[1]
 
     def enter(rank: int) -> None:
+        faulthandler.dump_traceback_later(100)  # before those who wait for it give up
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         tqdm.set_lock(threading.RLock())  # the shared one would stay locked for ever when its holder is killed
         os.environ |= {

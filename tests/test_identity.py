@@ -1,6 +1,7 @@
 """Artefacts that do not belong together are refused, and a cache never outlives its content."""
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -128,10 +129,19 @@ def test_a_cache_of_an_older_version_is_adopted_or_refused(tmp_path):
     assert (tmp_path / "home" / "thesis.tex").read_text() == "kept"
 
 
+def test_a_cache_whose_job_was_killed_a_moment_ago(tmp_path):
+    """Its loading processes share the lock and outlive it by about a second."""
+    held = caches.prepare(tmp_path / "cache", "a" * 64, "job")
+    with subprocess.Popen(["sleep", "1"], stdin=held):  # the same open file, as a forked process has it
+        held.close()
+        caches.prepare(tmp_path / "cache", "a" * 64, "job").close()
+
+
 def test_a_cache_in_use_and_a_cache_without_an_owner(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     held = caches.prepare(tmp_path / "cache", "a" * 64, "job")
+    monkeypatch.setattr(caches, "RELEASE_SECONDS", 0.3)
     with pytest.raises(UserError, match="cache of another job that runs on this node"):
         caches.prepare(tmp_path / "cache", "b" * 64, "other job")
     held.close()

@@ -22,6 +22,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +33,9 @@ from digit_ds.files import sha256, write_json
 STAMP = ".digit_ds.json"
 _LOCK = ".lock-"
 _PREFIX = "digit_ds-cache-"
+
+RELEASE_SECONDS = 30.0
+"""How long a lock may outlive a killed job: its loading processes share it, and end only when they miss their rank."""
 
 
 def default_cache(index_sha256: str, owner: str) -> Path:
@@ -56,7 +60,7 @@ def prepare(cache: Path, index_sha256: str, owner: str, named: bool = True) -> T
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        held = _hold(cache)
+        held = _hold(cache, RELEASE_SECONDS)
         stamp, index = read_stamp(cache), cache / "index.json"
         others = [path.name for path in cache.iterdir() if not path.name.startswith((_LOCK, STAMP, f".{STAMP}"))]
         unknown = others and stamp is None and not (index.is_file() and sha256(index) == index_sha256)
@@ -77,17 +81,26 @@ def prepare(cache: Path, index_sha256: str, owner: str, named: bool = True) -> T
         raise UserError(f"{cache}: cannot be used as cache of shards ({error.strerror or error})") from error
 
 
-def _hold(cache: Path) -> TextIO:
-    """Lock a cache against other jobs on this node; released by whatever ends the process."""
+def _hold(cache: Path, patience: float = 0.0) -> TextIO:
+    """Lock a cache against other jobs on this node; released when the last process of this job has ended.
+
+    Args:
+        patience: seconds to wait for the processes of a job that was killed.
+    """
     held = (cache / f"{_LOCK}{socket.gethostname()}").open("a")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise UserError(
-            f"{cache}: is the shard cache of another job that runs on this node, expected a data.cache of its own"
-        ) from None
-    return held
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return held
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            held.close()
+            raise UserError(
+                f"{cache}: is the shard cache of another job that runs on this node, expected a data.cache of its own"
+            ) from None
 
 
 def check_index(cache: Path, index_sha256: str, shards: str) -> None:
