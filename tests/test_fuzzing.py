@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from preparation_parts import make_encoder, make_vqgan
 from small_models import small_spec
-from training_parts import write_shards
+from training_parts import launch, recipe, train, write_shards
 
 from digit_ds.config import load_recipe
 from digit_ds.data.images import Crops, UnreadableImageError, decode
@@ -33,6 +33,7 @@ from digit_ds.model.weights import initial_state
 from digit_ds.tokenizer.codebook import load_codebook
 from digit_ds.tokenizer.encoder import load_encoder
 from digit_ds.tokenizer.vqgan import load_vqgan
+from digit_ds.training.stored import MANIFEST, StoredState, part_name, walk_lineage
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 SECONDS = 60
@@ -297,6 +298,37 @@ def test_token_shards(shards, folder, data):
     try:
         with one_line():
             list(iterate(shards))
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.fixture(scope="module")
+def training_checkpoint(shards, folder) -> Path:
+    values = recipe(folder / "run", shards, training__steps=1)
+    launch(train, (values,), 1, folder / "log")
+    return next((folder / "run" / "checkpoints").glob("step_*"))
+
+
+@fuzz
+@given(data=st.data())
+def test_training_checkpoints(training_checkpoint, data):
+    """As a run that goes on, an export and a listing read them; what the manifest's hashes catch is not read on."""
+    file = data.draw(st.sampled_from([MANIFEST, MANIFEST, part_name(0, 0)]))
+    path = training_checkpoint / file
+    original = path.read_bytes()
+    content = damaged([original], 4096)
+    if file == MANIFEST:
+        content |= st.builds(lambda tree: json.dumps(tree).encode(), altered(json.loads(original)))
+    path.write_bytes(data.draw(content))
+    try:
+        list(walk_lineage(training_checkpoint.parent))
+        with one_line():
+            stored = StoredState(training_checkpoint)
+            if file == MANIFEST and data.draw(st.booleans()):
+                stored.verify()
+            assert all(type(value) in (int, float) for value in vars(stored.progress).values())
+            for kind in stored.kinds():
+                stored.full(kind)
     finally:
         path.write_bytes(original)
 

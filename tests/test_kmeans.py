@@ -330,7 +330,7 @@ def test_refusals(tmp_path):
 
 def test_the_command_says_one_sentence(tmp_path):
     ranks = run_tool(["--features", tmp_path / "nowhere", "--clusters", 4, "--out", tmp_path / "km.npy"], 2)
-    assert [status for status, _, _ in ranks] == [2, 2]
+    assert [status for status, _, _ in ranks] == [2, 2], ranks
     assert ranks[0][2].count("\n") == 1 and "nowhere: does not exist" in ranks[0][2]
     assert ranks[1][2] == ""
     assert not (tmp_path / "km.npy").exists()

@@ -5,6 +5,7 @@ systems). A refusal ends every process with exit status 2 and is printed once, b
 identity for a process alone and must be called by all ranks in the same order.
 """
 
+import atexit
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,12 +34,20 @@ def _control_group() -> dist.ProcessGroup:
         created = dist.new_group(backend="gloo", timeout=_WAIT)
         assert isinstance(created, dist.ProcessGroup)
         _groups[world] = created
+        atexit.register(_leave, created)  # runs before ``launch`` leaves the process group
     return _groups[world]
 
 
 def forget() -> None:
     """Let go of the control group before the process group is left: a fork that let go of it later would hang."""
     _groups.clear()
+
+
+def _leave(group: dist.ProcessGroup) -> None:
+    """Stop the threads of a control group that is still there: see ``launch``, and NCCL's end does not stop them."""
+    if group in _groups.values() and dist.is_initialized():
+        forget()
+        dist.destroy_process_group(group)
 
 
 @contextmanager

@@ -7,16 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from digit_ds.errors import UserError
-from digit_ds.files import read_json, sha256
+from digit_ds.files import is_whole, read_json, sha256
 from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.settings import brief
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -68,9 +70,10 @@ def walk_lineage(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 def _parent(checkpoint: Path) -> int | None:
     try:
-        return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["parent"]
-    except (OSError, ValueError, KeyError, TypeError):
+        parent = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["parent"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return parent if is_whole(parent, 0, 2**63) else None
 
 
 def part_name(tensor_rank: int, data_rank: int) -> str:
@@ -97,7 +100,7 @@ def incompleteness(checkpoint: Path) -> str | None:
                 return f"{path}: has {size} bytes, expected {entry['bytes']}"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{path}: is not a checkpoint's manifest"
     return None
 
@@ -106,18 +109,47 @@ def incompleteness(checkpoint: Path) -> str | None:
 class Progress:
     """How far a run is: everything besides weights and moments. All of it is the same on every rank."""
 
-    step: int = 0
-    images: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    step: NonNegativeInt = 0
+    images: NonNegativeInt = 0
     """Samples seen; the position in the data's endless sequence."""
-    samples_hash: int = 0
+    samples_hash: NonNegativeInt = 0
     """Chained hash of the sample ids of all steps."""
-    skipped: int = 0
+    skipped: NonNegativeInt = 0
     """Updates skipped because the gradient was not finite."""
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
+    skipped_in_a_row: NonNegativeInt = 0
+    seconds: NonNegativeFloat = 0.0
     """Wall clock spent in training steps."""
-    adam_steps: int = 0
+    adam_steps: NonNegativeInt = 0
     """Updates applied."""
+
+
+class _File(BaseModel):
+    """What the manifest says of one part."""
+
+    model_config = ConfigDict(strict=True)
+    bytes: NonNegativeInt
+    sha256: str
+    pieces: dict[str, tuple[NonNegativeInt, NonNegativeInt]] | None = None
+    """Parameter -> first element and length."""
+
+
+class _Layout(BaseModel):
+    """The layout that the parts were written at."""
+
+    model_config = ConfigDict(strict=True)
+    tensor: Annotated[int, Field(ge=1, le=1 << 16)]
+
+
+class _Manifest(BaseModel):
+    """What must be in every manifest; there is more in it, which is not the reader's business."""
+
+    model_config = ConfigDict(strict=True)
+    progress: Progress
+    layout: _Layout
+    files: dict[str, _File] = Field(min_length=1)
+    provenance: dict[str, Any] = {}
 
 
 class Damaged(UserError):
@@ -144,11 +176,16 @@ class StoredState:
         self._opened: dict[str, Any] = {}
         try:
             self.manifest: dict[str, Any] = read_json(checkpoint / MANIFEST)
-            self.progress = Progress(**self.manifest["progress"])
+            checked = _Manifest.model_validate_json(json.dumps(self.manifest))
+            self.progress = checked.progress
             self.spec = TransformerSpec.from_dict(self.manifest["spec"], str(checkpoint / MANIFEST))
-            self.tensor_size: int = self.manifest["layout"]["tensor"]
-            self._files: dict[str, dict[str, Any]] = self.manifest["files"]
+            self.tensor_size = checked.layout.tensor
+            self._files = checked.files
             self._pieces = self._index()
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise Damaged(f"{checkpoint / MANIFEST}: {brief(key)}: {problem['msg']}") from error
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise Damaged(f"{checkpoint}: cannot be read ({error})") from error
 
@@ -157,7 +194,7 @@ class StoredState:
         pieces: dict[tuple[int, str], list[_Piece]] = defaultdict(list)
         for name, entry in self._files.items():
             rank = int(name.partition(".")[0].removeprefix("tensor-"))
-            if (held := entry.get("pieces")) is None:
+            if (held := entry.pieces) is None:
                 file = self._open(name)
                 starts = json.loads(file.metadata()["starts"])
                 held = {key: (start, *file.get_slice(f"weight/{key}").get_shape()) for key, start in starts.items()}
@@ -169,7 +206,10 @@ class StoredState:
 
     def _open(self, name: str) -> Any:
         if name not in self._opened:
-            self._opened[name] = safe_open(self.path / name, framework="pt")
+            try:
+                self._opened[name] = safe_open(self.path / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise Damaged(f"{self.path / name}: cannot be read ({error})") from error
         return self._opened[name]
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
@@ -179,13 +219,13 @@ class StoredState:
             Damaged: names the first file that differs.
         """
         for name in sorted(self._files)[share::shares]:
-            if sha256(self.path / name) != self._files[name]["sha256"]:
+            if sha256(self.path / name) != self._files[name].sha256:
                 raise Damaged(f"{self.path / name}: is damaged, its SHA-256 is not the one in {MANIFEST}")
 
     def kinds(self) -> list[str]:
         """``weight`` and the optimizer states that were saved."""
-        piece = next(iter(self._pieces.values()))[0]
-        return sorted({key.partition("/")[0] for key in self._open(piece.file).keys()})  # noqa: SIM118 - not a dict
+        first = self._open(next(iter(self._files)))
+        return sorted({key.partition("/")[0] for key in first.keys()})  # noqa: SIM118 - not a dict
 
     def full(self, kind: str) -> weights.State:
         """Whole tensors of one kind under the schema's names, vocabulary padding removed."""
@@ -230,13 +270,16 @@ class StoredState:
 
     def _flat(self, kind: str, name: str, rank: int, start: int, end: int) -> Tensor:
         """Elements ``start`` to ``end`` of one stored rank's flattened slice."""
-        parts = [
-            self._open(piece.file).get_slice(f"{kind}/{name}")[
-                max(start - piece.start, 0) : min(end, piece.end) - piece.start
+        try:
+            parts = [
+                self._open(piece.file).get_slice(f"{kind}/{name}")[
+                    max(start - piece.start, 0) : min(end, piece.end) - piece.start
+                ]
+                for piece in self._pieces.get((rank, name), ())
+                if piece.start < end and start < piece.end
             ]
-            for piece in self._pieces[rank, name]
-            if piece.start < end and start < piece.end
-        ]
+        except SafetensorError as error:
+            raise Damaged(f"{self.path}: {kind}/{name} cannot be read ({error})") from error
         found = torch.cat(parts) if len(parts) > 1 else next(iter(parts), torch.empty(0))
         if found.numel() != end - start:
             raise Damaged(f"{self.path}: holds {found.numel()} of {end - start} elements of {kind}/{name}")
