@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +29,9 @@ _SITUATIONS = (
     errno.ESTALE,
 )
 """What a file system answers when its state, not this program, is at fault."""
+
+_PEER_IS_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe")
+"""What gloo and its store say of a process that is gone."""
 
 
 class UserError(Exception):
@@ -56,7 +61,8 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     """Run a command-line ``main(arguments)`` and leave the process with its exit status.
 
     A ``UserError``, or a file that cannot be read or written, becomes one line on stderr and exit status 2, Ctrl-C a
-    word and 130. ``--debug``, accepted by every command, lets the traceback through instead.
+    word and 130, and a collective that failed because another process of the job is gone a remark and 1: that process
+    says why. ``--debug``, accepted by every command, lets the traceback through instead.
     """
     _use_utf8()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -72,6 +78,11 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
             raise
         print(f"error: {known}", file=sys.stderr, flush=True)
         status = 2
+    except RuntimeError as error:
+        if debug or not _PEER_IS_GONE.search(str(error)):
+            raise
+        say_peer_is_gone()
+        status = 1
     except KeyboardInterrupt:
         if debug:
             raise
@@ -82,6 +93,13 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     if status and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         time.sleep(LINGER_SECONDS)
     sys.exit(status)
+
+
+def say_peer_is_gone() -> None:
+    """Remark on stderr that this rank leaves because of another: no error of its own, which is printed elsewhere."""
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    rank = os.environ.get("RANK", "0")
+    print(f"rank {rank} on {host}: leaves, another process of this job has ended", file=sys.stderr, flush=True)
 
 
 def _use_utf8() -> None:

@@ -405,3 +405,37 @@ def test_files_are_as_readable_as_the_umask_says(models, tmp_path):
         if path.stat().st_mode & 0o777 != 0o640
     }
     assert not wrong
+
+
+def _train_until_a_rank_cannot_read(run: Path, shards: Path) -> None:
+    from digit_ds.training.engine import Engine
+
+    original = Engine.loss
+
+    def loss(self, *arguments):
+        if os.environ["RANK"] == "1" and len(taken) == 2:
+            raise OSError(5, "Input/output error", str(shards))
+        taken.append(0)
+        return original(self, *arguments)
+
+    taken: list[int] = []
+    Engine.loss = loss
+    run_command(lambda _: train(recipe(run, shards, training__steps=100)), [])
+
+
+@pytest.mark.fault(
+    "a file system fails on one rank",
+    stage="training",
+    outcome="that rank names the file in one line, the others remark that they leave",
+    status="2 on that rank, 1 on the others",
+    lost="steps since the last checkpoint",
+)
+def test_training_whose_file_system_fails_on_one_rank(capfd, tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    processes = start_ranks(2, lambda: _train_until_a_rank_cannot_read(tmp_path / "run", shards))
+    for process in processes:
+        process.join(120)
+    captured = capfd.readouterr().err
+    assert [process.exitcode for process in processes] == [1, 2], captured
+    assert f"error: {shards}: cannot be used (Input/output error)\n" in captured, repr(captured)
+    assert "rank 0 on" in captured and "Traceback" not in captured

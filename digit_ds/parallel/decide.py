@@ -6,7 +6,6 @@ identity for a process alone and must be called by all ranks in the same order.
 """
 
 import atexit
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,8 +13,8 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from digit_ds.errors import UserError, file_error
-from digit_ds.parallel.launch import host, is_main, rank
+from digit_ds.errors import UserError, file_error, say_peer_is_gone
+from digit_ds.parallel.launch import is_main
 
 T = TypeVar("T")
 
@@ -56,7 +55,7 @@ def _peers() -> Iterator[dist.ProcessGroup]:
     try:
         yield _control_group()
     except RuntimeError as error:
-        print(f"rank {rank()} on {host()}: leaves, another process of this job has ended", file=sys.stderr, flush=True)
+        say_peer_is_gone()
         raise SystemExit(2) from error
 
 
