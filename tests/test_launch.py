@@ -10,10 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
 from slurm_cluster import cluster  # noqa: F401 (a fixture)
 
 from digit_ds.errors import UserError, run_command
-from digit_ds.parallel import launch
+from digit_ds.parallel import launch, topology
 from digit_ds.parallel.launch import Place, place
 
 HOME = Path(__file__).resolve().parents[1]
@@ -214,3 +216,11 @@ def test_a_port_that_another_program_listens_on(monkeypatch, capfd):
         with pytest.raises(SystemExit) as ended:
             run_command(lambda _: launch.initialize(), [])
     assert ended.value.code == 2 and f"MASTER_PORT={port} (" in capfd.readouterr().err
+
+
+def test_no_group_outlives_its_job():
+    """Whoever lets go of a gloo group later waits for its threads: for ever in a fork, which does not have them."""
+    topology.initialize(1, 60.0)
+    topology.finish()
+    kept = [name for name, value in vars(parallel_state).items() if isinstance(value, dist.ProcessGroup)]
+    assert not kept

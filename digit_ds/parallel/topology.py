@@ -120,6 +120,8 @@ def finish() -> None:
     """Leave all groups; a process group left open warns at exit."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+        # It forgets this one. Whoever lets go of a gloo group waits for its threads, which a fork does not have.
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
     decide.forget()
     if dist.is_initialized():
         dist.destroy_process_group()
