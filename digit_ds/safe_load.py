@@ -1,13 +1,17 @@
 """Reading checkpoints and arrays that somebody else wrote, without running what may be hidden in them."""
 
+import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from digit_ds.errors import UserError
 
@@ -48,6 +52,34 @@ def _reason(error: Exception) -> str:
         name = foreign[1].rstrip(".")
         return f"holds a Python object ({name}) that could run code, expected a checkpoint of tensors and plain values"
     return "is not a PyTorch checkpoint, or a damaged or truncated one"
+
+
+def is_safetensors(path: Path | str) -> bool:
+    """Whether a file begins as safetensors files do: eight bytes of length, then a JSON object. False if unreadable."""
+    try:
+        with Path(path).open("rb") as stream:
+            return stream.read(9)[8:] == b"{"
+    except OSError:
+        return False
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto the CPU; a missing or damaged one is the user's error."""
+    with open_tensors(path):
+        return load_file(path)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, to read single tensors of; a missing or damaged one is the user's error."""
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist, expected a safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not a safetensors file, or a damaged or truncated one ({reason})") from error
 
 
 def load_npy(path: Path | str, expected: str, mmap: bool = False) -> np.ndarray:

@@ -18,10 +18,10 @@ from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
 from digit_ds.model.fairseq import FairseqCheckpoint, read_checkpoint, write_checkpoint
 from digit_ds.model.published import KINDS, PUBLISHED_OPTIONS, kind_of, published_cfg
-from digit_ds.model.released import read_model, read_tensors, refuse_existing, save_model, write_tensors
+from digit_ds.model.released import read_model, refuse_existing, save_model, write_tensors
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import POSITION_OFFSET, State, from_official_names, to_official_names
-from digit_ds.safe_load import load_torch
+from digit_ds.safe_load import load_torch, read_tensors
 from digit_ds.tokenizer.codebook import load_codebook, save_codebook
 from digit_ds.vocabulary import SPECIALS
 

@@ -18,9 +18,7 @@ from digit_ds.model.released import (
     CONFIG,
     WEIGHTS,
     ReleasedModel,
-    open_tensors,
     read_config,
-    read_tensors,
     refuse_existing,
     write_tensors,
 )
@@ -35,6 +33,7 @@ from digit_ds.model.weights import (
     unshard,
     unshard_parameter,
 )
+from digit_ds.safe_load import open_tensors, read_tensors
 
 TENSOR_PARALLEL = "tensor_parallel"
 

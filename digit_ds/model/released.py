@@ -1,19 +1,18 @@
 """The released model directory: ``config.json`` (sizes and provenance) beside ``model.safetensors``."""
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import State, check_state
+from digit_ds.safe_load import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -92,22 +91,3 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
     except SafetensorError as error:  # its word for a full disk
         raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error
-
-
-def read_tensors(path: Path) -> State:
-    """Read a safetensors file onto the CPU; a missing or damaged one is the user's error."""
-    with open_tensors(path):
-        return load_file(path)
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, to read single tensors of; a missing or damaged one is the user's error."""
-    if not path.is_file():
-        raise UserError(f"{path}: does not exist, expected a safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: is not a safetensors file, or a damaged or truncated one ({reason})") from error

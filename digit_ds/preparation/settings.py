@@ -33,11 +33,11 @@ class JobSettings(Section):
     labels: Annotated[PathText | None, Option(metavar="FILE")] = None
     """Classes of images without class folders: Kaggle's LOC_val_solution.csv or ImageNet's devkit."""
     encoder: Annotated[PathText, Option(metavar="WEIGHTS")]
-    """DINOv2-format weights."""
+    """Weights of DINOv2, DINOv3, SigLIP, MAE, MoCo v3 or iBOT (docs/preparation.md lists the files)."""
     layer: int = 3
     """Which block from the end gives the features."""
     num_heads: int | None = Field(None, ge=1)
-    """Attention heads where the weights do not follow the published one; default: width // 64."""
+    """Attention heads where they are not those of the published models, most of which have width // 64."""
     out: PathText
     """New directory, or one in which this very job was begun."""
     flips: Annotated[bool, Option(name="flip")] = True

@@ -4,6 +4,7 @@ Shapes: `B` images, `G` patches, `E` encoder width.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.safe_load import load_strictly
 from digit_ds.tokenizer.precision import without_tf32
+from digit_ds.tokenizer.rotary import RotaryBlock, default_periods, rotation
 from digit_ds.tokenizer.vit_checkpoints import VitCheckpoint, read_vit_checkpoint
+from digit_ds.tokenizer.vit_families import FAMILIES
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NATIVE_SIZE = 224  # the published image size; DINOv2's own position table is for 518
+_ROTARY_GRID = 16  # DINOv3 was trained on 256 pixels in patches of 16
 _SHRINK = 0.875  # published: an image of 256 becomes one of 224
-_GRID_OFFSET = 0.1  # published: the position table is scaled by (grid + 0.1) / table
 
 
 class Encoder(nn.Module):
@@ -38,7 +40,7 @@ class Encoder(nn.Module):
         image_sizes: the accepted heights (= widths).
     """
 
-    prefix: Tensor
+    prefix: Tensor  # [1, P, E]
     mean: Tensor
     std: Tensor
 
@@ -46,15 +48,20 @@ class Encoder(nn.Module):
         super().__init__()
         self.width, self.depth, self.patch_size = checkpoint.width, checkpoint.depth, checkpoint.patch_size
         self.layer, self.num_heads = layer, num_heads
+        self._family = FAMILIES[checkpoint.layout]
+        self._rotary = checkpoint.layout == "DINOv3"
+        positions = "rotary" if self._rotary else f"{checkpoint.table}x{checkpoint.table}"
         self._architecture = (
             f"{checkpoint.layout} width {self.width} depth {self.depth} heads {num_heads} patch {self.patch_size} "
-            f"registers {checkpoint.registers.shape[1]} positions {checkpoint.table}x{checkpoint.table}"
+            f"registers {checkpoint.registers} positions {positions}"
         )
         self._file_hash = sha256(path)
         self._network_sizes = _network_sizes(checkpoint)
         self.image_sizes = tuple(sorted(self._network_sizes))
         # Extra tokens and positions are added here: timm would interpolate the table otherwise than published.
         kept_blocks = self.depth - layer + 1
+        prefix = checkpoint.prefix
+        block: Callable[..., nn.Module] = partial(RotaryBlock, prefix=prefix.shape[1]) if self._rotary else Block
         self.vit = VisionTransformer(
             img_size=self.image_sizes[0],
             patch_size=self.patch_size,
@@ -64,8 +71,9 @@ class Encoder(nn.Module):
             # timm truncates width * mlp_ratio: the half keeps a rounded product from losing a unit.
             mlp_ratio=(checkpoint.hidden + 0.5) / self.width,
             mlp_layer=SwiGLUPacked if checkpoint.gated else Mlp,  # type: ignore[arg-type]  # a partial, as in timm
-            act_layer=nn.SiLU if checkpoint.gated else nn.GELU,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            act_layer=nn.SiLU if checkpoint.gated else self._family.activation,  # type: ignore[arg-type]
+            norm_layer=partial(nn.LayerNorm, eps=self._family.eps),
+            block_fn=block,  # type: ignore[arg-type]
             class_token=False,
             pos_embed="none",
             global_pool="",
@@ -76,14 +84,16 @@ class Encoder(nn.Module):
         state = _fold_layer_scale(_keep_blocks(checkpoint.state, kept_blocks))
         load_strictly(self.vit, {name: value.to(dtype, copy=True) for name, value in state.items()}, path)
         self.vit.to(memory_format=torch.channels_last)  # of the one convolution: cuDNN's fast path for 3 channels
-        # [1, 1 + R, E]: positions are added to the class token, registers get none.
-        class_token = checkpoint.class_token + checkpoint.positions[:, :1]
-        self.register_buffer("prefix", torch.cat([class_token, checkpoint.registers], 1).to(dtype), persistent=False)
+        self.register_buffer("prefix", prefix.to(dtype), persistent=False)
         for grid in {size // self.patch_size for size in self._network_sizes.values()}:
-            table = interpolate_positions(checkpoint.positions[:, 1:], grid)  # [1, G, E]
+            if self._rotary:
+                periods = checkpoint.periods
+                table = rotation(default_periods(self.width // num_heads) if periods is None else periods, grid)
+            else:
+                table = interpolate_positions(checkpoint.positions, grid, self._family.grid_offset)  # [1, G, E]
             self.register_buffer(f"positions_{grid}", table.to(dtype), persistent=False)
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(self._family.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self._family.std).view(3, 1, 1), persistent=False)
 
     def grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of the features of an image of that size."""
@@ -98,7 +108,7 @@ class Encoder(nn.Module):
             "encoder_sha256": self._file_hash,
             "architecture": self._architecture,
             "layer": self.layer,
-            "transform": ", ".join(["ImageNet mean and deviation", *shrunk]),
+            "transform": ", ".join([self._family.transform, *shrunk]),
         }
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -124,7 +134,12 @@ class Encoder(nn.Module):
         with without_tf32(images):
             patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B, G, E]
             prefix = self.prefix.expand(len(images), -1, -1)
-            tokens = self.vit.blocks(torch.cat([prefix, patches + positions], 1))  # [B, 1 + R + G, E]
+            if self._rotary:
+                tokens = torch.cat([prefix, patches], 1)
+                for block in self.vit.blocks:
+                    tokens = block(tokens, positions)
+            else:
+                tokens = self.vit.blocks(torch.cat([prefix, patches + positions], 1))  # [B, P + G, E]
         return self.vit.norm(tokens[:, prefix.shape[1] :])
 
     def _check_size(self, height: int, width: int) -> None:
@@ -140,17 +155,18 @@ def load_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Encoder:
-    """Load a frozen encoder from a published checkpoint of DINOv2, MAE, MoCo v3 or iBOT.
+    """Load a frozen encoder from a published checkpoint of DINOv2, DINOv3, SigLIP, MAE, MoCo v3 or iBOT.
 
-    Width, depth, patch size, position table and register count are read from the file. In float32 the features are
-    those of the published DiGIT code, which differ from the hub's DINOv2: the position table is scaled by
-    (grid + 0.1) / table without antialiasing.
+    Family, width, depth, patch size, position table and register count are read from the file. In float32 the features
+    of DINOv2, MAE, MoCo v3 and iBOT are those of the published DiGIT code, which differ from the hub's DINOv2: the
+    position table is scaled by (grid + 0.1) / table without antialiasing. Those of DINOv3 and SigLIP are transformers'.
 
     Args:
-        weights: the checkpoint file.
+        weights: the checkpoint file, of ``torch.save`` or safetensors.
         layer: which block's output, counted from the end: 1 is the last, 3 the published choice. Later blocks are
             neither kept nor computed.
-        num_heads: attention heads, which cannot be seen from the weights; default ``width // 64``.
+        num_heads: attention heads, which cannot be seen from most weights; default: those of the family's published
+            model of that width, ``width // 64`` but for two of SigLIP, or as the rotary periods in Meta's files say.
         device: where to put it.
         dtype: of the transformer and its features.
 
@@ -161,26 +177,33 @@ def load_encoder(
     width, depth = checkpoint.width, checkpoint.depth
     if not 1 <= layer <= depth:
         raise UserError(f"layer is {layer}, expected 1 (the last block) to {depth} (the first) for {weights}")
-    if num_heads is None and width % 64:
-        raise UserError(f"{weights}: its width {width} is no multiple of 64, expected the head count as num_heads")
-    num_heads = width // 64 if num_heads is None else num_heads
+    num_heads = _head_count(checkpoint, weights) if num_heads is None else num_heads
     if num_heads < 1 or width % num_heads:
         raise UserError(f"num_heads is {num_heads}, expected a divisor of the width {width} of {weights}")
+    if checkpoint.layout == "DINOv3":
+        channels = width // num_heads
+        periods = channels // 4 if checkpoint.periods is None else len(checkpoint.periods)
+        if channels != 4 * periods or not periods:
+            expected = "a multiple of 4" if checkpoint.periods is None else f"{4 * periods} as by its rotary periods"
+            raise UserError(f"{weights}: has {channels} channels in each of {num_heads} heads, expected {expected}")
     encoder = Encoder(checkpoint, layer, num_heads, dtype, weights)
     return encoder.to(device).eval().requires_grad_(False)
 
 
-def interpolate_positions(table: Tensor, grid: int) -> Tensor:
+def interpolate_positions(table: Tensor, grid: int, offset: float = 0.1) -> Tensor:
     """Scale a position table [1, n * n, E] to [1, grid * grid, E] as the published code does (float32).
 
-    Bicubic, no antialiasing, sampling step n / (grid + 0.1); an equal size is left untouched.
+    Bicubic, no antialiasing, sampling step n / (grid + offset); an equal size is left untouched.
     """
     side, width = math.isqrt(table.shape[1]), table.shape[2]
     if side == grid:
         return table
-    scale = (grid + _GRID_OFFSET) / side
     square = table.float().reshape(1, side, side, width).permute(0, 3, 1, 2)
-    scaled = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+    if offset:
+        scale = (grid + offset) / side
+        scaled = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+    else:
+        scaled = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
     return scaled.permute(0, 2, 3, 1).reshape(1, grid * grid, width)
 
 
@@ -188,20 +211,35 @@ def _network_sizes(checkpoint: VitCheckpoint) -> dict[int, int]:
     """Accepted image size -> size at which the network sees it.
 
     The native size is what the position table was made for; a table for more than 224 (DINOv2's is for 518) is
-    scaled down to that. 8/7 of the native size, 256 for 224, is published as shrunk to it with DINOv2; the other
-    encoders, whose patches of 16 divide it, see it whole: a grid of 16x16 instead of 14x14.
+    scaled down to that, but for SigLIP, which is published for each size. 8/7 of the native size, 256 for 224, is
+    published as shrunk to it with DINOv2, and so is SigLIP's where patches of 14 do not divide it; the other encoders,
+    whose patches of 16 do, see it whole: a grid of 16x16 instead of 14x14. DINOv3, without a table, sees 256 alone.
     """
-    patch_size = checkpoint.patch_size
+    layout, patch_size = checkpoint.layout, checkpoint.patch_size
+    if layout == "DINOv3":
+        return {_ROTARY_GRID * patch_size: _ROTARY_GRID * patch_size}
     native = checkpoint.table * patch_size
-    if native > _NATIVE_SIZE and _NATIVE_SIZE % patch_size == 0:
+    if layout == "SigLIP" and native == 378:
+        native = 384  # So400m of patch 14 leaves the last 6 rows and columns out
+    elif layout != "SigLIP" and native > _NATIVE_SIZE and _NATIVE_SIZE % patch_size == 0:
         native = _NATIVE_SIZE
     sizes = {native: native}
     large, rest = divmod(native * 8, 7)
-    if rest == 0 and checkpoint.layout == "DINOv2":
+    if rest == 0 and (layout == "DINOv2" or (layout == "SigLIP" and large % patch_size)):
         sizes[large] = native
     elif rest == 0 and large % patch_size == 0:
         sizes[large] = large
     return sizes
+
+
+def _head_count(checkpoint: VitCheckpoint, weights: Path | str) -> int:
+    """Heads of the published model of that family and width."""
+    width, known = checkpoint.width, FAMILIES[checkpoint.layout].heads
+    if checkpoint.periods is not None and len(checkpoint.periods):
+        return width // (4 * len(checkpoint.periods))
+    if width not in known and width % 64:
+        raise UserError(f"{weights}: its width {width} is no multiple of 64, expected the head count as num_heads")
+    return known.get(width, width // 64)
 
 
 def _keep_blocks(state: dict[str, Tensor], count: int) -> dict[str, Tensor]:
