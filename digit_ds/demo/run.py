@@ -1,9 +1,11 @@
 """The whole pipeline on handwritten digits, driven by the commands that a user of real data would type.
 
 Every step is a command in a process of its own (``stages.py``). A finished one leaves OUT/steps/NAME.json and is not
-repeated; an interrupted one continues as its command does.
+repeated; an interrupted one continues as its command does. Steps that do not need each other run side by side, one for
+each core, and write to OUT/logs/NAME.log.
 """
 
+import os
 import shlex
 from pathlib import Path
 
@@ -23,7 +25,8 @@ def run(out: Path | str, small: bool = False) -> None:
     """
     out = Path(out).resolve()
     with claim(out, "demo.json", {"small": small}):
-        if not run_steps(steps(out, SMALL if small else FULL)):
+        cores = len(os.sched_getaffinity(0))
+        if not run_steps(steps(out, SMALL if small else FULL), jobs=cores):
             print(f"{out}: complete already, nothing to do; delete the folder to start again")
     print(
         f"\npictures   {out / 'samples.png'}\nreport     {out / 'report.html'}\nfigures    {out / 'report.json'}\n"

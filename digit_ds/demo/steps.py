@@ -135,6 +135,8 @@ def run_steps(steps: Sequence[Step], jobs: int = 1) -> bool:
                     )
                 step.finish(time.perf_counter() - start)
                 done.add(step.name)
+                if jobs > 1:
+                    print(f"[{len(done)} of {len(steps)} done] {step.name}", flush=True)
             time.sleep(_PAUSE_SECONDS)
     except KeyboardInterrupt:
         names = ", ".join(step.name for step in running)
