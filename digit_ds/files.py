@@ -3,12 +3,16 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from digit_ds.errors import UserError
+
+_PASSING = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")
+"""Names of files that are being written, see ``_replace``."""
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
@@ -59,6 +63,16 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write ``value`` as indented JSON with sorted keys, atomically."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove, at any depth, what :func:`write_atomically` was writing in processes that were killed.
+
+    Only for who alone may write there: a live process would lose what it writes.
+    """
+    for path in directory.rglob(".*.tmp*"):
+        if _PASSING.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: Path | str) -> Any:

@@ -4,6 +4,7 @@
 2. ``look`` reads what lies there: nothing (a new job), this very job (it continues, or is complete), or something else,
    which ``is_begun`` refuses with one line that names the first setting that differs.
 3. Rank 0 looks, locks the directory unless the job is complete, and looks again: another job may have come first.
+   Then it removes what killed processes had not finished writing.
 4. What ``look`` returned goes to all processes. After a refusal all leave with exit status 2; rank 0 prints it, once.
 5. Then every process must see the directory: one that does not is on another file system, and all leave.
 6. The job writes its settings first and every file whole or not at all (``digit_ds.files``), so that it can be killed
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from digit_ds.errors import UserError, file_error
+from digit_ds.files import remove_unfinished
 from digit_ds.lock import DirectoryLock, is_empty
 from digit_ds.parallel.decide import fail_together, from_main
 from digit_ds.parallel.launch import host, rank, world_size
@@ -66,7 +68,9 @@ class WorkDirectory(Generic[Found]):
             return found
         self._lock = DirectoryLock(self.path)
         try:
-            return look()
+            found = look()
+            remove_unfinished(self.path)  # nobody else writes there now
+            return found
         except BaseException:
             self.release()
             raise

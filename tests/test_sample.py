@@ -153,6 +153,7 @@ def test_a_killed_job_continues_and_refuses_other_settings(models, tmp_path):
     done = {path.stem: path.stat().st_mtime_ns for path in out.glob("images/[0-9]*.png")}
     finished = len(list(out.glob("parts/[0-9]*.npz")))
     assert 1 <= finished < 19
+    (out / "images" / ".000299.12345.tmp.png").write_bytes(b"half a picture")  # killed while it was written
     with pytest.raises(UserError, match="holds a job whose count is 300, but this one's is 96"):
         run(models, out, pixel_decoder="nar", count=96)
     with pytest.raises(UserError, match="holds a job whose seed is 0, but this one's is 1"):
