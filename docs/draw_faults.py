@@ -16,6 +16,12 @@ test that its last column names; `python docs/draw_faults.py` writes this page f
 their own: `torchrun` exits with 1 whatever its ranks exit with, `srun` passes 75 on. A status of - means that the job
 goes on, or that the killed process has none.
 
+`tests/measure_kills.py OUT` kills features, K-Means, tokens and sampling twenty times each, at two processes; the test
+suite does the same with fewer kills, and with twenty for training. On 2026-11-26, on two CPU cores, all 80 kills met
+work under way, and every file was equal byte for byte to that of an unbroken job. `DIGIT_FUZZ_CASES=12000 pytest
+tests/test_fuzzing.py` draws more damaged files than the test suite: 12,000 for each of nine readers the same day, 20
+minutes, without a traceback or a hang.
+
 | event | stage | what happens | exit status | what is lost | test |
 | --- | --- | --- | --- | --- | --- |
 """

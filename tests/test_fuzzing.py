@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_images(folder, content):
 
 @pytest.fixture(scope="module")
 def model(folder) -> Path:
-    spec = small_spec("prior", 3)
+    spec = replace(small_spec("prior", 3), width=16, ffn_width=32)  # hypothesis keeps what it draws
     save_model(folder / "model", spec, initial_state(spec, 0), {"codebook_sha256": "c" * 64})
     return folder / "model"
 

@@ -1,0 +1,221 @@
+"""Every command in README and docs is executed: here, in one chain over small stand-ins, or by a test that is named.
+
+A command is run as it stands. ``PLACES`` says what its placeholders are, ``SMALL`` what makes it small; a block that is
+in neither this chain nor ``ELSEWHERE`` is a failure, so a new one cannot be forgotten.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from preparation_parts import call, make_encoder, make_images, make_vqgan
+from sklearn.datasets import load_digits
+from test_slurm_chain import commands
+
+from digit_ds import cli
+from digit_ds.config import load_recipe
+from digit_ds.data.feature_network import save_feature_network
+from digit_ds.errors import run_command
+from digit_ds.files import read_json
+from digit_ds.model.released import read_model
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {
+    "README.md: make demo": "tests/test_demo.py runs the small demo; .ci/run runs make test",
+    "README.md: image ──encoder": "a picture, no command",
+    "README.md: pip install": "tests/test_installed.py installs the package; its second line runs below",
+    "CONTRIBUTING.md: graph TD": "a picture, no command",
+    "docs/results.md: python -m digit_ds.demo.table": "hours of training; tests/test_demo_steps.py runs its steps",
+}
+"""Page and beginning of a block -> why it is not executed here. tests/test_slurm_chain.py executes all blocks of
+docs/cluster.md on a real cluster."""
+
+SMALL = {
+    "features": ["--num-heads", "2"],
+    "kmeans": ["--clusters", "16"],
+    "tokenize": ["--num-heads", "2", "--vqgan-config", "vqgan.yaml"],
+    "train": [
+        *("training.steps=2", "training.global_batch=8", "training.micro_batch=8", "training.precision=fp32"),
+        *("model.layers=1", "model.width=16", "model.heads=2", "schedule.warmup_steps=1", "data.workers=0"),
+    ],
+    "sample": ["--vqgan-config", "vqgan.yaml"],
+    "probe": ["--passes", "1"],
+}
+"""Words that a command gets at its end; of an option given twice the last one counts."""
+PLACES = {
+    "--images DIR": "--images images",
+    "--encoder WEIGHTS": "--encoder encoder.pth",
+    "--inception-weights WEIGHTS": "--features network.safetensors",  # no Inception without a download
+    "--vqgan CKPT": "--vqgan vqgan.ckpt",
+    "--views N": "--views 2",
+    "--count N": "--count 6",
+    "--out SHARDS": "--out SHARDS/train",
+    "verify SHARDS": "verify SHARDS/train",
+    "--train SHARDS --val SHARDS": "--train SHARDS/train --val SHARDS/train",
+    "--prior MODEL --decoder MODEL": "--prior prior --decoder decoder",
+    "--model MODEL": "--model prior",
+    "--reference DIR": "--reference SAMPLES/images",
+    "RECIPE.yaml [section.key=value ...]": "prior.yaml run=runs/prior",
+    "export RUN MODEL": "export runs/prior prior",
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page}: {self.text.lstrip()}"
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            found.append(Block(name, match[1], match[2]))
+    return found
+
+
+def block(page: str, beginning: str) -> str:
+    (found,) = [found.text for found in blocks() if found.page == page and found.text.startswith(beginning)]
+    return found
+
+
+def run(words: str, verb: str) -> None:
+    """Type a documented line in the working directory; but for training without a process of its own (imports)."""
+    for placeholder, part in PLACES.items():
+        words = re.sub(rf"{re.escape(placeholder)}(?!\w)", part, words)
+    program, *line = shlex.split(words.replace("[", "").replace("]", ""), comments=True)
+    line += SMALL.get(verb, [])
+    if program.startswith("tools/"):
+        assert os.access(ROOT / program, os.X_OK)
+        assert call(Path(program).stem, *line) == 0
+    elif verb == "train":
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", program.replace("-", "_"), *line]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (line, done.stderr[-2000:])
+    else:
+        assert program == "digit-ds"
+        with pytest.raises(SystemExit) as ended:
+            run_command(cli.run, line)
+        assert not ended.value.code
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """What a user has before the first command."""
+    home = tmp_path_factory.mktemp("home")
+    make_images(home / "images", 24)
+    make_encoder(home / "encoder.pth")
+    make_vqgan(home / "vqgan.ckpt")
+    (home / "tools").symlink_to(ROOT / "tools")
+    pixels = load_digits().data[:8]
+    weights = [torch.from_numpy(pixels.copy()), torch.eye(8, dtype=torch.float64)]
+    save_feature_network(home / "network.safetensors", weights, [torch.zeros(8), torch.zeros(8)], side=8)
+    for kind in ("prior", "ar"):
+        recipe = yaml.safe_load((ROOT / "digit_ds" / "demo" / "prior.yaml").read_text(encoding="utf-8"))
+        recipe["model"] |= {"kind": kind, "class_conditional": kind == "prior", "max_positions": 200}
+        recipe["data"] = {"shards": "SHARDS/train", "workers": 0}
+        recipe["training"].pop("class_dropout")
+        recipe["run"], recipe["monitor"] = f"runs/{kind}", {"log_every": 1}
+        (home / f"{'prior' if kind == 'prior' else 'decoder'}.yaml").write_text(yaml.safe_dump(recipe))
+    return home
+
+
+@pytest.fixture(scope="module")
+def chain(home) -> Iterator[Path]:
+    """After every row of README's table of commands; the working directory of what follows."""
+    before = Path.cwd()
+    os.chdir(home)
+    table = re.findall(r"^\| \w+ \| `(digit-ds (\w+) [^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [verb for _, verb in table] == [
+        *("features", "kmeans", "tokenize", "verify", "train", "export", "sample", "evaluate", "statistics", "probe")
+    ]
+    for line, verb in table:
+        run(line, verb)
+        if verb == "train":
+            run("digit-ds train decoder.yaml", verb)
+        if verb == "export":
+            run("digit-ds export runs/ar decoder", verb)
+    yield home
+    os.chdir(before)
+
+
+def test_the_table_of_commands_leads_from_pictures_to_scores(chain):
+    assert read_json(chain / "FEATURES" / "manifest.json")["images"] == 24
+    assert len(list((chain / "SAMPLES" / "images").glob("*.png"))) == 6
+    assert read_json(chain / "scores.json")["samples"] == 6
+    assert len(read_json(chain / "PROBE" / "probe.json")["layers"]) >= 1
+    assert (chain / "reference.npz").is_file()
+    assert read_model(chain / "prior").spec.classes == 3
+
+
+def test_a_shipped_recipe_is_found_by_name(chain):
+    line = block("README.md", "pip install").splitlines()[1]
+    (chain / "SHARDS" / "val").symlink_to("train")
+    run(line, "train")
+    assert (chain / "runs" / "base" / "checkpoints" / "latest").is_file()
+
+
+def test_the_tools_of_the_preparation_page(chain):
+    """The scripts write what the verbs wrote."""
+    for line in block("docs/preparation.md", "tools/extract").splitlines():
+        tool = re.search(r"tools/(\w+)", line)[1]
+        verb = {"extract_features": "features", "train_kmeans": "kmeans", "tokenize_images": "tokenize"}.get(tool)
+        line = line.replace("km.npy", "km2.npy").replace("[--points 26]", "")
+        if tool == "verify_shards":
+            line += " --num-heads 2 --vqgan-config vqgan.yaml"
+        run(line, verb or tool)
+    assert (chain / "km2.npy").read_bytes() == (chain / "km.npy").read_bytes()
+    for path in sorted((chain / "SHARDS" / "train").rglob("*.mds*")):
+        assert path.read_bytes() == (chain / "SHARDS_DIR" / path.relative_to(chain / "SHARDS" / "train")).read_bytes()
+    assert (chain / "sheet.png").is_file()
+
+
+def test_python_of_the_readme(chain):
+    code = block("README.md", "import digit_ds")
+    for shown, here in (
+        ("dinov2_vitb14_reg4_pretrain.pth", "encoder.pth"),
+        ("layer=3", "layer=3, num_heads=2"),
+        ("km_8k.npy", "km.npy"),
+        ('"vqgan_jax_strongaug.ckpt"', '"vqgan.ckpt", "vqgan.yaml"'),
+        ("model_dir", "prior"),
+    ):
+        assert shown in code
+        code = code.replace(shown, here)
+    names = {"images": torch.rand(2, 3, 32, 32), "tokens": torch.zeros(2, 4, dtype=torch.int64)}
+    exec(code, names)
+    assert names["codes"].shape == (2, 64) and names["pictures"].shape == (2, 3, 32, 32)
+    assert names["logits"].shape[:2] == (2, 4)
+
+
+def test_the_preview_of_the_training_page(tmp_path):
+    recipe = yaml.safe_load((ROOT / "ds_configs" / "base_prior.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe) + block("docs/training.md", "preview:"))
+    assert load_recipe(tmp_path / "recipe.yaml").preview.fid_samples == 2000
+
+
+def test_no_block_is_forgotten():
+    here = ("README.md: import digit_ds", "docs/preparation.md: tools/extract", "docs/training.md: preview:")
+    cluster = [found.text for found in blocks() if found.page == "docs/cluster.md"]
+    typed = commands(ROOT / "docs" / "cluster.md")
+    assert all(line in typed for text in cluster for line in text.splitlines() if line.strip())
+    known = (*here, *ELSEWHERE, "docs/cluster.md: ")
+    assert [found.name[:80] for found in blocks() if not found.name.startswith(known)] == []
+    for name in (*here, *ELSEWHERE):
+        assert any(found.name.startswith(name) for found in blocks()), f"{name} is in no page any more"
