@@ -176,6 +176,16 @@ def test_given_tokens_are_reconstructed_or_completed(models, tmp_path):
     with np.load(tmp_path / "half/tokens.npz") as half:
         assert np.array_equal(half["discriminative"][:, :8], drawn["discriminative"][:, :8])
         assert (half["discriminative"][:, 8:] != drawn["discriminative"][:, 8:]).mean() > 0.5
+    config = json.loads((models["ar"] / "config.json").read_text())
+    shutil.copytree(models["ar"], tmp_path / "other")
+    other = {**config, "provenance": {**config["provenance"], "codebook_sha256": "f" * 64}}
+    (tmp_path / "other/config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"other: belongs to codebook ffff.*tokens\.npz to codebook cccc"):
+        run(
+            {**models, "other": tmp_path / "other"},
+            *(tmp_path / "wrong", None, "other"),
+            from_tokens=tmp_path / "drawn/tokens.npz",
+        )
 
 
 def test_vq_baseline_paints_its_own_tokens_and_completes_pictures(models, tmp_path):

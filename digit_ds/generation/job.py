@@ -1,7 +1,7 @@
 """A sampling job on disk: shared between processes, continued after a kill, complete or plainly unfinished.
 
 ```
-OUT/manifest.json      settings, the label of every picture, and whether the job is complete
+OUT/manifest.json      settings, the label of every picture, what the tokens mean, and whether the job is complete
 OUT/images/000000.png  one file per image number
 OUT/tokens.npz         label int64 [N], discriminative and vq uint16 [N, G]
 OUT/samples.npz        on request: ADM's layout, arr_0 uint8 [N, H, W, 3] (and arr_1 labels)
@@ -37,11 +37,19 @@ class SamplingJob:
         settings: JSON-able; everything that decides what the pictures are. A directory with other settings is refused.
         labels: label of every picture, -1 for none.
         class_names: what the labels are called, by label; labels without a name go by their number.
+        provenance: identity of the vocabularies (``identity.TOKENS``), for who reads ``tokens.npz``.
     """
 
-    def __init__(self, out: Path | str, settings: dict[str, Any], labels: list[int], class_names: list[str]):
+    def __init__(
+        self,
+        out: Path | str,
+        settings: dict[str, Any],
+        labels: list[int],
+        class_names: list[str],
+        provenance: dict[str, Any] | None = None,
+    ):
         self.out, self.settings, self.labels, self.class_names = Path(out), settings, labels, class_names
-        self.count = len(labels)
+        self.count, self.provenance = len(labels), provenance or {}
 
     @property
     def blocks(self) -> int:
@@ -157,6 +165,7 @@ class SamplingJob:
             "labels": self.labels,
             "classes": self.class_names,
             "settings": self.settings,
+            "provenance": self.provenance,
         }
         write_json(self.out / "manifest.json", manifest)
 

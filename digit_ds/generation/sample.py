@@ -17,7 +17,7 @@ from digit_ds.generation.labels import choose_labels, labels_of
 from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.generation.sources import ImageFolder, Source, TokenFile
-from digit_ds.identity import Part, check_agreement
+from digit_ds.identity import TOKENS, Part, check_agreement
 from digit_ds.model.released import WEIGHTS, read_config
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import load_model
@@ -64,6 +64,7 @@ def sample(settings: SampleSettings) -> None:
             written = "vq" if first.spec.kind == "vq" else "discriminative"
             limit = first.spec.vq_codes if written == "vq" else first.spec.discriminative_codes
             source = TokenFile(settings.from_tokens, written, first.spec.tokens, limit)
+            parts.append(source.part)
         elif settings.from_images is not None:
             source, used = _image_source(settings, first, painter, device)
             parts += used
@@ -95,7 +96,8 @@ def sample(settings: SampleSettings) -> None:
             "source": None if source is None else {**source.identity, "keep": settings.keep},
         }
     record = agree(_jsonable(record), f"{settings.out}, its settings")
-    job = SamplingJob(settings.out, record, labels, names)
+    origin = {key: part.provenance[key] for part in parts for key in TOKENS if part.provenance.get(key) is not None}
+    job = SamplingJob(settings.out, record, labels, names, origin)
     with job.begin() as directory:
         if directory.found:
             if settings.adm_array:

@@ -4,7 +4,7 @@ Shapes: ``B`` images, ``G`` tokens of an image.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode
 from digit_ds.data.sources.opening import list_source, open_source
 from digit_ds.errors import UserError
-from digit_ds.files import sha256
+from digit_ds.files import read_json, sha256
 from digit_ds.generation.pipeline import BLOCK
+from digit_ds.identity import DISCRIMINATIVE, VQ, Part
 from digit_ds.safe_load import load_npz
 
 
@@ -48,10 +49,22 @@ class TokenFile:
         self._codes = torch.from_numpy(values.astype(np.int64))
         self.count = len(values)
         self.identity = {"tokens_sha256": sha256(path)}
+        self.part = Part(f"tokens {path}", _origin(Path(path), VQ if name == "vq" else DISCRIMINATIVE))
+        """What the codes mean, where a sampling job wrote them; others do not say it."""
 
     def codes(self, images: Tensor) -> Tensor:
         """int64 [B] -> int64 [B, G]."""
         return self._codes[images]
+
+
+def _origin(tokens: Path, keys: Mapping[str, str]) -> dict[str, Any]:
+    """What the sampling job that wrote the file says of the vocabulary."""
+    manifest = tokens.with_name("manifest.json")
+    if tokens.name != "tokens.npz" or not manifest.is_file():
+        return {}
+    found = read_json(manifest)
+    origin = found.get("provenance") if isinstance(found, dict) else None
+    return {key: origin[key] for key in keys if key in origin} if isinstance(origin, dict) else {}
 
 
 class ImageFolder:
