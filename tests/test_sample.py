@@ -296,6 +296,8 @@ def test_foreign_folder_and_foreign_parts_are_refused(models, tmp_path):
         (other / "config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=f"belongs to {what} .*, but .* to "):
             run({**models, "other": other}, tmp_path / "new", pixel_decoder="other", count=4)
+        with pytest.raises(UserError, match=f"belongs to {what} .*, but .* to "):
+            Preview(models["vqgan.ckpt"], models["vqgan.yaml"], other).grid(models["prior"], 2, 2)
 
 
 def test_without_a_count_a_few_pictures_of_each_class_are_drawn(models, tmp_path):

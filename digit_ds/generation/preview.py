@@ -11,6 +11,8 @@ from digit_ds.errors import UserError
 from digit_ds.generation.pictures import draw_grid
 from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
 from digit_ds.generation.settings import Decoding
+from digit_ds.identity import Part, check_agreement
+from digit_ds.model.released import read_config
 from digit_ds.model.transformer import load_model
 from digit_ds.parallel import launch
 from digit_ds.tokenizer.vqgan import load_vqgan
@@ -39,7 +41,7 @@ class Preview:
         """A labelled grid, uint8 [3, H, W]; with a class-conditional prior the first classes, one a row.
 
         Raises:
-            UserError: ``model_dir`` and ``partner`` do not make a pair.
+            UserError: ``model_dir``, ``partner`` and the VQGAN do not belong together.
         """
         pipeline = self._pipeline(model_dir, rows * columns)
         classes = _classes(pipeline)
@@ -55,7 +57,7 @@ class Preview:
         """``count`` pictures, classes in turn as ``digit-ds sample --count`` draws them: uint8 [N, H, W, 3].
 
         Raises:
-            UserError: ``model_dir`` and ``partner`` do not make a pair.
+            UserError: ``model_dir``, ``partner`` and the VQGAN do not belong together.
         """
         pipeline = self._pipeline(model_dir, count)
         classes = _classes(pipeline)
@@ -75,11 +77,14 @@ class Preview:
                 f"{model_dir}: cannot be previewed with {self.partner}, expected a prior and a pixel decoder, or a vq "
                 "model"
             )
+        vqgan = load_vqgan(self.vqgan, self.vqgan_config, device)
+        parts = [Part(f"model {path}", read_config(Path(path))[1]) for path in (model_dir, self.partner) if path]
+        check_agreement([*parts, Part(f"VQGAN {self.vqgan}", {"vqgan_sha256": vqgan.sha256})])
         decodings = {"prior": self.prior_decoding, "pixels": self.pixel_decoding}
         samplers = {
             name: make_sampler(model, decodings[name], self.seed, min(count, BATCH)) for name, model in models.items()
         }
-        return Pipeline(samplers["prior"], samplers.get("pixels"), load_vqgan(self.vqgan, self.vqgan_config, device))
+        return Pipeline(samplers["prior"], samplers.get("pixels"), vqgan)
 
 
 def _classes(pipeline: Pipeline) -> int:
