@@ -20,6 +20,7 @@ setup(
     package_dir={"digit_ds.ds_configs": "ds_configs"},
     package_data={"digit_ds": ["py.typed"], "digit_ds.demo": ["*.yaml"], "digit_ds.ds_configs": ["*.yaml", "*.json"]},
     install_requires=[
+        "annotated-types",
         "deepspeed>=0.19.8",
         "matplotlib",
         "megatron-core>=0.16.1",

@@ -12,9 +12,8 @@ from pydantic import BeforeValidator, Field
 
 from digit_ds import shipped
 from digit_ds.errors import UserError
-from digit_ds.model.spec import Activation, Normalization, NormPosition, Positions
+from digit_ds.model.spec import Architecture
 from digit_ds.settings import PathText, Section, ShortPrecision, parse_yaml, read_yaml
-from digit_ds.vocabulary import Kind
 
 
 def _whole_layers(value: object) -> object:
@@ -22,42 +21,13 @@ def _whole_layers(value: object) -> object:
     return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, Architecture):
     """The transformer. Vocabulary sizes and the token grid come from the shards, not from here."""
 
-    kind: Kind = "prior"
-    """``prior`` (stage 1), ``ar`` or ``nar`` (stage-2 pixel decoders), ``vq`` (baseline on VQ tokens)."""
-    layers: int = Field(16, ge=1)
-    """Transformer layers; base 16, large 24."""
-    width: int = Field(1024, ge=1)
-    """Model width D; base 1024, large 1536."""
-    heads: int = Field(16, ge=1)
-    """Attention heads; must divide the width."""
-    ffn_width: int | None = Field(None, ge=1)
-    """Feed-forward width; unset: 4 x width, or with ``swiglu`` 8/3 x width (as many weights) to a multiple of 128."""
-    norm_position: NormPosition = "post"
-    """Where the norms sit: published stage 1 is ``post``, stage 2 and the VQ baseline are ``pre``."""
-    normalization: Normalization = "layer"
-    """``layer`` (published) or ``rms``: RMSNorm, which subtracts no mean and adds no bias."""
-    positions: Positions = "learned"
-    """``learned`` tables (published) or ``rotary2d``: queries and keys turn by the token's row and column."""
-    activation: Activation = "gelu"
-    """``gelu`` (published) or ``swiglu``: a third feed-forward matrix gates the first."""
-    qk_norm: bool = False
-    """RMSNorm of each head's query and key (published: none)."""
-    max_positions: int = Field(1024, ge=1)
-    """Rows of each learned position table (without the two that fairseq reserves)."""
     class_conditional: bool = False
     """Whether a class token takes BOS's place (prior and vq only)."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout on the embeddings and on both residual branches; attention and activations have none, as published."""
-
-    @property
-    def feed_forward(self) -> int:
-        """The feed-forward width, stated or not."""
-        if self.ffn_width is not None:
-            return self.ffn_width
-        return 4 * self.width if self.activation == "gelu" else max(1, round(8 * self.width / 3 / 128)) * 128
 
 
 class DataConfig(Section):
@@ -287,13 +257,10 @@ def _check_combinations(recipe: Recipe, path: Path) -> None:
     """Refuse what each field allows but the whole does not."""
     _check_preview(recipe.preview, path)
     model, training, tensor = recipe.model, recipe.training, recipe.parallel.tensor
-    if model.width % model.heads:
-        raise UserError(f"{path}: model.width {model.width} is not divisible by model.heads {model.heads}")
-    if model.positions == "rotary2d" and (head_width := model.width // model.heads) % 4:
-        raise UserError(
-            f"{path}: model.positions rotary2d turns pairs of numbers along two axes, but a head's width {head_width} "
-            f"(model.width {model.width} / model.heads {model.heads}) is not divisible by 4"
-        )
+    try:
+        model.check_widths("model.")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     for name, size in (("model.heads", model.heads), ("model.ffn_width", model.feed_forward)):
         if size % tensor:
             raise UserError(f"{path}: {name} {size} is not divisible by parallel.tensor {tensor}")

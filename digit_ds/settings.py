@@ -6,11 +6,15 @@ values, ``add_options`` and ``from_options`` make them from a command line, ``re
 """
 
 import argparse
+import ast
+import inspect
 import re
 import reprlib
+import textwrap
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -68,6 +72,14 @@ class Section(BaseModel):
     )
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Docstrings of fields that come from a dataclass, which pydantic does not read."""
+        for base in cls.__mro__:
+            if is_dataclass(base) and "__dataclass_fields__" in vars(base):
+                for name, text in _docstrings(base).items():
+                    cls.model_fields[name].description = text
+
+    @classmethod
     def read(cls: type[Settings], values: Mapping[str, Any], source: str = "") -> Settings:
         """Settings from ``values`` by name; names of flags (``no_flip``) and earlier names are understood as well.
 
@@ -80,6 +92,18 @@ class Section(BaseModel):
             raise UserError(
                 f"{source}: {first_problem(error, cls)}" if source else first_problem(error, cls)
             ) from error
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """The docstrings under the fields of a class."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
 
 
 def _option(field: FieldInfo) -> Option:

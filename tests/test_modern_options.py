@@ -1,7 +1,7 @@
 """RMSNorm, rotary positions, SwiGLU, QK-norm, random order: each by its formula, and the same in the training model."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,11 @@ from reference_loss import label_smoothed_cross_entropy
 from small_models import MODERN_LAYERS
 from training_parts import launch
 
+from digit_ds.config import ModelConfig
 from digit_ds.errors import UserError
 from digit_ds.model.official import to_official
 from digit_ds.model.released import save_model
-from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.spec import Architecture, TransformerSpec
 from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.model.weights import initial_state, shard, unshard
 
@@ -261,3 +262,17 @@ def test_a_modern_model_is_saved_loaded_and_kept_from_the_published_layout(tmp_p
 def test_choices_that_cannot_work_are_refused(change, words):
     with pytest.raises(UserError, match=words):
         replace(PLAIN, **change)
+
+
+def test_an_option_of_the_models_is_declared_once():
+    """Recipe, specification and ``config.json`` have the same options, defaults and ranges, from one class."""
+    options = {option.name for option in fields(Architecture)}
+    assert options < set(ModelConfig.model_fields) and options < set(PLAIN.to_dict())
+    assert not options & (vars(ModelConfig)["__annotations__"].keys() | vars(TransformerSpec)["__annotations__"].keys())
+    assert all(ModelConfig.model_fields[name].description for name in options)
+    recipe, spec = ModelConfig.read({}), TransformerSpec(discriminative_codes=8)
+    assert spec.architecture == recipe.architecture | {"ffn_width": 4096}
+    with pytest.raises(UserError, match="layers is 10001"):
+        ModelConfig.read({"layers": 10_001})
+    with pytest.raises(UserError, match="layers is 10001"):
+        replace(PLAIN, layers=10_001)

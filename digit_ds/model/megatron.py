@@ -167,8 +167,8 @@ class _FeedForward(nn.Module):
     def __init__(self, spec: TransformerSpec, config: ModelParallelConfig) -> None:
         super().__init__()
         options = {"config": config, "init_method": nn.init.zeros_, "bias": True, "skip_bias_add": False}
-        self.up = _Column(spec.width, spec.ffn_width, gather_output=False, **options)
-        self.down = _Row(spec.ffn_width, spec.width, input_is_parallel=True, **options)
+        self.up = _Column(spec.width, spec.feed_forward, gather_output=False, **options)
+        self.down = _Row(spec.feed_forward, spec.width, input_is_parallel=True, **options)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.down(F.gelu(self.up(x)), bias)
@@ -180,8 +180,8 @@ class _GatedFeedForward(nn.Module):
     def __init__(self, spec: TransformerSpec, config: ModelParallelConfig) -> None:
         super().__init__()
         options = {"config": config, "init_method": nn.init.zeros_, "bias": True, "skip_bias_add": False}
-        self.gate_up = _Column(spec.width, 2 * spec.ffn_width, gather_output=False, **options)
-        self.down = _Row(spec.ffn_width, spec.width, input_is_parallel=True, **options)
+        self.gate_up = _Column(spec.width, 2 * spec.feed_forward, gather_output=False, **options)
+        self.down = _Row(spec.feed_forward, spec.width, input_is_parallel=True, **options)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         gate, up = self.gate_up(x).unflatten(-1, (-1, 2)).unbind(-1)

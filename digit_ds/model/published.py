@@ -49,7 +49,7 @@ def published_cfg(
         **PUBLISHED_OPTIONS,
         **{f"{place}dropout": 0.0 for place in ("", "attention_", "activation_", "relu_")},
         **{f"decoder_{end}_dim": spec.width for end in ("embed", "input", "output")},
-        "decoder_ffn_embed_dim": spec.ffn_width,
+        "decoder_ffn_embed_dim": spec.feed_forward,
         "decoder_layers": spec.layers,
         "decoder_attention_heads": spec.heads,
         "decoder_normalize_before": spec.norm_position == "pre",

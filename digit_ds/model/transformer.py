@@ -32,8 +32,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, spec: TransformerSpec):
         super().__init__()
-        self.up = nn.Linear(spec.width, spec.ffn_width)
-        self.down = nn.Linear(spec.ffn_width, spec.width)
+        self.up = nn.Linear(spec.width, spec.feed_forward)
+        self.down = nn.Linear(spec.feed_forward, spec.width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -45,8 +45,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, spec: TransformerSpec):
         super().__init__()
-        self.gate_up = nn.Linear(spec.width, 2 * spec.ffn_width)
-        self.down = nn.Linear(spec.ffn_width, spec.width)
+        self.gate_up = nn.Linear(spec.width, 2 * spec.feed_forward)
+        self.down = nn.Linear(spec.feed_forward, spec.width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""

@@ -115,8 +115,8 @@ def _sizes(spec: TransformerSpec) -> dict[str, int]:
         "3D": 3 * spec.width,
         "2": 2,
         "W": spec.head_width,
-        "F": spec.ffn_width,
-        "2F": 2 * spec.ffn_width,
+        "F": spec.feed_forward,
+        "2F": 2 * spec.feed_forward,
         "V": vocabulary.output_size,
         "R": vocabulary.embedding_rows,
         "P": spec.max_positions + POSITION_OFFSET,
@@ -276,7 +276,7 @@ def padded_rows(rows: int) -> int:
 
 def check_tensor_size(spec: TransformerSpec, tensor_size: int) -> None:
     """Refuse a tensor-parallel size that does not divide the model."""
-    parts = {"heads": spec.heads, "ffn_width": spec.ffn_width, "the vocabulary padding": VOCABULARY_MULTIPLE}
+    parts = {"heads": spec.heads, "ffn_width": spec.feed_forward, "the vocabulary padding": VOCABULARY_MULTIPLE}
     for name, size in parts.items():
         if tensor_size < 1 or size % tensor_size:
             raise UserError(f"tensor-parallel size {tensor_size} does not divide {name} ({size})")

@@ -45,7 +45,7 @@ def memory_by_part(
     rows, width = images * spec.sequence_length, spec.width
     replicated = rows * width * (6 * low + 2)
     heads = (6 if spec.qk_norm or spec.positions == "rotary2d" else 4) * width
-    split = rows * (heads + (2 if spec.activation == "gelu" else 3) * spec.ffn_width) * low / tensor
+    split = rows * (heads + (2 if spec.activation == "gelu" else 3) * spec.feed_forward) * low / tensor
     if recipe.training.recompute == "layer":
         parts["activations"] = spec.layers * rows * width * low + replicated + split
     else:

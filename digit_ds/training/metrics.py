@@ -54,7 +54,7 @@ def flops_per_image(spec: TransformerSpec) -> float:
     Recomputation is not counted: it is time, not work.
     """
     tokens = spec.sequence_length
-    per_layer = 4 * spec.width**2 + (2 if spec.activation == "gelu" else 3) * spec.width * spec.ffn_width
+    per_layer = 4 * spec.width**2 + (2 if spec.activation == "gelu" else 3) * spec.width * spec.feed_forward
     output = spec.vocabulary.output_size * spec.width
     attention = 12.0 * spec.layers * spec.width * tokens
     return tokens * (6.0 * spec.layers * per_layer + attention) + (1 + spec.tokens) * 6.0 * output

@@ -132,21 +132,11 @@ def model_spec(recipe: Recipe, manifest: ShardManifest) -> TransformerSpec:
     if model.class_conditional and not manifest.classes:
         raise UserError(f"{shards}: has no classes, which model.class_conditional needs")
     spec = TransformerSpec(
-        kind=model.kind,
-        layers=model.layers,
-        width=model.width,
-        heads=model.heads,
-        ffn_width=model.feed_forward,
-        norm_position=model.norm_position,
-        max_positions=model.max_positions,
+        **model.architecture,
         discriminative_codes=manifest.discriminative_codes if model.kind != "vq" else 0,
         vq_codes=manifest.vq_codes if model.kind != "prior" else 0,
         classes=len(manifest.classes) if model.class_conditional else 0,
         grid=(manifest.grid[0], manifest.grid[1]),
-        normalization=model.normalization,
-        positions=model.positions,
-        activation=model.activation,
-        qk_norm=model.qk_norm,
         target_positions=recipe.training.order == "random",
     )
     if spec.positions == "learned" and spec.max_positions < spec.tokens + 1:
