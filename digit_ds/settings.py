@@ -233,7 +233,22 @@ def read_yaml(path: Path, expected: str = "expected a YAML file") -> dict[str, A
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose errors are one line, as all others of this project."""
+    """An ``ArgumentParser`` whose errors are one line, as all others of this project, and that takes overrides of a
+    recipe (``section.key=value``) before, after and between options.
+    """
+
+    _intermixes = False
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse's; it gives all words without a flag to the first place where one may stand."""
+        several = any(action.nargs == "*" for action in self._get_positional_actions())
+        if self._intermixes or not several:
+            return super().parse_known_args(args, namespace)
+        self._intermixes = True  # what follows calls this
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixes = False
 
     def error(self, message: str) -> Any:
         """Refuse the command line."""

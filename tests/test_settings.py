@@ -9,6 +9,7 @@ from pydantic import Field
 from digit_ds.errors import UserError
 from digit_ds.preparation.settings import FeatureSettings, TokenSettings
 from digit_ds.settings import Option, Parser, PathText, Section, ShortPrecision, add_options, from_options
+from digit_ds.training.settings import EstimateSettings
 
 
 class Drawing(Section):
@@ -117,3 +118,20 @@ def test_records_of_jobs_begun_before_settings_had_classes_are_the_same():
     assert TokenSettings.read(parts | {"codebook": "k"}).record() == common | tokens
     moved = {**parts, "out": "p", "workers": 3, "max_skipped": 0.5, "precision": "bfloat16"}
     assert FeatureSettings.read(moved).record() == common | features | {"precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "r.yaml a.b=1 c=2 --gpus 2 --codes 3",
+        "r.yaml --gpus 2 a.b=1 --codes 3 c=2",
+        "--codes 3 --gpus 2 r.yaml a.b=1 c=2",
+    ],
+)
+def test_overrides_may_stand_anywhere(words):
+    parser = Parser(prog="digit-ds")
+    verb = parser.add_subparsers(parser_class=Parser).add_parser("estimate")
+    add_options(verb, EstimateSettings)
+    settings = from_options(EstimateSettings, parser.parse_args(["estimate", *words.split()]))
+    assert (settings.recipe, settings.overrides) == ("r.yaml", ["a.b=1", "c=2"])
+    assert (settings.gpus, settings.codes) == (2, 3)

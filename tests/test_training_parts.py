@@ -431,3 +431,12 @@ def test_activations_of_the_options(tmp_path):
     assert activations(activation="swiglu") - plain == pytest.approx(3 * rows * 48 * 4 / 2)
     for options in ({"qk_norm": True}, {"positions": "rotary2d"}, {"qk_norm": True, "positions": "rotary2d"}):
         assert activations(**options) - plain == pytest.approx(3 * rows * 2 * 16 * 4 / 2)
+    again = recipe(tmp_path, tmp_path, parallel__tensor=2, training__recompute="feed_forward")
+    kept = memory_by_part(again, spec, 1, 1, False)["activations"] * 2**30
+    assert plain - kept == pytest.approx(2 * rows * 2 * 48 * 4 / 2)  # two of three layers
+    again = recipe(tmp_path, tmp_path, parallel__tensor=2, training__recompute="attention")
+    kept = memory_by_part(again, spec, 1, 1, False)["activations"] * 2**30
+    assert plain - kept == pytest.approx(2 * rows * 4 * 16 * 4 / 2)
+    spread = recipe(tmp_path, tmp_path, parallel={"tensor": 2, "sequence": True})
+    kept = memory_by_part(spread, spec, 1, 1, False)["activations"] * 2**30
+    assert plain - kept == pytest.approx(3 * rows * 16 * (6 * 4 + 2) / 2)

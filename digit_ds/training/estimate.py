@@ -29,8 +29,9 @@ def memory_by_part(
 
     Activations are those kept for the backward pass: a layer's input, both norms, q, k, v and the mixed values, both
     branches' outputs and dropout masks, the feed-forward before and after GELU (SwiGLU: gate, up and their product), q
-    and k once more where they are normalised or turned; with recomputation inputs alone and one layer's worth of the
-    rest. Replicated parts count whole, those between the parallel matrices by tensor size.
+    and k once more where they are normalised or turned. What is recomputed (attention, feed-forward, or all but the
+    inputs of layers) counts for one layer. Parts between the parallel matrices count by tensor size, with
+    ``parallel.sequence`` all others too.
     """
     count, tensor = device_parameters(spec, recipe.parallel.tensor), recipe.parallel.tensor
     low = 2 if recipe.training.precision == "bf16" else 4
@@ -43,13 +44,15 @@ def memory_by_part(
     images = recipe.training.micro_batch
     assert images != "auto"  # it is settled before
     rows, width = images * spec.sequence_length, spec.width
-    replicated = rows * width * (6 * low + 2)
-    heads = (6 if spec.qk_norm or spec.positions == "rotary2d" else 4) * width
-    split = rows * (heads + (2 if spec.activation == "gelu" else 3) * spec.feed_forward) * low / tensor
-    if recipe.training.recompute == "layer":
-        parts["activations"] = spec.layers * rows * width * low + replicated + split
-    else:
-        parts["activations"] = spec.layers * (replicated + split)
+    tokens = rows / tensor if recipe.parallel.sequence else rows
+    inputs, replicated = tokens * width * low, tokens * width * (6 * low + 2)
+    attention = rows * (6 if spec.qk_norm or spec.positions == "rotary2d" else 4) * width * low / tensor
+    feed_forward = rows * (2 if spec.activation == "gelu" else 3) * spec.feed_forward * low / tensor
+    whole = replicated + attention + feed_forward
+    again = {"none": 0.0, "attention": attention, "feed_forward": feed_forward, "layer": whole}
+    recomputed = again[recipe.training.recompute]
+    kept = inputs if recipe.training.recompute == "layer" else whole - recomputed
+    parts["activations"] = spec.layers * kept + recomputed
     logits = images * (spec.tokens + 1) * weights.padded_rows(spec.vocabulary.output_size) / tensor
     parts["logits"] = logits * low
     return {name: size / _GIB for name, size in parts.items()}
