@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from calls import extract_features, tokenize_images
+from PIL import Image
 from preparation_parts import (
     call,
     command,
@@ -187,6 +188,24 @@ def test_finished_blocks_are_not_done_again(jobs, whole, tmp_path):
     assert contents(out) == whole["tokens"]
     after = {path: path.stat().st_mtime_ns for path in out.glob("block-*/shard*")}
     assert [path.parent.name for path in after if after[path] != before.get(path)] == ["block-00003"]
+
+
+@pytest.mark.parametrize("name", ["features", "tokens"])
+def test_a_complete_job_is_only_read(jobs, whole, tmp_path, name, capsys):
+    """It may lie on a read-only file system, and others may be reading it."""
+    out = tmp_path / "out"
+    jobs[name](out)
+    before = {path: path.stat().st_mtime_ns for path in (out, *out.rglob("*"))}
+    capsys.readouterr()
+    jobs[name](out)
+    assert "already complete, nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (out, *out.rglob("*"))} == before
+    added = jobs["images"] / "cat" / "one more.png"
+    Image.new("RGB", (40, 40)).save(added)
+    with pytest.raises(UserError, match=r"holds 46 images that are not the 45 with which"):
+        jobs[name](out)
+    added.unlink()
+    assert {path: path.stat().st_mtime_ns for path in (out, *out.rglob("*"))} == before
 
 
 def test_torchrun_and_refusal_on_all_ranks(jobs, tmp_path):

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from digit_ds.data.images import no_images, warn_of_passed_over
 from digit_ds.data.sources.folder import FolderSource
@@ -46,6 +46,13 @@ class Block:
     first: int
     """0-based number of the block's first image."""
     names: list[str]
+
+
+class _Found(NamedTuple):
+    """What lies in the output directory."""
+
+    begun: bool
+    complete: bool
 
 
 class Job:
@@ -79,7 +86,7 @@ class Job:
         initialize()
         self.source = from_main(lambda: open_source(self.root, self.out / "images.index", labels))
         settings = agree(settings | {"block_images": block_images}, f"{self.out}, its settings")
-        self._directory = WorkDirectory(self.out, lambda: is_begun(self.out, _stored(self.out), settings))
+        self._directory = WorkDirectory(self.out, lambda: self._look(settings), lambda found: found.complete)
         try:
             catalogue = from_main(lambda: self._begin(settings, self._directory.found))
         except BaseException:
@@ -97,29 +104,38 @@ class Job:
 
     @property
     def complete(self) -> bool:
-        """Whether an earlier run finished the job, as rank 0 sees it; all processes ask together."""
-        return from_main((self.out / "manifest.json").is_file)
+        """Whether an earlier run finished the job, as rank 0 saw it at the start."""
+        return self._directory.found.complete
 
     @property
     def blocks(self) -> int:
         """Number of blocks of the whole job."""
         return len(self._offsets)
 
-    def _begin(self, settings: dict[str, Any], begun: bool) -> dict[str, Any]:
-        """Write the settings and the list of images, which must be that of the earlier run; return the catalogue."""
+    def _look(self, settings: dict[str, Any]) -> _Found:
+        begun = is_begun(self.out, _stored(self.out), settings)
+        return _Found(begun, begun and (self.out / "manifest.json").is_file())
+
+    def _begin(self, settings: dict[str, Any], found: _Found) -> dict[str, Any]:
+        """Write the settings and the list of images, which must be that of the earlier run; return the catalogue.
+
+        Where that run completed the job nothing is written: the directory may be read-only by then.
+        """
         passed_over: Counter[str] = Counter()
-        found = self.source.names(passed_over)
-        first = next(found, None)
+        listed = self.source.names(passed_over)
+        first = next(listed, None)
         if first is None:
             raise no_images(self.root, passed_over)
-        write_json(self.out / "settings.json", settings)
-        census = Census()
-        names = self._list(chain([first], found), census)
+        if not found.complete:
+            write_json(self.out / "settings.json", settings)
+        census, new = Census(), Path(os.devnull) if found.complete else self.out / "images.jsonl.new"
+        names = self._list(chain([first], listed), census, new)
         classes = names["classes"] = census.ordered(self.root, self.source.classes, self.class_order)
-        if begun and (self.out / "catalogue.json").is_file():
+        if found.begun and (self.out / "catalogue.json").is_file():
             known = read_json(self.out / "catalogue.json")
             if known["sha256"] != names["sha256"]:
-                (self.out / "images.jsonl.new").unlink()
+                if not found.complete:
+                    new.unlink()
                 raise UserError(
                     f"{self.root}: holds {names['images']} images that are not the {known['images']} with which "
                     f"{self.out} was begun, expected the same folder or another output directory"
@@ -131,18 +147,19 @@ class Job:
                 )
         if self.labelled:
             census.check(self.root)
-        (self.out / "images.jsonl.new").replace(self.out / "images.jsonl")
-        write_json(self.out / "catalogue.json", names)
+        if not found.complete:
+            new.replace(self.out / "images.jsonl")
+            write_json(self.out / "catalogue.json", names)
         warn_of_passed_over(self.root, passed_over)
         print(census.summary(self.root, classes), flush=True)
         for warning in census.warnings(self.root, classes, isinstance(self.source, FolderSource)):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         return names
 
-    def _list(self, names: Iterable[str], census: Census) -> dict[str, Any]:
-        """Write the sorted names to ``images.jsonl.new`` and return the catalogue."""
+    def _list(self, names: Iterable[str], census: Census, new: Path) -> dict[str, Any]:
+        """Write the sorted names to ``new`` and return the catalogue."""
         digest, offsets, count, position = hashlib.sha256(), [], 0, 0
-        with (self.out / "images.jsonl.new").open("wb") as stream:
+        with new.open("wb") as stream:
             for count, name in enumerate(names, 1):
                 if count % self.block_images == 1 or self.block_images == 1:
                     offsets.append(position)
