@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,9 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is first imported
 
 import deepspeed
-import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules
-from megatron.core import parallel_state
 from torch import Tensor
 
 from digit_ds.config import Recipe
@@ -27,9 +24,7 @@ from digit_ds.parallel.decide import fail_together, together
 from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.optimizer import GuardedAdamW
-
-# On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, for minutes; gloo needs no compiler.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from digit_ds.training.zero import STATES
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,9 @@ class Engine:
                 first = _first_weights(recipe, spec, topology)
             _fill(model, first.items())
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-        before = fingerprint(model, dtype) if topology.world_size > 1 and self.stage < 3 else None
-        if self.stage == 3:
+        kind = STATES[self.stage]
+        before = fingerprint(model, dtype) if topology.world_size > 1 and not kind.partitions_weights else None
+        if kind.partitions_weights:
             # Weights are gathered a layer at a time: fewer and larger messages, and no hook inside a compiled layer.
             set_z3_leaf_modules(model, [TransformerLayer])
         if recipe.training.compile:
@@ -103,8 +99,8 @@ class Engine:
             dist_init_required=False,
         )
         self.model: MegatronTransformer = model
-        self._zero: Any = self._deepspeed.optimizer
-        self.optimizer.global_norm = self._stage_zero_norm if self.stage == 0 else lambda: self._zero._global_grad_norm
+        self._state = kind(self._deepspeed.optimizer, self.optimizer, model.parameters(), topology, device)
+        self.optimizer.global_norm = self._state.global_norm
         if before is not None and fingerprint(model, dtype) != before:
             raise RuntimeError("deepspeed.initialize changed this rank's weights")
         self.kernels = _kernels(recipe, device)
@@ -139,22 +135,7 @@ class Engine:
     @property
     def gradient_norm(self) -> Tensor | float:
         """Norm of the whole model's gradient before clipping in the last step; negative or not finite: skipped."""
-        return self.optimizer.last_norm if self.stage == 0 else self._zero._global_grad_norm
-
-    def _stage_zero_norm(self) -> Tensor:
-        """Without ZeRO: each slice counted once, replicated parameters once over the tensor-parallel group."""
-        sliced: list[Tensor] = []
-        whole: list[Tensor] = []
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                kind = sliced if getattr(parameter, "tensor_model_parallel", False) else whole
-                kind.append(parameter.grad)
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        for gradients, counted in ((sliced, True), (whole, self.topology.tensor_rank == 0)):
-            if gradients and counted:
-                square += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
-        return square.sqrt().float()
+        return self._state.last_norm()
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -163,45 +144,12 @@ class Engine:
 
         With ZeRO a data-parallel rank owns a part of each tensor-parallel slice; without, data rank 0 owns it all.
         """
-        self._create_state()
+        self._state.create()
         names = ["weight", *self.optimizer.state_names]
         for name, parameter in self.model.named_parameters():
-            start, view = self._view(parameter)
+            start, view = self._state.view(parameter)
             if view is not None:
                 yield Fragment(name, start, {kind: view(kind) for kind in names})
-
-    def _view(self, parameter: Any) -> tuple[int, Callable[[str], Tensor] | None]:
-        """First element and accessor of this rank's part of a parameter's state; None where it owns nothing."""
-        if self.stage == 0:
-            if self.topology.data_rank:
-                return 0, None
-            return 0, lambda kind: self._whole(parameter, kind).view(-1)
-        if self.stage == 3:
-            rank, size = dist.get_rank(parameter.ds_process_group), parameter.partition_numel()
-            length = min(size, parameter.ds_numel - rank * size)  # the last part is padded
-            if length <= 0:
-                return 0, None
-            # DeepSpeed's public accessor of this partition copies it to the device under offload.
-            part = self._zero._get_fp32_opt_state_partition
-            return rank * size, lambda kind: part(parameter, False, None if kind == "weight" else kind)[0][:length]
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return 0, None
-        start = mapping.lp_fragment_address.start
-        return start, lambda kind: mapping.get_hp_fragment(None if kind == "weight" else kind)
-
-    def _whole(self, parameter: Tensor, kind: str) -> Tensor:
-        """State of a parameter without ZeRO."""
-        return parameter.data if kind == "weight" else self.optimizer.state[parameter][kind]
-
-    def _create_state(self) -> None:
-        """Optimizer states exist from the first step on; a checkpoint may be wanted before it."""
-        if self.stage == 3:
-            self.optimizer.create_state(self._zero.fp32_partitioned_groups_flat)
-        else:
-            self.optimizer.create_state()
-        if self.stage in (1, 2):
-            self._zero._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
     def _set_master_weights(self, state: weights.State) -> None:
@@ -229,20 +177,7 @@ class Engine:
 
     def refresh_model(self) -> None:
         """Bring what every rank's forward pass reads up to the restored master weights."""
-        if self.stage == 0:
-            group = parallel_state.get_data_parallel_group()
-            owner = dist.get_process_group_ranks(group)[0]
-            for parameter in self.model.parameters():
-                for kind in ("weight", *self.optimizer.state_names):
-                    dist.broadcast(self._whole(parameter, kind), owner, group=group)
-        elif self.stage == 3:
-            zero = self._zero
-            zero.checkpoint_event_prologue()
-            for model, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat):
-                model.data.copy_(master.data)
-            zero.checkpoint_event_epilogue()
-        else:
-            self._zero.update_lp_params()
+        self._state.refresh_model()
 
     @property
     def adam_steps(self) -> int:

@@ -1,0 +1,208 @@
+"""The state of a DeepSpeed engine under each ZeRO stage: the only file that uses private fields of DeepSpeed.
+
+DeepSpeed has no public access to a rank's own part of the float32 master weights and of the optimizer states. What is
+used in its place is checked when the engine is built, so that a version of DeepSpeed that renamed a field is refused
+before the first step and not at the first checkpoint.
+"""
+
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed import ops
+from megatron.core import parallel_state
+from torch import Tensor
+
+from digit_ds.parallel.topology import Topology
+from digit_ds.training.optimizer import GuardedAdamW
+
+View = Callable[[str], Tensor]
+"""Kind of state (``weight`` or one of ``GuardedAdamW.state_names``) -> flat view of the live float32 tensor."""
+
+
+class MissingField(RuntimeError):
+    """The installed DeepSpeed lacks a private field that this file reads."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        super().__init__(
+            f"DeepSpeed {version('deepspeed')} has no field {name} in {type(owner).__name__}, which "
+            "digit_ds/training/zero.py uses; install the version in constraints.txt or change that file"
+        )
+
+
+def _check(owner: object, *names: str) -> None:
+    """Refuse a DeepSpeed whose object lacks one of these private fields.
+
+    Raises:
+        MissingField: names the field and the version.
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            raise MissingField(owner, name)
+
+
+# On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, for minutes; gloo needs no compiler.
+_check(ops, "__compatible_ops__")
+ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class ZeroState(Protocol):
+    """What a rank owns of the state, and the norm of the gradient. A class for each group of stages."""
+
+    partitions_weights: bool
+    """Whether the model's own parameters are empty between layers (stage 3)."""
+
+    def __init__(
+        self, zero: Any, optimizer: GuardedAdamW, parameters: Iterable[Any], topology: Topology, device: torch.device
+    ) -> None:
+        """``zero`` is DeepSpeed's optimizer around ``optimizer``; ``parameters`` are the model's."""
+
+    def global_norm(self) -> Tensor | float:
+        """Norm of the whole model's gradient, asked for within an update."""
+
+    def last_norm(self) -> Tensor | float:
+        """The same after the update; negative or not finite: skipped."""
+
+    def create(self) -> None:
+        """Make the optimizer's states, which otherwise exist from the first step on."""
+
+    def view(self, parameter: Any) -> tuple[int, View | None]:
+        """First element and view of this rank's part of a parameter's flattened state; None: it owns nothing."""
+
+    def refresh_model(self) -> None:
+        """Bring what every rank's forward pass reads up to the changed state."""
+
+
+class _WholeState:
+    """Stage 0: every data-parallel rank holds everything, and data rank 0 owns it."""
+
+    partitions_weights = False
+
+    def __init__(
+        self, zero: Any, optimizer: GuardedAdamW, parameters: Iterable[Any], topology: Topology, device: torch.device
+    ) -> None:
+        self._optimizer, self._parameters = optimizer, list(parameters)
+        self._topology, self._device = topology, device
+
+    def global_norm(self) -> Tensor:
+        """Each slice counted once, replicated parameters once over the tensor-parallel group."""
+        sliced: list[Tensor] = []
+        whole: list[Tensor] = []
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                kind = sliced if getattr(parameter, "tensor_model_parallel", False) else whole
+                kind.append(parameter.grad)
+        square = torch.zeros((), dtype=torch.float64, device=self._device)
+        for gradients, counted in ((sliced, True), (whole, self._topology.tensor_rank == 0)):
+            if gradients and counted:
+                square += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
+        return square.sqrt().float()
+
+    def last_norm(self) -> Tensor | float:
+        return self._optimizer.last_norm
+
+    def create(self) -> None:
+        self._optimizer.create_state()
+
+    def view(self, parameter: Any) -> tuple[int, View | None]:
+        if self._topology.data_rank:
+            return 0, None
+        return 0, lambda kind: self._whole(parameter, kind).view(-1)
+
+    def refresh_model(self) -> None:
+        group = parallel_state.get_data_parallel_group()
+        owner = dist.get_process_group_ranks(group)[0]
+        for parameter in self._parameters:
+            for kind in ("weight", *self._optimizer.state_names):
+                dist.broadcast(self._whole(parameter, kind), owner, group=group)
+
+    def _whole(self, parameter: Tensor, kind: str) -> Tensor:
+        return parameter.data if kind == "weight" else self._optimizer.state[parameter][kind]
+
+
+class _PartitionedState:
+    """Stages 1 and 2: data-parallel ranks own flat parts of the masters and optimizer states."""
+
+    partitions_weights = False
+
+    def __init__(
+        self, zero: Any, optimizer: GuardedAdamW, parameters: Iterable[Any], topology: Topology, device: torch.device
+    ) -> None:
+        self._zero, self._optimizer = zero, optimizer
+        _check(zero, "_lazy_init_hp_params_optimizer_state", "update_lp_params")
+        for parameter in parameters:
+            _check(parameter, "_hp_mapping")
+            if parameter._hp_mapping is not None:
+                _check(parameter._hp_mapping, "get_hp_fragment", "lp_fragment_address")
+                _check(parameter._hp_mapping.lp_fragment_address, "start")
+
+    def global_norm(self) -> Tensor | float:
+        _check(self._zero, "_global_grad_norm")  # here, because under stage 1 in bf16 the first step makes it
+        return self._zero._global_grad_norm
+
+    last_norm = global_norm
+
+    def create(self) -> None:
+        self._optimizer.create_state()
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def view(self, parameter: Any) -> tuple[int, View | None]:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, None
+        start = mapping.lp_fragment_address.start
+        return start, lambda kind: mapping.get_hp_fragment(None if kind == "weight" else kind)
+
+    def refresh_model(self) -> None:
+        self._zero.update_lp_params()
+
+
+class _PartitionedWeights:
+    """Stage 3: as 1 and 2, each parameter cut by itself; the model's weights are parts as well."""
+
+    partitions_weights = True
+
+    def __init__(
+        self, zero: Any, optimizer: GuardedAdamW, parameters: Iterable[Any], topology: Topology, device: torch.device
+    ) -> None:
+        self._zero, self._optimizer = zero, optimizer
+        _check(zero, "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "_get_fp32_opt_state_partition")
+        _check(zero, "checkpoint_event_prologue", "checkpoint_event_epilogue", "_global_grad_norm")
+        for parameter in parameters:
+            _check(parameter, "ds_process_group", "ds_numel", "partition_numel")
+
+    def global_norm(self) -> Tensor | float:
+        return self._zero._global_grad_norm
+
+    last_norm = global_norm
+
+    def create(self) -> None:
+        self._optimizer.create_state(self._zero.fp32_partitioned_groups_flat)
+
+    def view(self, parameter: Any) -> tuple[int, View | None]:
+        rank, size = dist.get_rank(parameter.ds_process_group), parameter.partition_numel()
+        length = min(size, parameter.ds_numel - rank * size)  # the last part is padded
+        if length <= 0:
+            return 0, None
+        # DeepSpeed's public accessor of this partition copies it to the device under offload.
+        part = self._zero._get_fp32_opt_state_partition
+        return rank * size, lambda kind: part(parameter, False, None if kind == "weight" else kind)[0][:length]
+
+    def refresh_model(self) -> None:
+        self._zero.checkpoint_event_prologue()
+        masters = self._zero.fp32_partitioned_groups_flat
+        for model, master in zip(self._zero.fp16_partitioned_groups_flat, masters):
+            model.data.copy_(master.data)
+        self._zero.checkpoint_event_epilogue()
+
+
+STATES: dict[int, type[ZeroState]] = {
+    0: _WholeState,
+    1: _PartitionedState,
+    2: _PartitionedState,
+    3: _PartitionedWeights,
+}
+"""Stage -> how its state is reached."""
