@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -151,6 +152,9 @@ def test_pictures_to_score_and_to_start_from(parts: dict) -> None:
         assert torch.equal(pictures[7], folder[7])
         given = ImageFolder(parts["packed"][kind][0], 32, 32, lambda pixels: pixels.flatten(1), torch.device("cpu"))
         assert given.folders() == [name.split("/")[0] for name in folder.files]
+    path, labels = parts["packed"]["kaggle"]
+    given = ImageFolder(path, 32, 32, lambda pixels: pixels.flatten(1), torch.device("cpu"), labels)
+    assert given.folders() == [name.split("/")[0] for name in folder.files]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,3 +272,34 @@ def test_killed_job_goes_on_with_another_number_of_processes(parts: dict, kind: 
     assert done.returncode == 0, done.stderr
     extract_features(parts["images"], out=tmp_path / "whole", workers=1, block_images=16, batch=16, **parts["model"])
     assert results(tmp_path / "out") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_imagenets_devkit_names_the_classes_of_the_validation_tar(parts: dict, packed: bool, tmp_path: Path) -> None:
+    """The n-th line of the ground truth is the ILSVRC number of validation image n, which is no position in a list."""
+    from scipy.io import savemat
+
+    kit = tmp_path / "ILSVRC2012_devkit_t12"
+    (kit / "data").mkdir(parents=True)
+    numbers = {"n02119789": 1, "n02100735": 2, "n01440764": 449}  # as in the real one, in which label 0 is number 449
+    kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
+    synsets = np.array([(number, wnid, "a, b", 0.0) for wnid, number in numbers.items()], dtype=kinds)
+    savemat(kit / "data/meta.mat", {"synsets": synsets.reshape(-1, 1)})
+    truth = [449, 1, 1, 2]
+    (kit / "data/ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{number}\n" for number in truth))
+    pixels = next(parts["images"].rglob("*.jpg")).read_bytes()
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as tar:
+        for number in (3, 1, 4, 2):
+            add(tar, f"ILSVRC2012_val_{number:08d}.JPEG", pixels)
+    labels = kit
+    if packed:
+        labels = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
+        with tarfile.open(labels, "w:gz") as tar:
+            tar.add(kit, kit.name)
+    source = open_source(tmp_path / "ILSVRC2012_img_val.tar", tmp_path / "index", labels)
+    folder = {number: wnid for wnid, number in numbers.items()}
+    expected = [f"{folder[number]}/ILSVRC2012_val_{at:08d}.JPEG" for at, number in enumerate(truth, 1)]
+    assert list(source.names(Counter())) == sorted(expected)
+    (kit / "data/meta.mat").write_bytes(b"no matrix")
+    with pytest.raises(UserError, match=r"ILSVRC2012_devkit_t12: cannot be read .*, expected ImageNet's devkit"):
+        open_source(tmp_path / "ILSVRC2012_img_val.tar", tmp_path / "index", kit)

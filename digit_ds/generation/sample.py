@@ -52,6 +52,8 @@ def sample(settings: SampleSettings) -> None:
         vqgan_precision = precision_dtype(settings.vqgan_precision)
         batch = settings.batch or (512 if device.type == "cuda" else 64)
         given = settings.from_images is not None or settings.from_tokens is not None
+        if settings.labels is not None and settings.from_images is None:
+            raise UserError(f"{settings.labels}: labels are given, but no pictures (from_images) that they could be of")
         stages = _stages(settings.prior, settings.pixel_decoder, given, settings.keep)
         first = stages["prior"] if "prior" in stages else stages["pixel_decoder"]
         painter = load_vqgan(settings.vqgan, settings.vqgan_config, device, vqgan_precision)
@@ -171,7 +173,7 @@ def _image_source(
         raise UserError(f"{root}: cannot be tokenised for {first.directory}, whose grid {rows}x{columns} is not square")
     size = rows * painter.downsampling
     if first.spec.kind == "vq":
-        return ImageFolder(root, size, settings.resize or size, painter.encode, device), []
+        return ImageFolder(root, size, settings.resize or size, painter.encode, device, settings.labels), []
     if encoder is None or codebook is None:
         raise UserError(f"{root}: needs the encoder's weights and the codebook to be turned into tokens")
     from digit_ds.tokenizer.tokenizer import Tokenizer  # timm takes as long to import as torch
@@ -187,7 +189,8 @@ def _image_source(
         ),
         Part(f"encoder {encoder}", tokenizer.encoder.provenance()),
     ]
-    return ImageFolder(root, size, settings.resize or size, tokenizer.discriminative, device), parts
+    encode = tokenizer.discriminative
+    return ImageFolder(root, size, settings.resize or size, encode, device, settings.labels), parts
 
 
 def _check_vqgan(painter: Vqgan, stages: dict[str, _Model], path: Path | str) -> None:

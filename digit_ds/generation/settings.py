@@ -162,6 +162,8 @@ class SampleSettings(Section):
 
     from_images: Annotated[PathText | None, Option(metavar="DIR", group=_GIVEN)] = None
     """Reconstruct (or with ``keep`` complete) these pictures."""
+    labels: Annotated[PathText | None, Option(metavar="FILE", group=_GIVEN)] = None
+    """Classes of pictures without class folders: Kaggle's LOC_val_solution.csv or ImageNet's devkit."""
     encoder: Annotated[PathText | None, Option(group=_GIVEN)] = None
     """Encoder weights that make tokens of those pictures."""
     num_heads: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)

@@ -81,8 +81,9 @@ class ImageFolder:
         resize: int,
         encode: Callable[[Tensor], Tensor],
         device: torch.device,
+        labels: Path | str | None = None,
     ):
-        self.root, self._source = Path(root), open_source(root)
+        self.root, self._source = Path(root), open_source(root, labels=labels)
         self.names = list_source(self._source)
         self._crops = Crops(kind="training", size=size, resize=resize, views=1, seed=0)
         self._encode, self._device = encode, device
