@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "annotated-types",
         "deepspeed>=0.19.8",
+        "huggingface_hub>=0.34,<1",
         "matplotlib",
         "megatron-core>=0.16.1",
         "mosaicml-streaming>=0.13",

@@ -18,6 +18,7 @@ from digit_ds.generation.settings import SampleSettings
 from digit_ds.health.settings import DoctorSettings
 from digit_ds.model.settings import FromMegatron, FromOfficial, ToMegatron, ToOfficial
 from digit_ds.preparation.settings import FeatureSettings, TokenSettings, VerifySettings
+from digit_ds.publishing.settings import FetchSettings, PublishSettings
 from digit_ds.settings import Parser, Section, add_options, from_options
 from digit_ds.training.settings import EstimateSettings, ExportSettings, TrainSettings
 
@@ -179,6 +180,18 @@ def _from_megatron(settings: FromMegatron) -> None:
     print(settings.out)
 
 
+def _fetch(settings: FetchSettings) -> None:
+    from digit_ds.publishing.fetch import fetch
+
+    fetch(settings)
+
+
+def _publish(settings: PublishSettings) -> None:
+    from digit_ds.publishing.publish import publish
+
+    publish(settings)
+
+
 def _doctor(settings: DoctorSettings) -> None:
     from digit_ds.health.doctor import doctor
 
@@ -212,6 +225,8 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "statistics": (StatisticsSettings, _statistics),
     "probe": (ProbeSettings, _probe),
     "convert": CONVERSIONS,
+    "fetch": (FetchSettings, _fetch),
+    "publish": (PublishSettings, _publish),
     "doctor": (DoctorSettings, _doctor),
     "demo": (DemoSettings, _demo),
 }

@@ -18,7 +18,7 @@ from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.generation.sources import ImageFolder, Source, TokenFile
 from digit_ds.identity import TOKENS, Part, check_agreement
-from digit_ds.model.released import WEIGHTS, read_config
+from digit_ds.model.released import WEIGHTS, located, read_config
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import load_model
 from digit_ds.parallel import launch
@@ -129,12 +129,13 @@ def _stages(
     stages = {}
     for name, directory, kinds in (("prior", prior, ("prior", "vq")), ("pixel_decoder", pixel_decoder, ("ar", "nar"))):
         if directory is not None:
-            spec, provenance, _ = read_config(Path(directory))
+            place = located(directory)
+            spec, provenance, _ = read_config(place)
             if spec.kind not in kinds:
                 raise UserError(
                     f"{directory}: is a {spec.kind} model, expected {' or '.join(kinds)} as {name.replace('_', ' ')}"
                 )
-            stages[name] = _Model(Path(directory), spec, provenance)
+            stages[name] = _Model(place, spec, provenance)
     if keep is not None and not given:
         raise UserError("keep is given, but no pictures or tokens to keep anything of")
     if keep is not None and keep < 0:

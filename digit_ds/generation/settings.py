@@ -106,9 +106,9 @@ class SampleSettings(Section):
     out: PathText
     """Folder to write: images/, tokens.npz, grid.png, manifest.json."""
     prior: PathText | None = None
-    """Model directory of a prior, or of a VQ baseline (which needs no decoder)."""
+    """Model directory, or hf://OWNER/NAME, of a prior, or of a VQ baseline (which needs no decoder)."""
     pixel_decoder: Annotated[PathText | None, Option(name="decoder")] = None
-    """Model directory of an AR or NAR pixel decoder."""
+    """Model directory, or hf://OWNER/NAME, of an AR or NAR pixel decoder."""
     vqgan: PathText
     """VQGAN checkpoint."""
     vqgan_config: PathText | None = None

@@ -140,6 +140,15 @@ def to_official(
     return _lacking(spec, model)
 
 
+def write_carried_vqgan(model_dir: Path | str, out: Path | str) -> bool:
+    """Write the VQGAN that a converted pixel decoder carries, as ``from_official`` does; False: it carries none."""
+    carried = Path(model_dir) / CARRIED
+    vqgan = _under(read_tensors(carried), VQGAN) if carried.exists() else {}
+    if vqgan:
+        write_atomically(out, lambda temporary: torch.save({"state_dict": vqgan}, temporary))
+    return bool(vqgan)
+
+
 def _read_spec(
     found: FairseqCheckpoint, decoder: Mapping[str, Tensor], grid: tuple[int, int], source: str
 ) -> TransformerSpec:

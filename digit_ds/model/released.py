@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from digit_ds import hub
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.model.spec import TransformerSpec
@@ -24,6 +25,11 @@ class ReleasedModel(NamedTuple):
     spec: TransformerSpec
     state: State
     provenance: dict[str, Any]
+
+
+def located(model: Path | str) -> Path:
+    """The directory of a model, which may be named by its repository, ``hf://OWNER/NAME[@REVISION]``."""
+    return hub.located(model, (CONFIG, WEIGHTS))
 
 
 def save_model(
@@ -44,12 +50,12 @@ def save_model(
 
 
 def read_model(directory: Path | str) -> ReleasedModel:
-    """Read a released model directory onto the CPU, dtypes as stored.
+    """Read a released model directory, or ``hf://OWNER/NAME``, onto the CPU, dtypes as stored.
 
     Raises:
         UserError: it is not such a directory, or a file in it is damaged or does not fit the other.
     """
-    directory = Path(directory)
+    directory = located(directory)
     spec, provenance, _ = read_config(directory)
     state = read_tensors(directory / WEIGHTS)
     check_state(state, spec, str(directory / WEIGHTS))

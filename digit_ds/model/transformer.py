@@ -224,7 +224,8 @@ def load_model(
     """Load a released model for inference: one process, evaluation mode, weights frozen.
 
     Args:
-        directory: holds ``config.json`` and ``model.safetensors``.
+        directory: holds ``config.json`` and ``model.safetensors``; or ``hf://OWNER/NAME[@REVISION]``, a repository
+            that holds them.
         device: where the weights go.
         dtype: what they are computed in; float16 weights become float32 exactly.
 

@@ -1,0 +1,1 @@
+"""Models as others have them: published weights fetched, own ones published."""
