@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -67,6 +67,11 @@ Settings = TypeVar("Settings", bound="Section")
 class Section(BaseModel):
     """Base of all settings: unknown keys are errors, texts are not taken for numbers, numbers are finite."""
 
+    NOT_RECORDED: ClassVar[frozenset[str]] = frozenset()
+    """Fields that ``record`` leaves out: paths, what changes no result, and what the job records by its content."""
+    FIRST_RECORDED: ClassVar[frozenset[str]] = frozenset()
+    """Fields that every record has; one that was added later is recorded where it is not at its default."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
@@ -78,6 +83,18 @@ class Section(BaseModel):
             if is_dataclass(base) and "__dataclass_fields__" in vars(base):
                 for name, text in _docstrings(base).items():
                     cls.model_fields[name].description = text
+
+    def record(self) -> dict[str, Any]:
+        """The fields that decide a job's output, as JSON gives them back: what its directory keeps and compares.
+
+        A new field is recorded unless ``NOT_RECORDED`` names it. At its default it is left out, so that a job that was
+        begun before there was the field continues.
+        """
+        return {
+            name: value
+            for name, value in self.model_dump(mode="json", exclude=set(self.NOT_RECORDED)).items()
+            if name in self.FIRST_RECORDED or getattr(self, name) != type(self).model_fields[name].default
+        }
 
     @classmethod
     def read(cls: type[Settings], values: Mapping[str, Any], source: str = "") -> Settings:

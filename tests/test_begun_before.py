@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 from calls import extract_features, train_kmeans
 from preparation_parts import make_images
 
+from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.demo.steps import claim
 from digit_ds.errors import UserError
+from digit_ds.evaluation.settings import ProbeSettings
 from digit_ds.generation.job import SamplingJob
+from digit_ds.generation.settings import Decoding, SampleSettings
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -50,3 +54,34 @@ def test_samples_and_demo(begun):
         assert directory.found is False
     with claim(begun / "demo", "demo.json", {"small": True}) as directory:
         assert directory.found is True
+
+
+def test_records_come_from_the_settings_as_earlier_versions_wrote_them():
+    """What stands in the directories of earlier versions, field by field; an option added later keeps them matching."""
+    kmeans = KMeansSettings(features="f", clusters=4, out="k.npy", backend="torch")
+    assert kmeans.record() == {"clusters": 4, "iterations": 20, "seed": 0, "init": "random"}
+    probe = ProbeSettings(model="m", train="t", val="v", out="o")
+    assert probe.record() == {"passes": 30, "batch": 256, "learning_rates": [0.05, 0.1, 0.2, 0.4, 0.8], "seed": 0}
+    sampling = SampleSettings(out="o", vqgan="v", prior="p", seed=3, guidance=2.5, top_k=9, decoder_top_p=0.8)
+    assert sampling.record() == {"seed": 3}
+    assert sampling.prior_decoding.record() == {
+        "temperature": 1.0,
+        "top_k": 9,
+        "top_p": None,
+        "guidance": {"scale": 2.5, "schedule": "constant", "interval": [0.0, 1.0]},
+        "steps": 8,
+        "choice_temperature": 4.5,
+    }
+    assert sampling.pixel_decoding.record()["top_p"] == 0.8
+
+    class Younger(ProbeSettings):
+        momentum: float = 0.9
+
+    @dataclass(frozen=True)
+    class YoungerDecoding(Decoding):
+        min_p: float = 0.0
+
+    assert Younger.read(probe.model_dump()).record() == probe.record()
+    assert Younger.read(probe.model_dump() | {"momentum": 0.5}).record() == probe.record() | {"momentum": 0.5}
+    assert YoungerDecoding().record() == Decoding().record()
+    assert YoungerDecoding(min_p=0.1).record() == Decoding().record() | {"min_p": 0.1}

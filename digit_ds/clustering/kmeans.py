@@ -54,13 +54,11 @@ def train_kmeans(settings: KMeansSettings) -> dict[str, Any]:
     out = Path(settings.out)
     points = from_main(lambda: _opened(settings.features, settings.clusters, settings.iterations, out))
     identity = from_main(
-        lambda: {
-            "features": points.identity(),
-            "clusters": settings.clusters,
-            "iterations": settings.iterations,
-            "seed": settings.seed,
-            "init": sha256(settings.init) if settings.init not in ("random", "k-means++") else settings.init,
-        }
+        lambda: (
+            settings.record()
+            | {"features": points.identity()}
+            | ({} if settings.init in ("random", "k-means++") else {"init": sha256(settings.init)})
+        )
     )
     record = Record(out, identity)
     with WorkDirectory(record.folder, record.finished, bool) as directory:

@@ -10,6 +10,9 @@ Backend = Literal["auto", "faiss", "torch", "triton"]
 class KMeansSettings(Section):
     """Cluster features into a codebook, over all points and all processes."""
 
+    NOT_RECORDED = frozenset({"features", "out", "backend"})
+    FIRST_RECORDED = frozenset({"clusters", "iterations", "seed", "init"})
+
     features: Annotated[PathText, Option(metavar="FEATURES")]
     """Folder of features, or an array .npy [points, width]."""
     clusters: int

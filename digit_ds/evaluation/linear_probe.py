@@ -59,14 +59,10 @@ def probe(settings: ProbeSettings) -> dict[str, Any]:
         shards = [manifest.part(path) for path, manifest in zip((settings.train, settings.val), manifests)]
         check_agreement([Part(f"model {settings.model}", provenance), *shards], made_of)
         check_classes(shards)
-        record = {
+        record = settings.record() | {
             "model": sha256(Path(settings.model) / WEIGHTS),
             "train": manifests[0].index_sha256,
             "val": manifests[1].index_sha256,
-            "passes": settings.passes,
-            "batch": settings.batch,
-            "learning_rates": list(settings.learning_rates),
-            "seed": settings.seed,
         }
     record = agree(record, f"{settings.out}, its settings")
     target = Path(settings.out) / "probe.json"

@@ -61,6 +61,9 @@ class StatisticsSettings(ReferenceSettings):
 class ProbeSettings(Section):
     """Linear classifiers on the hidden states of every layer of a frozen prior."""
 
+    NOT_RECORDED = frozenset({"model", "train", "val", "out"})
+    FIRST_RECORDED = frozenset({"passes", "batch", "learning_rates", "seed"})
+
     model: PathText
     """Model directory of a prior or VQ baseline."""
     train: PathText

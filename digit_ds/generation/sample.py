@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from os import cpu_count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,15 +82,15 @@ def sample(settings: SampleSettings) -> None:
                 "training.class_dropout 0 and has no unconditional half, expected 1 (no guidance)"
             )
         record = {
+            **settings.record(),
             **{name: sha256(model.directory / WEIGHTS) for name, model in stages.items()},
             "vqgan": painter.sha256,
-            "prior_decoding": asdict(prior_decoding) if "prior" in stages else None,
-            "pixel_decoding": asdict(pixel_decoding) if "pixel_decoder" in stages else None,
+            "prior_decoding": prior_decoding.record() if "prior" in stages else None,
+            "pixel_decoding": pixel_decoding.record() if "pixel_decoder" in stages else None,
             "count": len(labels),
             "classes": None
             if settings.classes is None
             else labels_of(first.directory, first.spec, first.provenance, settings.classes),
-            "seed": settings.seed,
             "precision": _dtype_name(precision),
             "vqgan_precision": _dtype_name(vqgan_precision),
             "vqgan_compiled": settings.vqgan_compile or None,

@@ -1,8 +1,8 @@
 """Settings of a sampling job, and how tokens are drawn: one record for the autoregressive and the parallel sampler."""
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -74,6 +74,10 @@ class Decoding:
     choice_temperature: float = 4.5
     """Weight of the Gumbel noise on a parallel decoder's confidence; falls to 0 over the steps."""
 
+    def record(self) -> dict[str, Any]:
+        """What a job's record says, as JSON gives it back; an option added later is left out at its default."""
+        return _record(self, _FIRST_DECODING) | {"guidance": _record(self.guidance, _FIRST_GUIDANCE)}
+
     def __post_init__(self) -> None:
         if not SMALLEST <= self.temperature <= LARGEST:
             raise UserError(
@@ -90,6 +94,20 @@ class Decoding:
             raise UserError(f"choice temperature is {self.choice_temperature}, expected 0 to {LARGEST:g}")
 
 
+_FIRST_DECODING = ("temperature", "top_k", "top_p", "steps", "choice_temperature")
+_FIRST_GUIDANCE = ("scale", "schedule", "interval")
+
+
+def _record(options: Guidance | Decoding, first: tuple[str, ...]) -> dict[str, Any]:
+    """Options that every record has, and those added later that are not at their default; tuples become lists."""
+    values = {option.name: (getattr(options, option.name), option.default) for option in fields(options)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, (value, default) in values.items()
+        if name in first or (name != "guidance" and value != default)
+    }
+
+
 _Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
 _Scale = Annotated[float, Field(ge=0, le=LARGEST)]
 _PRIOR = Option(group="drawing from the prior (published: top-k 200 for base, 400 for large)")
@@ -102,6 +120,19 @@ class SampleSettings(Section):
 
     Without a count, a few pictures are drawn: 4 of each of the first 16 classes, or 64 without classes.
     """
+
+    # The models, the VQGAN and given pictures are recorded by their content, classes and precisions as they come out,
+    # the options of drawing by ``Decoding.record``.
+    NOT_RECORDED = frozenset(
+        {
+            *("out", "prior", "pixel_decoder", "vqgan", "vqgan_config", "count", "per_class", "classes", "batch"),
+            *("precision", "vqgan_precision", "vqgan_compile", "adm_array"),
+            *("temperature", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval"),
+            *("decoder_temperature", "decoder_top_k", "decoder_top_p", "steps", "choice_temperature"),
+            *("from_images", "encoder", "num_heads", "codebook", "resize", "from_tokens", "keep"),
+        }
+    )
+    FIRST_RECORDED = frozenset({"seed"})
 
     out: PathText
     """Folder to write: images/, tokens.npz, grid.png, manifest.json."""

@@ -1,6 +1,6 @@
 """Settings of the jobs over image folders, and of the check of what they wrote."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,19 +14,21 @@ whose pixel values differ by a level or two here and there."""
 Precision = Annotated[Literal["fp32", "fp16", "bf16"], ShortPrecision]
 
 
-_NOT_RECORDED = {
-    *("images", "labels", "encoder", "codebook", "vqgan", "vqgan_config", "out", "layer", "num_heads", "image_size"),
-    *("workers", "block_images", "max_skipped"),
-}
-_FIRST_RECORDED = {
-    *("points", "fraction", "dtype", "views", "crops", "resize"),
-    *("flips", "seed", "batch", "precision", "compile", "decoder"),
-}
-"""Options that every record has; those added since are recorded where they are not at their default."""
-
-
 class JobSettings(Section):
-    """What the jobs over an image folder have in common."""
+    """What the jobs over an image folder have in common. What the parts know of themselves is in the provenance."""
+
+    NOT_RECORDED = frozenset(
+        {
+            *("images", "labels", "encoder", "codebook", "vqgan", "vqgan_config", "out"),
+            *("layer", "num_heads", "image_size", "workers", "block_images", "max_skipped"),
+        }
+    )
+    FIRST_RECORDED = frozenset(
+        {
+            *("points", "fraction", "dtype", "views", "crops", "resize"),
+            *("flips", "seed", "batch", "precision", "compile", "decoder"),
+        }
+    )
 
     images: Annotated[PathText, Option(metavar="PATH")]
     """Images: a folder, parquet, tars or a zip (docs/preparation.md lists the kinds); folders are the classes."""
@@ -58,16 +60,6 @@ class JobSettings(Section):
     """Images per chunk or block of shards, the unit of restarting."""
     max_skipped: float = Field(0.25, ge=0, le=1)
     """Largest share of images that may be unreadable."""
-
-    def record(self) -> dict[str, Any]:
-        """What decides the output, for its directory. Paths and what the parts themselves know are in the provenance;
-        an option at its default that is younger than a job is left out, so that the job continues.
-        """
-        return {
-            name: value
-            for name, value in self.model_dump(mode="json", exclude=_NOT_RECORDED).items()
-            if name in _FIRST_RECORDED or value != type(self).model_fields[name].default
-        }
 
 
 class FeatureSettings(JobSettings):
