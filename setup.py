@@ -47,6 +47,8 @@ setup(
         "cpu": ["faiss-cpu>=1.15"],
         "gpu": ["faiss-gpu>=1.15"],
         "dev": [
+            "flask",  # of moto's server
+            "flask-cors",
             "hypothesis",
             "import-linter",
             "moto",

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from digit_ds.data.images import UnreadableImageError, decode
 from digit_ds.data.sources.opening import list_source, open_source
+from digit_ds.data.sources.remote import is_remote
 from digit_ds.errors import UserError
 from digit_ds.evaluation.settings import Preparation
 from digit_ds.files import read_json
@@ -43,8 +44,8 @@ class Folder(Dataset):
     def __init__(self, root: Path | str, preparation: Preparation = "none", size: int | None = None):
         if preparation != "none" and size is None:
             raise UserError(f"{root}: preparation {preparation!r} needs a size in pixels")
-        self.root, self.preparation, self.size = Path(root), preparation, size
         self._source = open_source(root)
+        self.root, self.preparation, self.size = self._source.root, preparation, size
         self.files = list_source(self._source)
         self.sides: tuple[int, int] = (
             self._read(0).size[::-1] if size is None or preparation == "none" else (size, size)
@@ -67,13 +68,13 @@ class Folder(Dataset):
         try:
             return self._source.read(name)
         except UnreadableImageError as error:
-            raise UserError(f"{self.root / name}: cannot be read ({error})") from error
+            raise UserError(f"{self.root}/{name}: cannot be read ({error})") from error
 
     def _read(self, index: int) -> Image.Image:
         try:
             return decode(self._source.read(self.files[index]))
         except UnreadableImageError as error:
-            raise UserError(f"{self.root / self.files[index]}: is no readable image ({error})") from error
+            raise UserError(f"{self.root}/{self.files[index]}: is no readable image ({error})") from error
 
     def __getitem__(self, index: int) -> Tensor:
         image = self._read(index)
@@ -81,7 +82,7 @@ class Folder(Dataset):
             image = prepare(image, self.preparation, self.size)
         if (found := image.size[::-1]) != self.sides:
             raise UserError(
-                f"{self.root / self.files[index]}: has {describe_sides(found)} pixels and {self.files[0]} "
+                f"{self.root}/{self.files[index]}: has {describe_sides(found)} pixels and {self.files[0]} "
                 f"{describe_sides(self.sides)}, expected pictures of one size, or a reference with --preparation and "
                 "--size"
             )
@@ -125,6 +126,8 @@ def open_pictures(
     Raises:
         UserError: it is none of them, or holds fewer than two pictures, which have no covariance.
     """
+    if is_remote(path):
+        return _at_least_two(Folder(path, preparation, size))
     path = Path(path)
     if path.is_dir():
         pictures = _job(path, preparation, size) if _is_job(path) else Folder(path, preparation, size)

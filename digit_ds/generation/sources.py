@@ -83,7 +83,7 @@ class ImageFolder:
         device: torch.device,
         labels: Path | str | None = None,
     ):
-        self.root, self._source = Path(root), open_source(root, labels=labels)
+        self._source = open_source(root, labels=labels)
         self.names = list_source(self._source)
         self._crops = Crops(kind="training", size=size, resize=resize, views=1, seed=0)
         self._encode, self._device = encode, device
@@ -111,4 +111,4 @@ class ImageFolder:
         try:
             return self._crops.cut(decode(self._source.read(name)), name)[0]
         except UnreadableImageError as error:
-            raise UserError(f"{self.root / name}: is no readable image ({error})") from error
+            raise UserError(f"{self._source.root}/{name}: is no readable image ({error})") from error

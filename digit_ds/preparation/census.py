@@ -35,7 +35,7 @@ class Census:
         """Class names in lexicographic order; a label is a position in this list."""
         return sorted(self.images)
 
-    def ordered(self, root: Path, known: list[str] | None, order: ClassOrder) -> list[str]:
+    def ordered(self, root: Path | str, known: list[str] | None, order: ClassOrder) -> list[str]:
         """Class names in the order of their labels: ``known`` by the source, else by ``order``.
 
         Raises:
@@ -49,7 +49,7 @@ class Census:
             raise UserError(f"{root}: class {other!r} is no number, expected numbers alone for class order 'numeric'")
         return sorted(self.classes, key=lambda name: (int(name), name))
 
-    def check(self, root: Path) -> None:
+    def check(self, root: Path | str) -> None:
         """Refuse a set in which some images have a class and others have none.
 
         Raises:
@@ -57,11 +57,11 @@ class Census:
         """
         if self.images and self.first_without_class is not None:
             raise UserError(
-                f"{root / self.first_without_class}: lies in no class folder ({self.without_class} such images), but "
+                f"{root}/{self.first_without_class}: lies in no class folder ({self.without_class} such images), but "
                 f"{root} has {len(self.images)} class folders, expected all images in class folders or none"
             )
 
-    def summary(self, root: Path, names: list[str]) -> str:
+    def summary(self, root: Path | str, names: list[str]) -> str:
         """Images, classes, the smallest and the largest class, the first and the last of ``names``, in one line."""
         total = sum(self.images.values()) + self.without_class
         if not self.images:
@@ -71,13 +71,13 @@ class Census:
         shown = names if len(names) <= 3 else [names[0], names[1], "...", names[-1]]
         return f"{root}: {total:,} images, {len(names):,} classes of {each} images: {', '.join(shown)}"
 
-    def warnings(self, root: Path, ordered: list[str], in_folders: bool) -> list[str]:
+    def warnings(self, root: Path | str, ordered: list[str], in_folders: bool) -> list[str]:
         """What is probably not meant: empty class folders, splits taken for classes, numbers in lexicographic order."""
         names = self.classes
         found: list[str] = []
         if not names:
             return found
-        folders = root.iterdir() if in_folders else ()
+        folders = Path(root).iterdir() if in_folders else ()
         empty = sorted(entry.name for entry in folders if entry.is_dir() and not entry.name.startswith("."))
         if empty := [name for name in empty if name not in self.images]:
             found.append(

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from digit_ds.data.images import no_images, warn_of_passed_over
 from digit_ds.data.sources.folder import FolderSource
 from digit_ds.data.sources.opening import open_source
+from digit_ds.data.sources.remote import is_remote
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.lock import NAME as LOCK
@@ -80,7 +81,7 @@ class Job:
         """
         self.labelled = labelled
         self.out = Path(out)
-        self.root = Path(images)
+        self.root = images if is_remote(images) else Path(images)
         self.block_images = block_images
         self.class_order = class_order
         initialize()

@@ -144,7 +144,7 @@ def _view(source: ImageSource, crops: Crops, sample: dict[str, Any]) -> np.ndarr
     try:
         return crops.cut(decode(source.read(name)), name)[sample["view"]]
     except UnreadableImageError as error:
-        raise UserError(f"{source.root / name}: cannot be read ({error}), but the shards hold its tokens") from error
+        raise UserError(f"{source.root}/{name}: cannot be read ({error}), but the shards hold its tokens") from error
 
 
 def write_sheet(path: Path | str, found: Recheck, tokenizer: Tokenizer) -> None:

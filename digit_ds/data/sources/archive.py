@@ -3,13 +3,14 @@
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from digit_ds.data.images import UnreadableImageError
 from digit_ds.data.sources.index import Index
 from digit_ds.data.sources.labels import Labels
-from digit_ds.data.sources.protocol import Entry
+from digit_ds.data.sources.protocol import ArchiveFile, Entry
+from digit_ds.data.sources.remote import RemoteFile
 
 LONGEST = 1 << 30
 """Bytes to which a compressed member may grow."""
@@ -20,11 +21,11 @@ class ArchiveSource:
 
     def __init__(
         self,
-        root: Path,
-        files: list[Path],
+        root: Path | str,
+        files: Sequence[ArchiveFile],
         index: Path,
         labels: Labels | None,
-        entries: Callable[[list[Path], Counter[str]], Iterator[Entry]],
+        entries: Callable[[Sequence[ArchiveFile], Counter[str]], Iterator[Entry]],
     ) -> None:
         self.root, self._files, self._entries = root, files, entries
         self._index = Index(index, files, labels)
@@ -46,10 +47,7 @@ class ArchiveSource:
         if place is None:
             raise UnreadableImageError("not in the archive")
         try:
-            key = (os.getpid(), place.archive)
-            if key not in self._descriptors:
-                self._descriptors[key] = os.open(self._files[place.archive], os.O_RDONLY)
-            data = os.pread(self._descriptors[key], place.length, place.offset)
+            data = self._bytes(place.archive, place.length, place.offset)
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
         if len(data) != place.length:
@@ -60,3 +58,12 @@ class ArchiveSource:
             return zlib.decompressobj(-15).decompress(data, LONGEST)
         except zlib.error as error:
             raise UnreadableImageError(str(error)) from error
+
+    def _bytes(self, archive: int, length: int, offset: int) -> bytes:
+        file = self._files[archive]
+        if isinstance(file, RemoteFile):
+            return file.read_at(length, offset)
+        key = (os.getpid(), archive)
+        if key not in self._descriptors:
+            self._descriptors[key] = os.open(str(file), os.O_RDONLY)
+        return os.pread(self._descriptors[key], length, offset)

@@ -6,14 +6,14 @@ The file is replaced when size or modification time of an archive, or the labels
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from digit_ds.data.images import class_name
 from digit_ds.data.sources.labels import Labels
-from digit_ds.data.sources.protocol import Entry
+from digit_ds.data.sources.protocol import ArchiveFile, Entry
 from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
 
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 class Index:
     """The names and places of all images of some archives, in the file ``path``."""
 
-    def __init__(self, path: Path, files: list[Path], labels: Labels | None) -> None:
+    def __init__(self, path: Path, files: Sequence[ArchiveFile], labels: Labels | None) -> None:
         self.path, self._files, self._labels = path, files, labels
         self._connection: sqlite3.Connection | None = None
         self._process = 0

@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from digit_ds.data.images import no_images, walk, warn_of_passed_over
@@ -14,7 +15,8 @@ from digit_ds.data.sources.archive import ArchiveSource
 from digit_ds.data.sources.folder import FolderSource
 from digit_ds.data.sources.labels import Labels
 from digit_ds.data.sources.parquet import ParquetSource
-from digit_ds.data.sources.protocol import ImageSource
+from digit_ds.data.sources.protocol import ArchiveFile, ImageSource
+from digit_ds.data.sources.remote import is_remote, list_files
 from digit_ds.errors import UserError
 
 SPLITS = ("test", "train", "val", "validation")
@@ -25,8 +27,8 @@ def open_source(path: Path | str, index: Path | None = None, labels: Path | str 
     """The images of a folder, or of one archive or a folder of archives; nothing is listed yet.
 
     Args:
-        path: a folder, a ``.parquet``, ``.tar`` or ``.zip`` file, or a folder (perhaps its ``data/``) of parquet files
-            or tars, or a pattern of such files (``DIR/train-*.parquet``).
+        path: a folder, a ``.parquet``, ``.tar`` or ``.zip`` file, a folder (perhaps its ``data/``) of parquet files or
+            tars, a pattern of such files (``DIR/train-*.parquet``), or an address ``s3://BUCKET/KEY`` of archives.
         index: file for the members' places, where ``path`` is no folder of images; None: one that is removed with
             the process.
         labels: file of classes by file name, for images without class folders (see ``labels``).
@@ -34,8 +36,10 @@ def open_source(path: Path | str, index: Path | None = None, labels: Path | str 
     Raises:
         UserError: it is none of them.
     """
-    path = Path(path)
     known = None if labels is None else Labels(labels)
+    if is_remote(path):
+        return _open_remote(str(path), index, known)
+    path = Path(path)
     if "*" in path.name:
         files, kind = sorted(path.parent.glob(path.name)), path.suffix[1:].lower()
         if not files or kind not in ("parquet", "tar", "zip"):
@@ -53,7 +57,17 @@ def open_source(path: Path | str, index: Path | None = None, labels: Path | str 
     return _open(path, kind, [path], index, known)
 
 
-def _open(root: Path, kind: str, files: list[Path], index: Path | None, labels: Labels | None) -> ImageSource:
+def _open_remote(address: str, index: Path | None, labels: Labels | None) -> ImageSource:
+    found = list_files(address)
+    for kind in ("parquet", "tar", "zip"):
+        if files := [file for file in found if file.suffix.lower() == f".{kind}"]:
+            return _open(address, kind, files, index, labels)
+    raise UserError(f"{address}: holds {len(found)} objects, none of them .parquet, .tar or .zip, {EXPECTED}")
+
+
+def _open(
+    root: Path | str, kind: str, files: Sequence[ArchiveFile], index: Path | None, labels: Labels | None
+) -> ImageSource:
     splits = sorted({part for file in files for part in re.split("[-_.]", file.stem)} & {*SPLITS})
     if len(splits) > 1:
         raise UserError(f"{root}: holds the splits {' and '.join(splits)}, expected one, such as 'DIR/train-*.{kind}'")

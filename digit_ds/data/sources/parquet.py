@@ -7,7 +7,7 @@ sorted by class in the files are read once, shuffled ones need a row group each.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import yaml
 
 from digit_ds.data.images import UnreadableImageError
 from digit_ds.data.sources.index import Index
-from digit_ds.data.sources.protocol import Entry
+from digit_ds.data.sources.protocol import ArchiveFile, Entry
 from digit_ds.errors import UserError
 
 
 class ParquetSource:
     """The rows of some parquet files; see :class:`~digit_ds.data.sources.protocol.ImageSource`."""
 
-    def __init__(self, root: Path, files: list[Path], index: Path) -> None:
+    def __init__(self, root: Path | str, files: Sequence[ArchiveFile], index: Path) -> None:
         self.root, self._files = root, files
         self._index = Index(index, files, None)
         self._process = 0
@@ -53,6 +53,8 @@ class ParquetSource:
                     self._open[place.archive] = _file(self._files[place.archive])
                 column = self._open[place.archive].read_row_group(place.offset, ["image.bytes"], use_threads=False)
                 self._group = (key, column["image"].combine_chunks().field("bytes"))
+            except UserError:  # an object store that does not answer
+                raise
             except Exception as error:  # ArrowInvalid, OSError: whatever damaged pages lead to
                 raise UnreadableImageError(
                     f"damaged row group {place.offset} of {self._files[place.archive].name}"
@@ -100,7 +102,9 @@ class ParquetSource:
                 return [str(name) for name in names]
         except (ValueError, AttributeError):  # metadata of others
             pass
-        folder = self._files[0].parent
+        if not isinstance(first := self._files[0], Path):
+            return None
+        folder = first.parent
         card = next((path / "README.md" for path in (folder, folder.parent) if (path / "README.md").is_file()), None)
         return None if card is None else _card_names(card)
 
@@ -117,12 +121,12 @@ def _card_names(card: Path) -> list[str] | None:
         return None
 
 
-def _file(path: Path) -> Any:
+def _file(path: ArchiveFile) -> Any:
     import pyarrow
     from pyarrow.parquet import ParquetFile  # only those who have such files wait for it
 
     try:
-        parquet = ParquetFile(path, memory_map=True)
+        parquet = ParquetFile(path, memory_map=True) if isinstance(path, Path) else ParquetFile(path.open("rb"))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}), expected a whole parquet file") from error
     schema = parquet.schema_arrow
@@ -135,7 +139,7 @@ def _file(path: Path) -> Any:
     return parquet
 
 
-def _read(file: Path, parquet: Any, group: int, columns: list[str]) -> Any:
+def _read(file: ArchiveFile, parquet: Any, group: int, columns: list[str]) -> Any:
     import pyarrow
 
     try:

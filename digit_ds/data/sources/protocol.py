@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 
 class ImageSource(Protocol):
@@ -12,8 +12,9 @@ class ImageSource(Protocol):
     The same pictures give the same names, hence the same features and tokens, whatever they are kept in.
     """
 
-    root: Path
-    """The folder or file, for messages."""
+    @property
+    def root(self) -> Path | str:
+        """The folder, file or address, for messages."""
 
     @property
     def classes(self) -> list[str] | None:
@@ -28,6 +29,24 @@ class ImageSource(Protocol):
         Raises:
             UnreadableImageError: it cannot be read.
         """
+
+
+class ArchiveFile(Protocol):
+    """What archives are read through: a ``Path``, or an object of a store that looks like one."""
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+
+    @property
+    def stem(self) -> str:
+        """``name`` without its last suffix."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """The bytes from the beginning."""
+
+    def stat(self) -> Any:
+        """``st_size`` and ``st_mtime_ns``."""
 
 
 class Entry(NamedTuple):

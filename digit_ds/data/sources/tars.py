@@ -8,16 +8,15 @@ sample share the path up to the first dot of the file's name; ``cls`` holds the 
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from digit_ds.data.images import SUFFIXES
-from digit_ds.data.sources.protocol import Entry
+from digit_ds.data.sources.protocol import ArchiveFile, Entry
 from digit_ds.errors import UserError
 
 
-def entries(files: list[Path], passed_over: Counter[str]) -> Iterator[Entry]:
+def entries(files: Sequence[ArchiveFile], passed_over: Counter[str]) -> Iterator[Entry]:
     """The images of some tars.
 
     Raises:
@@ -28,7 +27,9 @@ def entries(files: list[Path], passed_over: Counter[str]) -> Iterator[Entry]:
             yield from _samples(file, number, stream, "", passed_over)
 
 
-def _samples(file: Path, number: int, stream: BinaryIO, folder: str, passed_over: Counter[str]) -> Iterator[Entry]:
+def _samples(
+    file: ArchiveFile, number: int, stream: BinaryIO, folder: str, passed_over: Counter[str]
+) -> Iterator[Entry]:
     """The images of the tar that begins where ``stream`` stands."""
     key, label = "", None  # of the sample that is being collected
     images: list[Entry] = []
@@ -56,7 +57,7 @@ def _samples(file: Path, number: int, stream: BinaryIO, folder: str, passed_over
     yield from (image._replace(label=label) for image in images)
 
 
-def _members(file: Path, stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def _members(file: ArchiveFile, stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
@@ -72,7 +73,7 @@ def _members(file: Path, stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
         raise UserError(f"{file}: cannot be read ({error}), expected {expected}") from error
 
 
-def _label(file: Path, path: str, kind: str, data: bytes) -> int | None:
+def _label(file: ArchiveFile, path: str, kind: str, data: bytes) -> int | None:
     try:
         if kind == "cls":
             return int(data)

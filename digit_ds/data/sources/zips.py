@@ -3,18 +3,18 @@
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from digit_ds.data.images import SUFFIXES
-from digit_ds.data.sources.protocol import Entry
+from digit_ds.data.sources.protocol import ArchiveFile, Entry
 from digit_ds.errors import UserError
 
 _LOCAL_HEADER = 30
 """Bytes before a member's name; its length and that of the extra field stand at 26 and 28."""
 
 
-def entries(files: list[Path], passed_over: Counter[str]) -> Iterator[Entry]:
+def entries(files: Sequence[ArchiveFile], passed_over: Counter[str]) -> Iterator[Entry]:
     """The images of some zips.
 
     Raises:
@@ -22,7 +22,7 @@ def entries(files: list[Path], passed_over: Counter[str]) -> Iterator[Entry]:
     """
     for number, file in enumerate(files):
         try:
-            with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+            with file.open("rb") as directory, zipfile.ZipFile(directory) as archive, file.open("rb") as stream:
                 labels = _labels(file, archive)
                 for member in archive.infolist():
                     path, suffix = member.filename, Path(member.filename).suffix.lower()
@@ -50,7 +50,7 @@ def entries(files: list[Path], passed_over: Counter[str]) -> Iterator[Entry]:
             raise UserError(f"{file}: cannot be read ({error}), expected a whole zip") from error
 
 
-def _labels(file: Path, archive: zipfile.ZipFile) -> dict[str, int] | None:
+def _labels(file: ArchiveFile, archive: zipfile.ZipFile) -> dict[str, int] | None:
     if "dataset.json" not in archive.namelist():
         return None
     try:
