@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,6 +27,7 @@ from digit_ds.data.feature_network import save_feature_network
 from digit_ds.errors import run_command
 from digit_ds.files import read_json
 from digit_ds.model.released import read_model
+from digit_ds.safe_load import load_npz
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,6 +35,7 @@ ELSEWHERE = {
     "README.md: make demo": "tests/test_demo.py runs the small demo; .ci/run runs make test",
     "README.md: image ──encoder": "a picture, no command",
     "README.md: pip install": "tests/test_installed.py installs the package; its second line runs below",
+    "docs/published.md: digit-ds publish": "tests/test_publish.py publishes to a hub",
     "CONTRIBUTING.md: graph TD": "a picture, no command",
     "docs/results.md: python -m digit_ds.demo.table": "hours of training; tests/test_demo_steps.py runs its steps",
 }
@@ -116,6 +119,13 @@ def run(words: str, verb: str) -> None:
         assert not ended.value.code
 
 
+def make_feature_network(path: Path) -> None:
+    """What scores pictures in Inception's place, which would have to be downloaded."""
+    pixels = load_digits().data[:8]
+    weights = [torch.from_numpy(pixels.copy()), torch.eye(8, dtype=torch.float64)]
+    save_feature_network(path, weights, [torch.zeros(8), torch.zeros(8)], side=8)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """What a user has before the first command."""
@@ -124,9 +134,7 @@ def home(tmp_path_factory) -> Path:
     make_encoder(home / "encoder.pth")
     make_vqgan(home / "vqgan.ckpt")
     (home / "tools").symlink_to(ROOT / "tools")
-    pixels = load_digits().data[:8]
-    weights = [torch.from_numpy(pixels.copy()), torch.eye(8, dtype=torch.float64)]
-    save_feature_network(home / "network.safetensors", weights, [torch.zeros(8), torch.zeros(8)], side=8)
+    make_feature_network(home / "network.safetensors")
     for kind in ("prior", "ar"):
         recipe = yaml.safe_load((ROOT / "digit_ds" / "demo" / "prior.yaml").read_text(encoding="utf-8"))
         recipe["model"] |= {"kind": kind, "class_conditional": kind == "prior", "max_positions": 200}
@@ -210,12 +218,59 @@ def test_the_preview_of_the_training_page(tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml").preview.fid_samples == 2000
 
 
+def test_the_page_of_published_weights(tmp_path, monkeypatch, capsys):
+    """In order, with small models in the published layout that were copied."""
+    monkeypatch.chdir(tmp_path)
+    golden = ROOT / "tests" / "golden"
+    for place, name in (
+        ("outputs/base_8k_stage1/checkpoints/checkpoint_last.pt", "stage1_uncond_postnorm/checkpoint_last.pt"),
+        ("outputs/base_8k_stage1_cls/checkpoints/checkpoint_last.pt", "stage1_cond_postnorm/checkpoint_last.pt"),
+        ("outputs/base_8k_stage2_400epoch/checkpoints/checkpoint_last.pt", "stage2_ar/checkpoint_last.pt"),
+        ("dinov2_vitb14_reg4_pretrain.pth", "dinov2/dinov2_reg4_tiny.pth"),
+    ):
+        (tmp_path / "copies" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copies" / place).symlink_to(golden / name)
+    centroids = torch.load(golden / "stage2_ar" / "checkpoint_last.pt", weights_only=True)["model"]["centroids"]
+    np.save(tmp_path / "copies" / "km_8k.npy", centroids.T.numpy())
+    (tmp_path / "vqgan.yaml").symlink_to(golden / "vqgan" / "config.yaml")
+    make_images(tmp_path / "pictures", 2)
+    make_images(tmp_path / "data" / "imagenet" / "val", 4)
+    make_feature_network(tmp_path / "network.safetensors")
+    lines = [line for found in blocks() if found.page == "docs/published.md" for line in found.text.splitlines()]
+    verbs = [shlex.split(line)[1] for line in lines]
+    assert verbs == ["fetch", *["sample"] * 3, "fetch", *["sample"] * 2, "evaluate", "publish"]
+    for line, verb in zip(lines[:-1], verbs):
+        for shown, here in (
+            ("fetch base", "fetch base --from copies"),
+            ("--encoder ", "--num-heads 2 --encoder "),
+            ("--count 64", "--count 2"),
+            ("--count 50000", "--count 4"),
+            ("--per-class 8", "--per-class 1"),
+            (" --vqgan-compile", ""),  # a minute of compilation
+            ("--inception-weights weights/weights-inception-2015-12-05-6726825d.pth", "--features network.safetensors"),
+        ):
+            line = line.replace(shown, here)
+        run(line, verb)
+        if verb == "fetch" and "--prior" not in line:
+            assert capsys.readouterr().out.strip().splitlines()[-1] == lines[1].replace("--count 64 ", "")
+    pictures = {
+        name: len(list((tmp_path / name / "images").glob("*.png"))) for name in ("samples", "rebuilt", "classes")
+    }
+    assert pictures == {"samples": 2, "rebuilt": 2, "classes": 4}
+    rebuilt, completed = (
+        load_npz(tmp_path / name / "tokens.npz", "discriminative") for name in ("rebuilt", "completed")
+    )
+    kept = rebuilt["discriminative"] == completed["discriminative"]
+    assert kept[:, :128].all() and not kept[:, 128:].all()
+    assert read_json(tmp_path / "scores.json")["samples"] == 4
+
+
 def test_no_block_is_forgotten():
     here = ("README.md: import digit_ds", "docs/preparation.md: tools/extract", "docs/training.md: preview:")
     cluster = [found.text for found in blocks() if found.page == "docs/cluster.md"]
     typed = commands(ROOT / "docs" / "cluster.md")
     assert all(line in typed for text in cluster for line in text.splitlines() if line.strip())
-    known = (*here, *ELSEWHERE, "docs/cluster.md: ")
+    known = (*here, *ELSEWHERE, "docs/cluster.md: ", "docs/published.md: digit-ds ")
     assert [found.name[:80] for found in blocks() if not found.name.startswith(known)] == []
     for name in (*here, *ELSEWHERE):
         assert any(found.name.startswith(name) for found in blocks()), f"{name} is in no page any more"
