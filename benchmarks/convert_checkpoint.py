@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from digit_ds.model.official import from_official, to_official
+from digit_ds.model.settings import FromOfficial, ToOfficial
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import parameters
 
@@ -45,7 +46,10 @@ def write_random(path: str, spec: TransformerSpec, encoder_parameters: int) -> N
 def measure(direction: str, source: str, target: str, answer: "multiprocessing.Queue[dict[str, float]]") -> None:
     """Convert in this process and report."""
     start = time.perf_counter()
-    (from_official if direction == "from-official" else to_official)(source, target)
+    if direction == "from-official":
+        from_official(FromOfficial(checkpoint=source, out=target))
+    else:
+        to_official(ToOfficial(model=source, out=target))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answer.put({"seconds": round(seconds, 1), "peak_mib": round(peak / MEBIBYTE)})

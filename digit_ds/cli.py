@@ -12,7 +12,7 @@ from typing import Any
 from digit_ds import __version__
 from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.demo.settings import DemoSettings
-from digit_ds.errors import UserError, run_command
+from digit_ds.errors import run_command
 from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings, StatisticsSettings
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.health.settings import DoctorSettings
@@ -61,20 +61,15 @@ def _estimate(settings: EstimateSettings) -> None:
 
     recipe = load_recipe(settings.recipe, settings.overrides)
 
-    from digit_ds.training.estimate import estimate, planned_shards
+    from digit_ds.training.estimate import estimate
 
-    shards = None
-    if settings.images is not None:
-        if settings.grid is None or settings.codes is None:
-            raise UserError("--images is given without --grid and --codes, expected all three in place of shards")
-        shards = planned_shards(settings.images, settings.grid, settings.codes, settings.vq_codes, settings.classes)
-    estimate(recipe, settings.gpus, settings.mfu, shards, settings.memory)
+    estimate(settings, recipe)
 
 
 def _export(settings: ExportSettings) -> None:
     from digit_ds.training.export import export
 
-    export(settings.run, settings.out, ema=settings.ema)
+    export(settings)
 
 
 def _from_checkpoint(settings: ExportSettings) -> None:
@@ -137,23 +132,14 @@ def _probe(settings: ProbeSettings) -> None:
 def _from_official(settings: FromOfficial) -> None:
     from digit_ds.model.official import from_official
 
-    spec = from_official(
-        settings.checkpoint,
-        settings.out,
-        grid=settings.grid,
-        carry=not settings.drop_carried,
-        encoder_out=settings.encoder_out,
-        codebook_out=settings.codebook_out,
-        vqgan_out=settings.vqgan_out,
-    )
+    spec = from_official(settings)
     print(f"{settings.out}: {spec.kind}, {spec.layers} layers of width {spec.width}, {spec.classes} classes")
 
 
 def _to_official(settings: ToOfficial) -> None:
     from digit_ds.model.official import to_official
 
-    parts = {"encoder": settings.encoder, "codebook": settings.codebook, "vqgan": settings.vqgan}
-    lacking = to_official(settings.model, settings.out, **parts)
+    lacking = to_official(settings)
     if lacking:
         print(
             f"note: {settings.out} lacks the {', '.join(lacking)} that fairseq expects inside; "
@@ -164,19 +150,16 @@ def _to_official(settings: ToOfficial) -> None:
 
 
 def _to_megatron(settings: ToMegatron) -> None:
-    from digit_ds.model.partition import write_partitioned
-    from digit_ds.model.released import read_model
+    from digit_ds.model.partition import to_megatron
 
-    model = read_model(settings.model)
-    write_partitioned(settings.out, model.spec, model.state, model.provenance, settings.tensor_parallel)
+    to_megatron(settings)
     print(f"{settings.out}: {settings.tensor_parallel} tensor-parallel parts")
 
 
 def _from_megatron(settings: FromMegatron) -> None:
-    from digit_ds.model.partition import read_partitioned
-    from digit_ds.model.released import save_model
+    from digit_ds.model.partition import from_megatron
 
-    save_model(settings.out, *read_partitioned(settings.parts))
+    from_megatron(settings)
     print(settings.out)
 
 
@@ -195,13 +178,13 @@ def _publish(settings: PublishSettings) -> None:
 def _doctor(settings: DoctorSettings) -> None:
     from digit_ds.health.doctor import doctor
 
-    doctor(settings.folder, settings.shards, settings.timeout)
+    doctor(settings)
 
 
 def _demo(settings: DemoSettings) -> None:
     from digit_ds.demo.run import run as run_demo
 
-    run_demo(settings.out, small=settings.small)
+    run_demo(settings)
 
 
 Verb = tuple[type[Section], Callable[[Any], None]]

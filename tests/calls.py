@@ -51,3 +51,47 @@ def probe(model: Any, train: Any, val: Any, out: Any, **options: Any) -> dict[st
     from digit_ds.evaluation.settings import ProbeSettings
 
     return function(ProbeSettings.read({"model": model, "train": train, "val": val, "out": out, **options}))
+
+
+def export(run: Any, out: Any, ema: bool = False) -> None:
+    from digit_ds.training.export import export as function
+    from digit_ds.training.settings import ExportSettings
+
+    function(ExportSettings.read({"run": run, "out": out, "ema": ema}))
+
+
+def estimate(recipe: Any, **options: Any) -> None:
+    from digit_ds.training.estimate import estimate as function
+    from digit_ds.training.settings import EstimateSettings
+
+    function(EstimateSettings.read({"recipe": "given", **options}), recipe)
+
+
+def from_official(checkpoint: Any, out: Any, **options: Any) -> Any:
+    from digit_ds.model.official import from_official as function
+    from digit_ds.model.settings import FromOfficial
+
+    if "carry" in options:
+        options["drop_carried"] = not options.pop("carry")
+    return function(FromOfficial.read({"checkpoint": checkpoint, "out": out, **options}))
+
+
+def to_official(model: Any, out: Any, **options: Any) -> list[str]:
+    from digit_ds.model.official import to_official as function
+    from digit_ds.model.settings import ToOfficial
+
+    return function(ToOfficial.read({"model": model, "out": out, **options}))
+
+
+def doctor(folder: Any, shards: Any = None) -> None:
+    from digit_ds.health.doctor import doctor as function
+    from digit_ds.health.settings import DoctorSettings
+
+    function(DoctorSettings.read({"folder": folder, "shards": shards}))
+
+
+def run_demo(out: Any, small: bool = False) -> None:
+    from digit_ds.demo.run import run as function
+    from digit_ds.demo.settings import DemoSettings
+
+    function(DemoSettings.read({"out": out, "small": small}))

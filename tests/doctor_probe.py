@@ -2,6 +2,8 @@
 
 import os
 
+import calls
+
 from digit_ds.errors import run_command
 from digit_ds.health import doctor
 from digit_ds.parallel import launch
@@ -16,7 +18,7 @@ def main(arguments: list[str]) -> None:
         doctor.VISIBLE_SECONDS = 1.0
     if launch.rank() == 0 and os.environ.get("FAULT") == "folder":
         doctor.VISIBLE_SECONDS = 1.0
-    doctor.doctor(folder, shards)
+    calls.doctor(folder, shards)
 
 
 if __name__ == "__main__":

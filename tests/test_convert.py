@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import from_official, to_official
 
 from digit_ds.errors import UserError
 from digit_ds.model.fairseq import plain, read_checkpoint
-from digit_ds.model.official import CARRIED, from_official, to_official
+from digit_ds.model.official import CARRIED
 from digit_ds.model.released import read_model, save_model
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import load_model

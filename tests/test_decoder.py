@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import from_official
 from reference_loss import label_smoothed_cross_entropy
 from small_models import MODERN_LAYERS
 
 from digit_ds.errors import UserError
-from digit_ds.model.official import from_official
 from digit_ds.model.released import save_model
 from digit_ds.model.sequences import training_sequence
 from digit_ds.model.spec import TransformerSpec

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import run_demo
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -19,7 +20,6 @@ from digit_ds.demo import stand_in_encoder, stand_in_vqgan
 from digit_ds.demo.digits import read_images, read_labels, write_digits
 from digit_ds.demo.fitting import distort, fit
 from digit_ds.demo.judge import as_originals, train_judge
-from digit_ds.demo.run import run
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256
 
@@ -113,11 +113,11 @@ def test_refuses_a_folder_with_other_results(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "note.txt").write_text("mine")
     with pytest.raises(UserError, match=r"no demo\.json"):
-        run(tmp_path / "foreign", small=True)
+        run_demo(tmp_path / "foreign", small=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "demo.json").write_text('{"small": false}')
     with pytest.raises(UserError, match="holds a demo run"):
-        run(tmp_path / "other", small=True)
+        run_demo(tmp_path / "other", small=True)
 
 
 @pytest.mark.fault(

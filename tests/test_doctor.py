@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import calls
 import pytest
 from slurm_cluster import cluster  # noqa: F401 (a fixture)
 
@@ -42,7 +43,7 @@ def levels(text: str) -> dict[str, str]:
 
 
 def test_alone_all_is_well(tmp_path, shards, capsys):
-    doctor.doctor(tmp_path, shards)
+    calls.doctor(tmp_path, shards)
     said = capsys.readouterr().out
     assert set(levels(said)) == {"versions", "devices", "kernels", "links", "shared files", "free space", "shards"}
     assert "failed" not in levels(said).values() and "3 of 3 shards read by each rank" in said
@@ -61,13 +62,13 @@ def test_a_damaged_shard_is_named(tmp_path, shards, capsys):
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
     with pytest.raises(UserError, match="1 of 7 checks failed: shards"):
-        doctor.doctor(tmp_path, shards)
+        calls.doctor(tmp_path, shards)
     assert str(damaged) in capsys.readouterr().out
 
 
 def test_little_room_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "SPACE_GIB", 10**9)
-    doctor.doctor(tmp_path)
+    calls.doctor(tmp_path)
     assert levels(capsys.readouterr().out)["free space"] == "warning"
 
 

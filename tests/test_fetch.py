@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import from_official
 from hub_server import Hub, serving
 
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
-from digit_ds.model.official import from_official
 from digit_ds.model.released import WEIGHTS
 from digit_ds.publishing.rows import find_checkpoint
 from digit_ds.tokenizer.codebook import save_codebook

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calls import sample
+from calls import export, sample
 from PIL import Image
 from small_models import small_spec, write_models
 from training_parts import metrics, recipe, train, write_shards
@@ -25,7 +25,6 @@ from digit_ds.generation.labels import choose_labels
 from digit_ds.generation.sources import ImageFolder
 from digit_ds.identity import Part, check_agreement, check_classes
 from digit_ds.preparation.census import Census
-from digit_ds.training.export import export
 from digit_ds.training.runs import check_shards
 
 

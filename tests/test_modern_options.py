@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import to_official
 from reference_loss import label_smoothed_cross_entropy
 from small_models import MODERN_LAYERS
 from training_parts import launch
 
 from digit_ds.config import ModelConfig
 from digit_ds.errors import UserError
-from digit_ds.model.official import to_official
 from digit_ds.model.released import save_model
 from digit_ds.model.spec import Architecture, TransformerSpec
 from digit_ds.model.transformer import Transformer, load_model

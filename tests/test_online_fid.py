@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from calls import evaluate, sample
+from calls import evaluate, export, sample
 from PIL import Image
 from training_parts import VQ_CODES, launch, recipe, write_shards
 
@@ -17,7 +17,6 @@ from digit_ds.data.feature_network import save_feature_network
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.tokenizer.vqgan import VqganNetwork
-from digit_ds.training.export import export
 
 SAMPLES = 24
 

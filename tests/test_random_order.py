@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from calls import export
 from small_models import small_spec
 from training_parts import launch, metrics, recipe, train, write_shards
 
@@ -16,7 +17,6 @@ from digit_ds.generation.samplers import AutoregressiveSampler
 from digit_ds.generation.settings import Decoding
 from digit_ds.model.sequences import training_sequence
 from digit_ds.model.transformer import load_model
-from digit_ds.training.export import export
 from digit_ds.training.schedule import random_order_share
 
 SPEC = replace(small_spec("prior"), target_positions=True)

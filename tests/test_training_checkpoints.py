@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import export
 from safetensors.torch import load_file, save_file
 from training_parts import launch, metrics, recipe, start, train, write_shards
 
@@ -19,7 +20,6 @@ from digit_ds.data.shards import read_manifest
 from digit_ds.errors import UserError, run_command
 from digit_ds.files import sha256
 from digit_ds.model.released import read_model, save_model
-from digit_ds.training.export import export
 from digit_ds.training.resume import Changes
 from digit_ds.training.stored import StoredState, is_complete, newest_checkpoint
 

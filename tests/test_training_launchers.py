@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from calls import export
 from training_parts import launch, metrics, recipe, train, write_shards
 
 from digit_ds.model.transformer import load_model
-from digit_ds.training.export import export
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

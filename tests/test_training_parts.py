@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calls import estimate
 from training_parts import launch, recipe, write_shards
 
 from digit_ds.data import stream
@@ -21,7 +22,7 @@ from digit_ds.errors import UserError
 from digit_ds.model import weights
 from digit_ds.training import runs
 from digit_ds.training.deepspeed_config import read_deepspeed_config
-from digit_ds.training.estimate import device_parameters, estimate, memory_by_part
+from digit_ds.training.estimate import device_parameters, memory_by_part
 from digit_ds.training.guard import Diverged, SkipGuard
 from digit_ds.training.metrics import flops_per_image
 from digit_ds.training.optimizer import GuardedAdamW

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calls import export
 from training_parts import launch, recipe, start, train, write_shards
 
 from digit_ds.errors import UserError
@@ -13,7 +14,6 @@ from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import initial_state
 from digit_ds.parallel.topology import Topology, initialize
 from digit_ds.training.engine import _first_weights
-from digit_ds.training.export import export
 
 SPEC = TransformerSpec(
     kind="prior",

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calls import probe, sample, train_kmeans
+from calls import export, probe, sample, train_kmeans
 from preparation_parts import call, make_codebook, make_encoder, make_images, start_ranks
 from slurm_cluster import may_unshare
 from small_models import write_models
@@ -29,7 +29,6 @@ from digit_ds.model.released import read_model, save_model
 from digit_ds.model.weights import initial_state
 from digit_ds.parallel.decide import agree, together
 from digit_ds.parallel.launch import initialize
-from digit_ds.training.export import export
 from digit_ds.training.loop import train
 from digit_ds.workdir import WorkDirectory, is_begun
 

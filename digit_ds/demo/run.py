@@ -9,21 +9,18 @@ import os
 import shlex
 from pathlib import Path
 
+from digit_ds.demo.settings import DemoSettings
 from digit_ds.demo.stages import FULL, SMALL, Scale, Stages
 from digit_ds.demo.steps import Step, claim, run_steps
 
 
-def run(out: Path | str, small: bool = False) -> None:
-    """Do the steps that ``out`` lacks and print where the results are.
-
-    Args:
-        out: folder for everything; new, or that of an earlier run of the same size.
-        small: a few steps of everything, to see that it runs; its pictures are poor.
+def run(settings: DemoSettings) -> None:
+    """Do the steps that ``settings.out``, a new folder or that of an earlier run, lacks; print where the results are.
 
     Raises:
-        UserError: ``out`` holds something else, or a step failed.
+        UserError: the folder holds something else, or a step failed.
     """
-    out = Path(out).resolve()
+    out, small = Path(settings.out).resolve(), settings.small
     with claim(out, "demo.json", {"small": small}):
         cores = len(os.sched_getaffinity(0))
         if not run_steps(steps(out, SMALL if small else FULL), jobs=cores):

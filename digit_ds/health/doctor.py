@@ -18,6 +18,7 @@ from digit_ds.data.shards import read_index, read_manifest, read_shard
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.health.links import measure
+from digit_ds.health.settings import DoctorSettings
 from digit_ds.parallel import launch
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "mosaicml-streaming", "timm", "torch-fidelity")
@@ -37,27 +38,23 @@ class Verdict(NamedTuple):
     """What was found and, if it is not fine, what was expected."""
 
 
-def doctor(folder: Path | str = ".", shards: Path | str | None = None, timeout_seconds: float = 60) -> None:
+def doctor(settings: DoctorSettings) -> None:
     """Check versions, GPUs, kernels, links between ranks, the shared file system, free space and a sample of shards.
 
     Every process of the job calls it, under any launcher or alone; rank 0 prints a line for each check.
 
-    Args:
-        folder: where runs will be written; all ranks must see it.
-        shards: token shards of which each rank checks a few.
-        timeout_seconds: how long ranks wait for each other before one is taken for lost.
-
     Raises:
         UserError: a check failed; names them.
     """
-    launch.initialize(timedelta(seconds=timeout_seconds))
+    launch.initialize(timedelta(seconds=settings.timeout))
+    folder, shards = Path(settings.folder), settings.shards
     checks: dict[str, Callable[[], Verdict]] = {
         "versions": _versions,
         "devices": _devices,
         "kernels": _kernels,
         "links": _links,
-        "shared files": lambda: _shared_files(Path(folder)),
-        "free space": lambda: _free_space(Path(folder)),
+        "shared files": lambda: _shared_files(folder),
+        "free space": lambda: _free_space(folder),
     }
     if shards is not None:
         checks["shards"] = lambda: _shards(Path(shards))

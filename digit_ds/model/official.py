@@ -19,6 +19,7 @@ from digit_ds.files import write_atomically
 from digit_ds.model.fairseq import FairseqCheckpoint, read_checkpoint, write_checkpoint
 from digit_ds.model.published import KINDS, PUBLISHED_OPTIONS, kind_of, published_cfg
 from digit_ds.model.released import read_model, refuse_existing, save_model, write_tensors
+from digit_ds.model.settings import FromOfficial, ToOfficial
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import POSITION_OFFSET, State, from_official_names, to_official_names
 from digit_ds.safe_load import load_torch, read_tensors
@@ -31,43 +32,26 @@ DECODER, ENCODER, VQGAN = "decoder.", "pretrained_encoder.", "vqgan."
 CENTROIDS, CENTROID_NORM, VERSION = "centroids", "centroid_norm", "decoder.version"
 
 
-def from_official(
-    checkpoint: Path | str,
-    out_dir: Path | str,
-    *,
-    grid: tuple[int, int] = (16, 16),
-    carry: bool = True,
-    encoder_out: Path | str | None = None,
-    codebook_out: Path | str | None = None,
-    vqgan_out: Path | str | None = None,
-) -> TransformerSpec:
-    """Convert a published checkpoint to a released model directory.
+def from_official(settings: FromOfficial) -> TransformerSpec:
+    """Convert a published checkpoint of any of the four models to a released model directory.
 
     Every size is read from the tensors but for the number of heads, which only the configuration tells, and the token
-    grid, which no checkpoint states. Weights keep their dtype. Optimizer state is not read.
-
-    Args:
-        checkpoint: ``checkpoint_*.pt`` of any of the four models.
-        out_dir: new directory for ``config.json``, ``model.safetensors`` and ``carried.safetensors``.
-        grid: rows and columns of the token grid; published models have 16 x 16.
-        carry: whether to keep what else the checkpoint holds in ``carried.safetensors``.
-        encoder_out: where to write the carried encoder in the layout of Meta's ``.pth`` files, float32.
-        codebook_out: where to write the carried centroids as ``.npy`` [K, E], float32.
-        vqgan_out: where to write the carried VQGAN as ``{"state_dict": ...}``, float32.
+    grid, which no checkpoint states. Weights keep their dtype; what it carries is written in float32. Optimizer state
+    is not read.
 
     Raises:
         UserError: the file is not such a checkpoint, or does not hold what is asked for.
     """
-    checkpoint, out_dir = Path(checkpoint), Path(out_dir)
+    checkpoint, out_dir = Path(settings.checkpoint), Path(settings.out)
     refuse_existing(out_dir)
     found = read_checkpoint(checkpoint)
     decoder = {name.removeprefix(DECODER): value for name, value in found.model.items() if name.startswith(DECODER)}
     decoder.pop("version", None)  # always 3, made again on the way back
     carried = {name: value for name, value in found.model.items() if not name.startswith(DECODER)}
-    spec = _read_spec(found, decoder, grid, str(checkpoint))
+    spec = _read_spec(found, decoder, settings.grid, str(checkpoint))
     state = from_official_names(decoder, spec, str(checkpoint))
-    _write_carried(carried, str(checkpoint), encoder_out, codebook_out, vqgan_out, _encoder_layer(found))
-    if carry and carried:
+    _write_carried(carried, settings, _encoder_layer(found))
+    if carried and not settings.drop_carried:
         write_tensors(out_dir / CARRIED, carried)
     provenance: dict[str, Any] = {"official": {"file": checkpoint.name, "cfg": found.cfg, "args": found.args}}
     if (layer := _encoder_layer(found)) is not None:
@@ -76,24 +60,10 @@ def from_official(
     return spec
 
 
-def to_official(
-    model_dir: Path | str,
-    out: Path | str,
-    *,
-    encoder: Path | str | None = None,
-    codebook: Path | str | None = None,
-    vqgan: Path | str | None = None,
-) -> list[str]:
+def to_official(settings: ToOfficial) -> list[str]:
     """Convert a released model directory to a checkpoint of the published layout.
 
     The encoder, codebook and VQGAN inside it come from the given files, or else from ``carried.safetensors``.
-
-    Args:
-        model_dir: released model directory.
-        out: new ``.pt`` file.
-        encoder: Meta's ``.pth``, to put under ``pretrained_encoder.``.
-        codebook: ``.npy`` [K, E] of centroids.
-        vqgan: MAGE's ``.ckpt``, to put under ``vqgan.``.
 
     Returns:
         Names of the parts that the checkpoint lacks, without which fairseq will not load it strictly; empty when whole.
@@ -101,7 +71,8 @@ def to_official(
     Raises:
         UserError: ``out`` exists, a file cannot be read, or the model has choices that no published model has.
     """
-    model_dir, out = Path(model_dir), Path(out)
+    model_dir, out = Path(settings.model), Path(settings.out)
+    encoder, codebook, vqgan = settings.encoder, settings.codebook, settings.vqgan
     if out.exists():
         raise UserError(f"{out}: exists already, expected a new file")
     spec, state, provenance = read_model(model_dir)
@@ -205,19 +176,13 @@ def _encoder_layer(found: FairseqCheckpoint) -> int | None:
     return encoder.get("layer") if isinstance(encoder, dict) else None
 
 
-def _write_carried(
-    carried: Mapping[str, Tensor],
-    source: str,
-    encoder_out: Path | str | None,
-    codebook_out: Path | str | None,
-    vqgan_out: Path | str | None,
-    layer: int | None,
-) -> None:
+def _write_carried(carried: Mapping[str, Tensor], settings: FromOfficial, layer: int | None) -> None:
     """Write the parts that were asked for; what the checkpoint lacks is refused before anything is written."""
+    encoder_out, codebook_out, vqgan_out = settings.encoder_out, settings.codebook_out, settings.vqgan_out
     requests = (("encoder", ENCODER, encoder_out), ("codebook", CENTROIDS, codebook_out), ("VQGAN", VQGAN, vqgan_out))
     for part, prefix, path in requests:
         if path is not None and not any(name.startswith(prefix) for name in carried):
-            raise UserError(f"{source}: carries no {part}, so {path} cannot be written")
+            raise UserError(f"{settings.checkpoint}: carries no {part}, so {path} cannot be written")
         if path is not None and Path(path).exists():
             raise UserError(f"{path}: exists already, expected a new file")
     if encoder_out is not None:

@@ -19,9 +19,12 @@ from digit_ds.model.released import (
     WEIGHTS,
     ReleasedModel,
     read_config,
+    read_model,
     refuse_existing,
+    save_model,
     write_tensors,
 )
+from digit_ds.model.settings import FromMegatron, ToMegatron
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import (
     State,
@@ -75,6 +78,17 @@ def read_partitioned(directory: Path | str) -> ReleasedModel:
     tensor_size = _tensor_size(directory, config)
     parts = [_read_part(directory, spec, tensor_size, rank) for rank in range(tensor_size)]
     return ReleasedModel(spec, unshard(parts, spec), provenance)
+
+
+def to_megatron(settings: ToMegatron) -> None:
+    """Cut a released model directory for tensor-parallel ranks, to train from; see ``write_partitioned``."""
+    model = read_model(settings.model)
+    write_partitioned(settings.out, model.spec, model.state, model.provenance, settings.tensor_parallel)
+
+
+def from_megatron(settings: FromMegatron) -> None:
+    """Join the parts of all ranks to a released model directory; see ``read_partitioned``."""
+    save_model(settings.out, *read_partitioned(settings.parts))
 
 
 def read_shard(directory: Path | str, tensor_size: int, rank: int) -> tuple[TransformerSpec, State]:

@@ -86,8 +86,9 @@ class _Fetching:
         path = find_checkpoint(self.origin.files, self.settings.size, part, wanted, self.origin.name)
         source = self.origin.bring(path)
         from digit_ds.model.official import from_official
+        from digit_ds.model.settings import FromOfficial
 
-        spec = from_official(source, out)
+        spec = from_official(FromOfficial(checkpoint=str(source), out=str(out)))
         if self.staging in source.parents:
             source.unlink()
         print(f"{out}: {spec.kind}, {spec.layers} layers of width {spec.width}, {spec.classes} classes, from {path}")

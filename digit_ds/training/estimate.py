@@ -11,6 +11,7 @@ from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import find_config, read_deepspeed_config
 from digit_ds.training.metrics import flops_per_image
 from digit_ds.training.runs import model_spec
+from digit_ds.training.settings import EstimateSettings
 
 _GIB = 2**30
 SHARE = 0.9
@@ -90,24 +91,19 @@ def with_micro_batch(recipe: Recipe, number: int) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch": number})})
 
 
-def planned_shards(images: int, grid: int, codes: int, vq_codes: int = 0, classes: int = 0) -> ShardManifest:
-    """The manifest of shards that are not made yet, as far as an estimate needs it.
-
-    Args:
-        images: number of images.
-        grid: rows of the square token grid.
-        codes: K of the codebook.
-        vq_codes: N of the VQGAN; 0: none.
-        classes: number of classes.
-    """
+def _manifest(settings: EstimateSettings, recipe: Recipe) -> ShardManifest:
+    """Of the recipe's shards or, where the settings state their numbers, of shards that are not made yet."""
+    if settings.images is None:
+        return read_manifest(recipe.data.shards, recipe.data.cache)
+    assert settings.grid is not None and settings.codes is not None  # its settings saw to it
     return ShardManifest(
-        images=images,
+        images=settings.images,
         views=1,
-        classes=[str(number) for number in range(classes)],
-        grid=[grid, grid],
-        image_size=16 * grid,
-        discriminative_codes=codes,
-        vq_codes=vq_codes,
+        classes=[str(number) for number in range(settings.classes)],
+        grid=[settings.grid, settings.grid],
+        image_size=16 * settings.grid,
+        discriminative_codes=settings.codes,
+        vq_codes=settings.vq_codes,
         crops="training",
         provenance={},
         index_sha256="",
@@ -115,25 +111,24 @@ def planned_shards(images: int, grid: int, codes: int, vq_codes: int = 0, classe
     )
 
 
-def estimate(
-    recipe: Recipe, gpus: int = 1, mfu: float = 0.4, shards: ShardManifest | None = None, memory_gib: float = 80.0
-) -> None:
+def estimate(settings: EstimateSettings, recipe: Recipe) -> None:
     """Print parameters, memory of one device by part and ZeRO stage, and the time of the run.
 
-    The token grid and the code counts come from ``shards`` or, where it is None, from the manifest of the recipe's
-    shards. With ``training.micro_batch: auto`` the number is that for devices of ``memory_gib`` GiB.
+    Args:
+        settings: devices, their memory and MFU; the numbers of shards that are not made yet.
+        recipe: what ``settings.recipe`` and ``settings.overrides`` name, read.
 
     Raises:
-        UserError: the shards cannot be read, or training would refuse the recipe on ``gpus`` devices.
+        UserError: the shards cannot be read, or training would refuse the recipe on ``settings.gpus`` devices.
     """
-    tensor = recipe.parallel.tensor
+    gpus, tensor = settings.gpus, recipe.parallel.tensor
     if gpus < 1 or gpus % tensor:
         raise UserError(f"--gpus is {gpus}, expected a multiple of parallel.tensor {tensor}")
-    manifest = read_manifest(recipe.data.shards, recipe.data.cache) if shards is None else shards
+    manifest = _manifest(settings, recipe)
     spec, data_size = model_spec(recipe, manifest), gpus // tensor
     read_deepspeed_config(recipe, data_size)  # refuses what training refuses
     if recipe.training.micro_batch == "auto":
-        recipe = with_micro_batch(recipe, largest(recipe, spec, data_size, memory_gib))
+        recipe = with_micro_batch(recipe, largest(recipe, spec, data_size, settings.memory))
     stage, offload = zero_of(recipe)
     print(f"model            {spec.kind}, {weights.parameter_count(spec):,} parameters, {spec.sequence_length} tokens")
     print(f"one device       {device_parameters(spec, tensor):,} parameters of tensor size {tensor}")
@@ -149,8 +144,8 @@ def estimate(
     print(f"tokens an epoch  {manifest.images * spec.sequence_length:,} ({manifest.images:,} images)")
     print(f"run              {recipe.training.steps:,} steps, {images / manifest.images:.1f} epochs")
     if peak := recipe.monitor.peak_tflops:
-        hours = images * flops_per_image(spec) / (gpus * peak * 1e12 * mfu) / 3600
-        print(f"time             {hours:.1f} hours at MFU {mfu:.0%} of {peak:g} TFLOP/s a device")
+        hours = images * flops_per_image(spec) / (gpus * peak * 1e12 * settings.mfu) / 3600
+        print(f"time             {hours:.1f} hours at MFU {settings.mfu:.0%} of {peak:g} TFLOP/s a device")
     else:
         operations = images * flops_per_image(spec)
         print(f"work             {operations:.3g} FLOP; set monitor.peak_tflops for hours")

@@ -6,10 +6,11 @@ import torch
 
 from digit_ds.errors import UserError
 from digit_ds.model.released import CONFIG, read_model, save_model
+from digit_ds.training.settings import ExportSettings
 from digit_ds.training.stored import Damaged, StoredState, is_complete, newest_checkpoint
 
 
-def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
+def export(settings: ExportSettings) -> None:
     """Write the released model of a run (its newest complete checkpoint) or of one checkpoint.
 
     Weights are the float32 master weights, or with ``ema`` their moving average. Needs no process group and no GPU.
@@ -19,7 +20,7 @@ def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
         UserError: there is no complete checkpoint, it is damaged, it holds no moving average, or ``out`` holds another
             model.
     """
-    source = Path(source)
+    source, out = Path(settings.run), settings.out
     path = source if is_complete(source) else newest_checkpoint(source / "checkpoints")
     if path is None:
         raise UserError(f"{source}: holds no complete checkpoint, expected a run directory or one checkpoint in it")
@@ -28,9 +29,9 @@ def export(source: Path | str, out: Path | str, ema: bool = False) -> None:
         stored.verify()
     except Damaged as error:
         raise UserError(f"{error}; name another checkpoint in {path.parent} to export that one") from error
-    if ema and "average" not in stored.kinds():
+    if settings.ema and "average" not in stored.kinds():
         raise UserError(f"{path}: holds no moving average, since training.ema_decay was 0")
-    state = stored.full("average" if ema else "weight")
+    state = stored.full("average" if settings.ema else "weight")
     progress = stored.manifest["progress"]
     provenance = {**stored.manifest["provenance"], "steps": progress["step"], "images": progress["images"]}
     if (Path(out) / CONFIG).is_file():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from digit_ds.training.export import export
 from digit_ds.training.metrics import Reporter, warn
+from digit_ds.training.settings import ExportSettings
 from digit_ds.training.stored import checkpoint_step
 
 SampleGrid = Callable[[Path], Tensor]
@@ -35,7 +36,7 @@ class Preview:
             step = checkpoint_step(path)
             shutil.rmtree(self._model, ignore_errors=True)
             try:
-                export(path, self._model, ema=self._average)
+                export(ExportSettings(run=str(path), out=str(self._model), ema=self._average))
                 if self._sample_grid is not None:
                     report.image("samples", self._sample_grid(self._model), step)
                 if self._figures is not None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from digit_ds.settings import Option, PathText, Section
 
@@ -50,6 +50,12 @@ class EstimateSettings(RecipeSettings):
     """Codes of the VQGAN; 0: none."""
     classes: Annotated[int, Option(metavar="C", group=_PLANNED)] = Field(0, ge=0)
     """Number of classes; 0: none."""
+
+    @model_validator(mode="after")
+    def _all_three(self) -> "EstimateSettings":
+        if self.images is not None and (self.grid is None or self.codes is None):
+            raise ValueError("--images is given without --grid and --codes, expected all three in place of shards")
+        return self
 
 
 class ExportSettings(Section):

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import from_official
 
-from digit_ds.model.official import from_official
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import Transformer, load_model
 from digit_ds.model.weights import initial_state
