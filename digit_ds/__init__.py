@@ -6,7 +6,7 @@ The public API is the four loaders below; each is imported on first use so that 
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "load_encoder": "digit_ds.tokenizer.encoder",
