@@ -113,6 +113,13 @@ def test_one_command_leads_to_pictures(hub, tmp_path):
     assert len(hub.requests) == before  # what is there is not asked for
 
 
+@pytest.mark.fault(
+    "kill -9 in the middle of a download",
+    stage="fetch",
+    outcome="the same call continues within the file",
+    status="-",
+    lost="nothing but the last few MB",
+)
 def test_killed_in_the_middle_it_continues_there(hub, tmp_path):
     hub.stall = 22 << 20
     process = start(hub, tmp_path, "base")
@@ -140,6 +147,13 @@ def wait_for(condition, seconds: float = 30):
     return found
 
 
+@pytest.mark.fault(
+    "a downloaded file has another SHA-256 than the hub states",
+    stage="fetch",
+    outcome="one line; the file is removed and the same call fetches it again",
+    status="2",
+    lost="that file",
+)
 def test_a_wrong_hash_is_found_and_the_file_removed(hub, tmp_path):
     hub.claimed[CODEBOOK] = "a" * 64
     line = refusal(hub, tmp_path, "base")
@@ -152,6 +166,13 @@ def test_a_wrong_hash_is_found_and_the_file_removed(hub, tmp_path):
     assert visible(tmp_path / "weights") == {"km_8k.npy"}
 
 
+@pytest.mark.fault(
+    "no network, HF_HUB_OFFLINE is set, or the repository wants a token",
+    stage="fetch",
+    outcome="one line",
+    status="2",
+    lost="nothing",
+)
 def test_no_network_in_one_line(hub, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -163,6 +184,13 @@ def test_no_network_in_one_line(hub, tmp_path):
     assert "expected a repository that HF_TOKEN may use" in refusal(hub, tmp_path, "base")
 
 
+@pytest.mark.fault(
+    "the disk is full, or a limit on file sizes is met",
+    stage="fetch",
+    outcome="one line; with room again the same call continues within the file",
+    status="2",
+    lost="nothing",
+)
 def test_a_full_disk_leaves_nothing_half_written(hub, tmp_path):
     line = refusal(hub, tmp_path, "base", limit=12 << 20)
     assert ".downloads" in line and "File too large" in line
