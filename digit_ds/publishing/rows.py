@@ -42,7 +42,7 @@ ROWS: dict[Size, Row] = {
         f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
         200,
         ("base_8k_stage1",),
-        ("base_8k_stage2_400epoch", "base_8k_stage2"),
+        ("base_8k_stage2_400epoch",),
     ),
     "large": Row("km_16k.npy", f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", 400, (), ()),
 }
