@@ -4,7 +4,7 @@
 
 DINOv2-B, 8,192 centroids and MAGE's VQGAN with random weights (speed does not depend on them); photographs drawn as
 noise of natural smoothness, 500 x 375 pixels, JPEG quality 90. "encode": views already on the device. "decode": files
-to views on the device, nothing encoded. "end to end": files to token shards through the very conveyor that
+to views on the device, nothing encoded. "end to end": files to token shards through the very pipeline that
 tools/tokenize_images.py runs; its ceiling is the slower of the two. The last two count from the first batch on:
 starting the workers takes a second or two and is done once.
 
@@ -32,7 +32,7 @@ from digit_ds.data.images import Crops
 from digit_ds.parallel.launch import device
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Loading
-from digit_ds.preparation.pipeline import Conveyor
+from digit_ds.preparation.pipeline import EncodingPipeline
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.preparation.tokens import BlockWriter
 from digit_ds.tokenizer.codebook import save_codebook
@@ -138,7 +138,7 @@ def conveyor_speed(
         return encode(pixels)
 
     with BlockWriter(job, tokenizer, loading.crops) if tokenizer else nullcontext(lambda block, encoded: None) as write:
-        Conveyor(loading, device(), timed, write).run(job, list(range(job.blocks)), "benchmark")
+        EncodingPipeline(loading, device(), timed, write).run(job, list(range(job.blocks)), "benchmark")
         synchronise()
     return (job.images - loading.images_per_batch) / (time.perf_counter() - began[0])
 

@@ -38,7 +38,7 @@ def _train(settings: TrainSettings) -> None:
 
 
 def _preview(recipe):
-    """What training calls for a grid of samples and for figures; packages of one layer do not import each other."""
+    """The functions that training calls for previews; packages of one layer do not import each other."""
     wanted = recipe.preview
     if wanted.vqgan is None:
         return None, None
@@ -236,7 +236,7 @@ def _add(parser: argparse.ArgumentParser, verb: Verb | Mapping[str, Any]) -> Non
 
 
 def run(arguments: list[str], verb: str | None = None) -> None:
-    """Do what a command line says; with ``verb`` the words after it alone, as the scripts in ``tools/`` take them.
+    """Run a command line; with ``verb`` only the arguments after it, as the scripts in ``tools/`` take them.
 
     Raises:
         UserError: the command line is wrong, or the verb refuses.

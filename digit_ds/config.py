@@ -163,7 +163,7 @@ class MonitorConfig(Section):
 
 class PreviewConfig(Section):
     """Pictures of a model in training, drawn on rank 0 at each checkpoint while the other ranks wait: a grid for
-    TensorBoard, and an FID of few samples. What cannot be drawn is a warning and no end of the run.
+    TensorBoard, and an FID of few samples. A preview that fails is a warning; the run continues.
     """
 
     vqgan: PathText | None = None
@@ -295,7 +295,7 @@ def _check_order(recipe: Recipe, path: Path) -> None:
 
 
 def _check_preview(preview: PreviewConfig, path: Path) -> None:
-    """An FID needs pictures, something to compare them with, and one network to see them with."""
+    """An FID needs pictures, a reference and one feature network."""
     if not preview.fid_samples:
         return
     if preview.fid_samples == 1:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LINGER_SECONDS = 1.0
-"""How long a rank that failed under srun stays: srun ends the others at once, and words still on their way are lost."""
+"""Delay before a rank that failed under srun exits: srun then ends the others, and output still in transit is lost."""
 
-_SITUATIONS = (
+_ENVIRONMENT_ERRORS = (
     errno.EACCES,
     errno.EDQUOT,
     errno.EEXIST,
@@ -28,24 +28,24 @@ _SITUATIONS = (
     errno.EROFS,
     errno.ESTALE,
 )
-"""What a file system answers when its state, not this program, is at fault."""
+"""``errno`` values that come from the state of the file system and not from this program."""
 
-_PEER_IS_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe")
-"""What gloo and its store say of a process that is gone."""
+_LOST_PEER = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe")
+"""Messages of gloo and its store when a process has exited."""
 
 
 class UserError(Exception):
-    """What the user can mend: one line that names the file or key, what was found and what was expected."""
+    """An error that the user can correct: one line that names the file or key, what was found and what was expected."""
 
 
 def file_error(error: OSError, path: Path | str | None = None) -> UserError | None:
-    """The one line for a failure of the file system that the user can mend; None for any other ``OSError``.
+    """The one-line error for an ``OSError`` from the state of the file system; None for any other.
 
     Args:
         error: as raised; its own file name is used if it has one.
         path: where the failure happened, for errors without a file name (a full disk at ``write``).
     """
-    if error.errno not in _SITUATIONS:
+    if error.errno not in _ENVIRONMENT_ERRORS:
         return None
     name = error.filename if error.filename is not None else path
     if isinstance(name, bytes):
@@ -79,9 +79,9 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         print(f"error: {known}", file=sys.stderr, flush=True)
         status = 2
     except RuntimeError as error:
-        if debug or not _PEER_IS_GONE.search(str(error)):
+        if debug or not _LOST_PEER.search(str(error)):
             raise
-        say_peer_is_gone()
+        report_lost_peer()
         status = 1
     except KeyboardInterrupt:
         if debug:
@@ -95,8 +95,8 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     sys.exit(status)
 
 
-def say_peer_is_gone() -> None:
-    """Remark on stderr that this rank leaves because of another: no error of its own, which is printed elsewhere."""
+def report_lost_peer() -> None:
+    """Print on stderr that this rank exits because another one did; the error itself is printed there."""
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     rank = os.environ.get("RANK", "0")
     print(f"rank {rank} on {host}: leaves, another process of this job has ended", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ _PASSING = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary)`` and move its result to ``path``: readers see the old file or the whole new one.
 
-    The file gets the mode that the umask leaves, whatever the writer gives it. A folder that cannot be made or written
+    The file gets the mode of the umask, whatever the writer sets. A folder that cannot be made or written
     to, or a full disk, is the user's error.
     """
     path = Path(path)
@@ -68,7 +68,7 @@ def write_json(path: Path | str, value: Any) -> None:
 def remove_unfinished(directory: Path) -> None:
     """Remove, at any depth, what :func:`write_atomically` was writing in processes that were killed.
 
-    Only for who alone may write there: a live process would lose what it writes.
+    Only for the holder of the directory's lock: a live writer would lose its file.
     """
     for path in directory.rglob(".*.tmp*"):
         if _PASSING.fullmatch(path.name):

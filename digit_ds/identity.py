@@ -11,7 +11,7 @@ shards_sha256                                    hash of the shards' index, whic
 class_dropout                                    share of images that a model was trained on without their class
 ```
 
-What an artefact does not know of itself, such as a published checkpoint, is not held against it.
+A key that an artefact lacks, such as a published checkpoint, is not compared.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ TOKENS = DISCRIMINATIVE | VQ
 
 
 class Part(NamedTuple):
-    """An artefact's name for messages and what it says of its origin."""
+    """An artefact's name for messages and its provenance."""
 
     name: str
     provenance: Mapping[str, Any]
@@ -81,6 +81,6 @@ def check_classes(parts: Iterable[Part]) -> None:
 
 
 def _short(value: Any) -> str:
-    """A hash is told by its first digits; what else is compared is shown whole."""
+    """Hashes are shortened to their first digits; other values are shown in full."""
     text = str(value)
     return text[:12] if len(text) == 64 and " " not in text else text

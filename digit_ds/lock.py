@@ -44,7 +44,7 @@ class DirectoryLock:
             raise UserError(f"{self._directory}: cannot be written to ({error.strerror or error})") from error
 
     def release(self) -> None:
-        """Let others in; the directory is removed again if it was made here and holds nothing.
+        """Release the lock; the directory is removed again if it was made here and holds nothing.
 
         Never fails: a directory that became read-only or was removed is reported by the job that wrote there.
         """
@@ -61,7 +61,7 @@ class DirectoryLock:
             try:
                 make_directory(self._directory)
                 stream = self._path.open("a+", encoding="utf-8")
-            except FileNotFoundError:  # whoever made the directory removed it just now
+            except FileNotFoundError:  # its creator has just removed the directory
                 continue
             try:
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +89,7 @@ class DirectoryLock:
         try:
             holder = json.load(stream)
             who = f"process {holder['pid']} on {holder['host']}"
-        except (ValueError, KeyError, TypeError):  # it has the lock, but has not said its name yet
+        except (ValueError, KeyError, TypeError):  # it holds the lock but has not written its name yet
             who = "another process"
         return f"{self._directory}: {who} is writing there, expected it to end first or another directory"
 

@@ -1,4 +1,4 @@
-"""Reading checkpoints and arrays that somebody else wrote, without running what may be hidden in them."""
+"""Reading checkpoints and arrays from others, without running code that they may contain."""
 
 import json
 import re

@@ -200,7 +200,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which ``3e-4`` is a number, as in YAML 1.2 (PyYAML's 1.1 reads a string), and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a second key of one name, of which PyYAML keeps the last in silence."""
+        """Refuse a second key of one name, of which PyYAML would silently keep the last."""
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
@@ -257,7 +257,7 @@ class Parser(argparse.ArgumentParser):
     _intermixes = False
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        """As argparse's; it gives all words without a flag to the first place where one may stand."""
+        """As argparse's, which would give all positional arguments to the first place that takes one."""
         several = any(action.nargs == "*" for action in self._get_positional_actions())
         if self._intermixes or not several:
             return super().parse_known_args(args, namespace)

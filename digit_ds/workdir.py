@@ -63,7 +63,7 @@ class WorkDirectory(Generic[Found]):
             raise
 
     def _enter(self, look: Callable[[], Found]) -> Found:
-        found = look()  # before the lock, which leaves its mark
+        found = look()  # before the lock, which creates a file
         if self._is_complete(found):
             return found
         self._lock = DirectoryLock(self.path)
@@ -87,7 +87,7 @@ class WorkDirectory(Generic[Found]):
         return None
 
     def release(self) -> None:
-        """Let other jobs in."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -181,7 +181,7 @@ def _doctor(site: Site, folder: Path) -> int:
 
 
 def _make_folders(folder: Path) -> None:
-    """Slurm does not make the folder of a log: the job would fail without a word."""
+    """Slurm does not create the folder of a log: the job would fail without output."""
     for name in ("logs", "steps"):
         (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -226,7 +226,7 @@ def _queue() -> dict[int, tuple[str, str, str]]:
     except OSError as error:
         raise UserError("squeue is not installed here, expected a login node of a Slurm cluster") from error
     if result.returncode:
-        raise UserError(f"squeue cannot ask the cluster: {result.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"squeue failed: {result.stderr.strip().splitlines()[-1]}")
     rows = [line.split("|") for line in result.stdout.splitlines()]
     return {int(job): (state, reason, nodes) for job, state, reason, nodes in rows if job.isdigit()}
 
@@ -257,7 +257,7 @@ def _nodes_out_of_order() -> list[str]:
 
 
 def _standing(step: Step, folder: Path, queue: dict, failed: list[str]) -> tuple[str, bool]:
-    """How a step stands, in one sentence, and whether that is bad."""
+    """A step's status in one line, and whether it is a failure."""
     record = _record(folder, step.name, "submitted")
     if not record:
         return "not submitted", False
@@ -280,7 +280,7 @@ def _standing(step: Step, folder: Path, queue: dict, failed: list[str]) -> tuple
 
 
 def _waiting(reason: str) -> str:
-    """A squeue reason in words."""
+    """A squeue reason as text."""
     known = {
         "Dependency": "for the steps before it",
         "Resources": "for free nodes",

@@ -78,7 +78,7 @@ def parallel_centroids(
         others = np.setdiff1d(np.arange(min(points.count, clusters + len(numbers))), numbers)
         numbers = np.concatenate([numbers, others[: clusters - len(numbers)]])
         return from_main(lambda: points.rows(numbers))
-    return from_main(lambda: _thin_out(points.rows(numbers), weights, clusters, seed, assigner.device))
+    return from_main(lambda: _cluster_candidates(points.rows(numbers), weights, clusters, seed, assigner.device))
 
 
 def _bring_nearer(
@@ -116,7 +116,7 @@ def _draw(shard: Shard, distances: np.ndarray, rate: float, entropy: list[int]) 
     return np.concatenate(drawn) if drawn else np.empty(0, np.int64)
 
 
-def _thin_out(
+def _cluster_candidates(
     candidates: np.ndarray, weights: np.ndarray, clusters: int, seed: int, device: torch.device
 ) -> np.ndarray:
     """Weighted k-means++ on the candidates [C, D]: draw ``clusters`` of them, each by weight times squared distance."""

@@ -35,7 +35,8 @@ _LOCK = ".lock-"
 _PREFIX = "digit_ds-cache-"
 
 RELEASE_SECONDS = 30.0
-"""How long a lock may outlive a killed job: its loading processes share it, and end only when they miss their rank."""
+"""How long a lock may outlive a killed job: its workers share it, and exit only when they notice that their rank is
+gone."""
 
 
 def default_cache(index_sha256: str, owner: str) -> Path:

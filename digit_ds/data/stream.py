@@ -28,7 +28,7 @@ from digit_ds.data.shards import HASH, ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch, shared_memory
 from digit_ds.parallel.decide import fail_together, from_main
-from digit_ds.parallel.helpers import obey_parent_only
+from digit_ds.parallel.workers import ignore_stop_signals
 
 _SHARED_MEMORY, _TEMPORARY = Path("/dev/shm"), Path(tempfile.gettempdir())
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -148,7 +148,7 @@ class TokenStream:
             batch_sampler=batches,
             collate_fn=_collate,
             num_workers=workers,
-            worker_init_fn=obey_parent_only,
+            worker_init_fn=ignore_stop_signals,
             prefetch_factor=4 if workers else None,
         )
         return map(_batch, iter(loader))  # the processes start now

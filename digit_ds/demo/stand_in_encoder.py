@@ -56,7 +56,7 @@ class _Training(nn.Module):
         self.own_pixels = nn.Linear(WIDTH, PATCH * PATCH)
         self.whole_picture = nn.Linear(WIDTH, GRID * GRID)
         self.identity = nn.Linear(WIDTH, 64)
-        # Sines tell a fresh network where a patch lies; from random positions it takes hundreds of steps to find out.
+        # Sinusoidal positions: learned ones from a random start take hundreds of steps longer.
         assert self.vit.pos_embed is not None
         self.vit.pos_embed.data.copy_(0.5 * _sines(WIDTH, GRID))
         for module in self.vit.modules():

@@ -25,7 +25,7 @@ _PAUSE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Step:
-    """One command, what it waits for, and the note that says it is done."""
+    """One command, the steps it waits for, and the file that marks it as done."""
 
     name: str
     out: Path
@@ -102,7 +102,7 @@ def run_steps(steps: Sequence[Step], jobs: int = 1) -> bool:
     """Run what is not done yet, up to ``jobs`` steps side by side, each once those it needs are done.
 
     One after the other they write to the terminal, side by side to their logs. When one fails, or on Ctrl-C and SIGTERM
-    (exit status 130), the others are told to stop, which training does with its state saved.
+    (exit status 130), the others get SIGINT, on which training saves a checkpoint.
 
     Returns:
         Whether there was anything to do.
@@ -152,7 +152,7 @@ def run_steps(steps: Sequence[Step], jobs: int = 1) -> bool:
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:
-    """As Ctrl-C does: running commands are told, and training saves what it has."""
+    """Send SIGINT to running commands; training saves a checkpoint."""
     for process in processes:
         process.terminate()
     for process in processes:

@@ -17,7 +17,7 @@ INCEPTION = "inception-v3-compat"
 
 
 class Extractor(NamedTuple):
-    """A registered extractor and what torch-fidelity must be told with it."""
+    """A registered extractor and the arguments of torch-fidelity that go with it."""
 
     name: str
     arguments: dict[str, Any]

@@ -19,7 +19,7 @@ from digit_ds.evaluation.pictures import Array, Pictures, Statistics, describe_s
 from digit_ds.evaluation.settings import EvaluateSettings, StatisticsSettings
 from digit_ds.files import read_json, write_atomically, write_json
 from digit_ds.parallel import shared_memory
-from digit_ds.parallel.helpers import loaders_in_one_sentence
+from digit_ds.parallel.workers import worker_errors_in_one_line
 from digit_ds.safe_load import load_npz
 
 ENOUGH = 50_000
@@ -27,7 +27,7 @@ ENOUGH = 50_000
 SPLITS = 10
 """Parts over which the Inception Score is averaged."""
 BATCH = 64
-"""Pictures of one forward pass unless told."""
+"""Default number of pictures of one forward pass."""
 NEIGHBOURS = 3
 """Nearest neighbours that span the manifolds of precision and recall (torch-fidelity's default)."""
 LOADERS, AHEAD = 4, 2
@@ -55,7 +55,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     asked = _asked_labels(settings.labels, len(samples)) if settings.classifier is not None else None
     if settings.classifier is not None and asked is None:
         raise UserError(f"{settings.classifier}: is to judge classes, but no labels were given to judge by")
-    with loaders_in_one_sentence():
+    with worker_errors_in_one_line():
         figures = _figures(samples, against, extractor, settings.precision_recall, settings.cache, settings.batch)
         if settings.classifier is not None and asked is not None:
             figures["class_accuracy"] = class_accuracy(samples, settings.classifier, asked, settings.batch)
@@ -88,7 +88,7 @@ def save_statistics(settings: StatisticsSettings) -> None:
     if isinstance(pictures, Statistics):
         raise UserError(f"{settings.reference}: holds statistics already, expected pictures")
     extractor = open_extractor(settings.inception_weights, settings.features)
-    with loaders_in_one_sentence():
+    with worker_errors_in_one_line():
         found = _reference_statistics(pictures, extractor, settings.batch)
     write_atomically(settings.out, lambda temporary: np.savez(temporary, **found, network=extractor.name))
     of = f"{len(pictures):,} pictures of {settings.reference}"
@@ -123,7 +123,7 @@ class OnlineFid:
         samples = Array(pictures, "pictures of a model in training")
         _check_comparable(samples, self._reference)
         if self._statistics is None:
-            with loaders_in_one_sentence():
+            with worker_errors_in_one_line():
                 self._statistics = _reference_statistics(self._reference, self._extractor, BATCH)
         found = _features(samples, self._extractor, ["fid"], None, BATCH)
         fid = _fid(found, self._statistics, self._reference.name, self._extractor)

@@ -1,4 +1,4 @@
-"""Sets of pictures to score: a folder or an ``.npz``, prepared as a reference asks, and hashed by content."""
+"""Sets of pictures to score: a folder or an ``.npz``, prepared like the reference, and hashed by content."""
 
 import hashlib
 import zipfile

@@ -31,7 +31,7 @@ def candidates(
     if top_k is not None and top_k < kept.shape[-1]:
         codes = kept.topk(top_k, sorted=False).indices.sort(-1).values
         kept = kept.gather(-1, codes)
-    # Only top-p asks for the mass itself, special ids counted; for the draw a factor does not matter.
+    # Only top-p needs normalised probabilities, special ids counted; for the draw a factor does not matter.
     largest = kept.amax(-1, keepdim=True)
     kept = wide(kept) / temperature
     if top_p is None:

@@ -9,7 +9,7 @@ from digit_ds.generation.sources import ImageFolder, Source
 from digit_ds.model.spec import TransformerSpec
 
 FEW_CLASSES, FEW_OF_EACH = 16, 4
-"""What is drawn where nobody says how much: a grid to look at."""
+"""Default number of pictures: a grid to look at."""
 
 
 def choose_labels(

@@ -34,7 +34,7 @@ class Verdict(NamedTuple):
 
     level: str
     """``ok``, ``warning`` or ``failed``."""
-    sentence: str
+    message: str
     """What was found and, if it is not fine, what was expected."""
 
 
@@ -60,11 +60,11 @@ def doctor(settings: DoctorSettings) -> None:
         checks["shards"] = lambda: _shards(Path(shards))
     failed = []
     for name, check in checks.items():
-        level, sentence = check()
+        level, message = check()
         if level == "failed":
             failed.append(name)
         if launch.is_main():
-            print(f"{level:8} {name}: {sentence}", flush=True)
+            print(f"{level:8} {name}: {message}", flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()  # NCCL warns of one that is left open
     if failed:
@@ -172,14 +172,14 @@ def _links() -> Verdict:
         return Verdict("failed", f"a sum over {launch.world_size()} ranks by {backend} is wrong")
     slowest = min(range(len(links.neighbours)), key=links.neighbours.__getitem__)
     middle = sorted(links.neighbours)[len(links.neighbours) // 2]
-    sentence = f"{backend} all-reduce over {launch.world_size()} ranks at {links.all_reduce:.2f} GB/s (bus bandwidth)"
+    message = f"{backend} all-reduce over {launch.world_size()} ranks at {links.all_reduce:.2f} GB/s (bus bandwidth)"
     between = f"{_name(slowest, hosts)} to {_name((slowest + 1) % len(hosts), hosts)}"
     if len(hosts) > 2 and links.neighbours[slowest] < middle / 4:
         return Verdict(
             "warning",
-            f"{sentence}, but {between} has {links.neighbours[slowest]:.2f} GB/s where {middle:.2f} is usual",
+            f"{message}, but {between} has {links.neighbours[slowest]:.2f} GB/s where {middle:.2f} is usual",
         )
-    return Verdict("ok", f"{sentence}; slowest link {between} with {links.neighbours[slowest]:.2f} GB/s")
+    return Verdict("ok", f"{message}; slowest link {between} with {links.neighbours[slowest]:.2f} GB/s")
 
 
 def _shared_files(folder: Path) -> Verdict:
@@ -204,9 +204,9 @@ def _shared_files(folder: Path) -> Verdict:
         said = _everywhere(trouble)
     finally:
         own.unlink(missing_ok=True)
-    for rank, sentence in enumerate(said):
-        if sentence:
-            return Verdict("failed", f"{_name(rank, hosts)} {sentence}, expected a file system that all nodes share")
+    for rank, message in enumerate(said):
+        if message:
+            return Verdict("failed", f"{_name(rank, hosts)} {message}, expected a file system that all nodes share")
     return Verdict("ok", f"{folder.resolve()} is seen and written by all of {len(said)} ranks")
 
 
@@ -240,9 +240,9 @@ def _shards(directory: Path) -> Verdict:
     except UserError as error:
         trouble = str(error)
     said = _everywhere(trouble)
-    for rank, sentence in enumerate(said):
-        if sentence:
-            return Verdict("failed", f"{_name(rank, hosts)}: {sentence}")
+    for rank, message in enumerate(said):
+        if message:
+            return Verdict("failed", f"{_name(rank, hosts)}: {message}")
     return Verdict(
         "ok",
         f"{directory}: {manifest.images} images x {manifest.views} views, "

@@ -1,4 +1,4 @@
-"""fairseq's checkpoint files, read and written without fairseq, omegaconf or trust in the file.
+"""fairseq's checkpoint files, read and written without fairseq or omegaconf, and without running code from the file.
 
 A checkpoint's tensors come with its configuration. Recent files hold that as plain dicts; older ones pickle an
 ``argparse.Namespace`` or omegaconf's ``DictConfig``, whose fields name fairseq's own configuration classes. Such

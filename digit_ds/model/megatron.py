@@ -300,7 +300,7 @@ class MegatronTransformer(nn.Module):
         self._mark_tensor_parallel()
 
     def _mark_tensor_parallel(self) -> None:
-        """Say which parameters are slices: without the mark DeepSpeed leaves all but one rank's out of the norm."""
+        """Mark the parameters that are slices: without the mark DeepSpeed leaves all but one rank's out of the norm."""
         for module in self.modules():
             if isinstance(module, _Column | VocabParallelEmbedding):
                 sliced = list(module.parameters(recurse=False))

@@ -95,5 +95,5 @@ def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     try:
         write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
-    except SafetensorError as error:  # its word for a full disk
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error

@@ -1,4 +1,4 @@
-"""How codes become the token sequences that each kind of model reads and is asked for."""
+"""How codes become the token sequences that each kind of model reads and predicts."""
 
 import math
 from typing import NamedTuple

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from digit_ds.errors import UserError, file_error, say_peer_is_gone
+from digit_ds.errors import UserError, file_error, report_lost_peer
 from digit_ds.parallel.launch import is_main
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def _control_group() -> dist.ProcessGroup:
 
 
 def forget() -> None:
-    """Let go of the control group before the process group is left: a fork that let go of it later would hang."""
+    """Drop the control group before the process group is destroyed: in a forked process that would hang later."""
     _groups.clear()
 
 
@@ -51,11 +51,11 @@ def _leave(group: dist.ProcessGroup) -> None:
 
 @contextmanager
 def _peers() -> Iterator[dist.ProcessGroup]:
-    """The control group; when a process of it is gone, the others leave with a remark: it says why."""
+    """The control group; when one of its processes has exited, the others exit with a message that points there."""
     try:
         yield _control_group()
     except RuntimeError as error:
-        say_peer_is_gone()
+        report_lost_peer()
         raise SystemExit(2) from error
 
 

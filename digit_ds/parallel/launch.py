@@ -1,7 +1,7 @@
-"""Who this process is: rank, world and device, from the environment that torchrun, deepspeed, srun or nobody made.
+"""Rank, world and device of this process, from the environment of torchrun, deepspeed or srun, or of no launcher.
 
-Every launcher says it in its own words (``deepspeed`` sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE, ``srun``
-sets neither), and a launcher inside another leaves both vocabularies behind. ``place()`` reads them all, in one
+Each launcher sets other variables (``deepspeed`` sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE, ``srun``
+sets neither), and a launcher inside another leaves the variables of both. ``place()`` reads them all, in one
 place, and refuses what contradicts itself: ranks that disagree about the world do not fail, they hang.
 """
 
@@ -93,7 +93,7 @@ def _from_launcher(environment: Mapping[str, str]) -> Place | None:
 
 
 def _named_inside_srun(environment: Mapping[str, str], rank: int | None, world: int) -> Place:
-    """A task of srun whose RANK or WORLD_SIZE somebody set too (``initialize`` does): both must say the same."""
+    """A task of srun whose RANK or WORLD_SIZE is set too (``initialize`` sets them): both must agree."""
     task = _from_srun(environment)
     assert task is not None  # SLURM_STEP_NUM_TASKS was found
     if world != task.world_size or rank not in (None, task.rank):
@@ -105,7 +105,7 @@ def _named_inside_srun(environment: Mapping[str, str], rank: int | None, world: 
 
 
 def _local_world(environment: Mapping[str, str], world: int) -> int:
-    """Processes on this node as the launcher says it; where it says nothing, everything runs on one node."""
+    """Processes on this node from the launcher's variables; without them, all processes run on one node."""
     torchrun, deepspeed = _number(environment, "LOCAL_WORLD_SIZE"), _number(environment, "LOCAL_SIZE")
     if torchrun and deepspeed and torchrun != deepspeed:
         raise UserError(f"LOCAL_WORLD_SIZE is {torchrun} but LOCAL_SIZE is {deepspeed}, expected the same number")
@@ -219,10 +219,10 @@ def initialize(timeout: timedelta | None = None) -> None:
 
 
 def _join(here: Place, timeout: timedelta | None) -> None:
-    """Meet the other processes at MASTER_ADDR and MASTER_PORT.
+    """Connect to the other processes at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: that is no address, nobody answers there, or somebody else listens there.
+        UserError: it is no address, no process listens there, or another program does.
     """
     address, port = os.environ["MASTER_ADDR"], _number(os.environ, "MASTER_PORT") or 0
     if not 0 < port < 1 << 16:

@@ -22,7 +22,7 @@ LEAVE_SECONDS = 30.0
 
 
 class Mpu:
-    """Megatron's parallel state with the names that DeepSpeed asks for.
+    """Megatron's parallel state under the names that DeepSpeed reads.
 
     Without an ``mpu`` DeepSpeed broadcasts rank 0's weights over all tensor-parallel ranks, silently; the plain
     ``parallel_state`` lacks the ``model_parallel`` names, which mean the tensor-parallel group here.
@@ -107,7 +107,7 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
 def abandon() -> None:
     """Leave after a failure, when other ranks may be dead or wait for what never comes.
 
-    NCCL would wait for them too, and the reason of the failure stay unsaid. Its groups are left to the end of the
+    NCCL would wait for them too, and the error would not be printed. Its groups are left to the end of the
     process, which is forced after ``LEAVE_SECONDS`` where it does not come by itself.
     """
     if dist.is_initialized() and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
@@ -120,7 +120,7 @@ def finish() -> None:
     """Leave all groups; a process group left open warns at exit."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-        # It forgets this one. Whoever lets go of a gloo group waits for its threads, which a fork does not have.
+        # Releasing a gloo group waits for its threads, which a forked process does not have.
         parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
     decide.forget()
     if dist.is_initialized():

@@ -22,7 +22,7 @@ from digit_ds.parallel.decide import from_main, together, wait_for_all
 from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Loading
-from digit_ds.preparation.pipeline import Conveyor, Encoded
+from digit_ds.preparation.pipeline import Encoded, EncodingPipeline
 from digit_ds.preparation.settings import FeatureSettings
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.tokenizer.encoder import load_encoder
@@ -83,7 +83,7 @@ def extract_features(settings: FeatureSettings) -> None:
                 print(f"{settings.out}: already complete, nothing to do")
             return
         missing = job.my_blocks(lambda block: _report_path(job.out, block).is_file())
-        Conveyor(loading, device(), encode, write, annotate).run(job, missing, "features")
+        EncodingPipeline(loading, device(), encode, write, annotate).run(job, missing, "features")
         wait_for_all()
         from_main(lambda: _merge(job, provenance, model.width, settings.dtype, settings.max_skipped))
         wait_for_all()

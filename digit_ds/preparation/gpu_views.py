@@ -29,7 +29,7 @@ def decode_views(jpegs: Sequence[Tensor], windows: Tensor, size: int, device: to
         device: a CUDA device.
 
     Raises:
-        RuntimeError: some image cannot be decoded; nothing says which.
+        RuntimeError: some image cannot be decoded; the library does not tell which.
     """
     # The decoder writes in a stream of its own to memory that this stream's last kernels may still be reading.
     torch.cuda.current_stream(device).synchronize()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from digit_ds.data.images import STRETCHED, Crops, UnreadableImageError, decode
 from digit_ds.errors import UserError
-from digit_ds.parallel.helpers import obey_parent_only
+from digit_ds.parallel.workers import ignore_stop_signals
 from digit_ds.preparation.jobs import Block, Job
 from digit_ds.preparation.settings import JpegDecoder
 from digit_ds.preparation.slab import Place, Slab
@@ -119,7 +119,7 @@ def _for_gpu(data: bytes) -> tuple[int, int] | None:
         image = Image.open(BytesIO(data), formats=["JPEG"])
         plain = image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
         upright = "exif" not in image.info or image.getexif().get(0x0112, 1) == 1
-    except Exception:  # whatever is wrong with it, the ordinary decoder finds the words
+    except Exception:  # the CPU decoder will report what is wrong with it
         return None
     short, long = sorted(image.size)
     whole = b"\xff\xd9" in data[-64:]  # the end marker
@@ -180,7 +180,7 @@ class Loading:
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
-            worker_init_fn=obey_parent_only,
+            worker_init_fn=ignore_stop_signals,
             prefetch_factor=ahead or None,
             multiprocessing_context="fork" if workers else None,  # the slab's memory is inherited
         )

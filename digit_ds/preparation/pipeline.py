@@ -1,4 +1,4 @@
-"""The conveyor of a job: workers decode, the device encodes, a thread writes finished blocks, all at the same time."""
+"""The pipeline of a job: workers decode, the device encodes, a thread writes finished blocks, all at the same time."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digit_ds.parallel.helpers import loaders_in_one_sentence
 from digit_ds.parallel.progress import progress
+from digit_ds.parallel.workers import worker_errors_in_one_line
 from digit_ds.preparation.jobs import Job
 from digit_ds.preparation.loading import Batch, Loading
 from digit_ds.preparation.staging import Staged, stage
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
         return [output.numpy() for output in self.outputs]
 
 
-class Conveyor:
+class EncodingPipeline:
     """Moves a rank's blocks through decoding, encoding and writing.
 
     ``encode(images, extra)`` takes float [B, 3, H, W] in [0, 1] on the device, and what ``annotate(name)`` gave for
@@ -60,7 +60,7 @@ class Conveyor:
         Raises:
             UserError: a loading process was killed, or ``write`` raised it.
         """
-        with loaders_in_one_sentence():
+        with worker_errors_in_one_line():
             self._run(job, blocks, description)
 
     def _run(self, job: Job, blocks: list[int], description: str) -> None:

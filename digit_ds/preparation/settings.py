@@ -15,7 +15,7 @@ Precision = Annotated[Literal["fp32", "fp16", "bf16"], ShortPrecision]
 
 
 class JobSettings(Section):
-    """What the jobs over an image folder have in common. What the parts know of themselves is in the provenance."""
+    """Options that the jobs over an image folder share. Encoder, codebook and VQGAN are recorded in the provenance."""
 
     NOT_RECORDED = frozenset(
         {

@@ -24,7 +24,7 @@ def separate_queues() -> None:
     """Let nvJPEG's kernels pass those of the encoder; to be called before CUDA starts in this process.
 
     A GPU has 8 queues by default, which all streams share, and kernels in one queue run in its order. nvJPEG alone has
-    14 streams: some would stand behind all that the encoder was sent. Says the environment otherwise, it is obeyed.
+    14 streams: some would stand behind all that the encoder was sent. A value in the environment is kept.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
@@ -75,7 +75,7 @@ def ahead(items: Iterator[Item], depth: int, name: str) -> Generator[Item, None,
                 if stopped.is_set():
                     return
             put(_End(None))
-        except BaseException as error:  # handed to the consumer, whoever it is
+        except BaseException as error:  # raised in the consumer
             put(_End(error))
 
     thread = threading.Thread(target=work, name=name, daemon=True)
@@ -115,7 +115,7 @@ def _gpu_views(batch: Batch, job: Job, loading: Loading, device: torch.device) -
         windows = torch.from_numpy(np.stack(list(cuts.values())))
         try:
             decoded = decode_views([batch.data[number] for number in jpegs], windows, size, device)
-        except RuntimeError:  # one of them is damaged: Pillow tells which
+        except RuntimeError:  # one of them is damaged: Pillow finds out which
             _decode_on_cpu(batch, jpegs, job, loading)
     cut = [number for number, windows in enumerate(batch.windows) if windows is None]
     pixels = torch.empty(len(cut), views, size, size, 3, dtype=torch.uint8, pin_memory=True)

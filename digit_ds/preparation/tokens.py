@@ -14,7 +14,7 @@ from digit_ds.parallel.decide import from_main, together, wait_for_all
 from digit_ds.parallel.launch import device, initialize, is_main
 from digit_ds.preparation.jobs import Job, default_workers
 from digit_ds.preparation.loading import Batch, Loading
-from digit_ds.preparation.pipeline import Conveyor, Encoded
+from digit_ds.preparation.pipeline import Encoded, EncodingPipeline
 from digit_ds.preparation.settings import TokenSettings
 from digit_ds.preparation.staging import separate_queues
 from digit_ds.preparation.writing import WriterProcess
@@ -61,8 +61,8 @@ def tokenize_images(settings: TokenSettings) -> None:
             return
         missing = job.my_blocks(lambda block: (job.out / _block_name(block)).is_dir())
         with BlockWriter(job, tokenizer, cut) as write:
-            conveyor = Conveyor(loading, device(), lambda pixels, _extra: tokenizer.encode(pixels), write)
-            conveyor.run(job, missing, "tokens")
+            pipeline = EncodingPipeline(loading, device(), lambda pixels, _extra: tokenizer.encode(pixels), write)
+            pipeline.run(job, missing, "tokens")
         wait_for_all()
         from_main(lambda: _merge(job, tokenizer, cut, settings.max_skipped))
         wait_for_all()

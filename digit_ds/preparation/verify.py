@@ -16,8 +16,8 @@ import numpy as np
 from digit_ds.data.shards import ShardManifest, read_index, read_manifest, read_shard
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
-from digit_ds.parallel.helpers import obey_parent_only
 from digit_ds.parallel.progress import progress
+from digit_ds.parallel.workers import ignore_stop_signals
 from digit_ds.preparation.jobs import default_workers
 
 
@@ -87,7 +87,7 @@ def verify_shards(directory: Path | str, workers: int | None = None) -> Report:
         bar = stack.enter_context(progress(total=len(shards), description="verify", unit="shards"))
         check = partial(_check_shard, directory, manifest)
         if processes > 1:
-            pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), obey_parent_only)
+            pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), ignore_stop_signals)
             stack.callback(pool.shutdown, cancel_futures=True)
             found = _unless_killed(directory, pool.map(check, shards))
         else:

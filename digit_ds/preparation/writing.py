@@ -1,4 +1,4 @@
-"""Writing in a process of its own, where it costs Python time: the conveyor's threads keep the interpreter for them."""
+"""Writing in a process of its own, where it costs Python time: the pipeline's threads keep the interpreter for them."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from digit_ds.errors import UserError
-from digit_ds.parallel.helpers import obey_parent_only
+from digit_ds.parallel.workers import ignore_stop_signals
 
 
 class WriterProcess:
@@ -48,7 +48,7 @@ class WriterProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with suppress(BrokenPipeError):  # it was killed: the call that was under way has said so
+        with suppress(BrokenPipeError):  # it was killed, which the call under way has reported
             self._connection.send(None)
         self._process.join()
         self._connection.close()
@@ -56,7 +56,7 @@ class WriterProcess:
 
 def _serve(connection: Connection, callers_end: Connection, write: Callable[..., None]) -> None:
     """Write what arrives until the caller says None or is gone."""
-    obey_parent_only()
+    ignore_stop_signals()
     callers_end.close()
     while True:
         try:

@@ -50,7 +50,7 @@ def find_config(name: str) -> Path:
 
 
 def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, Any]:
-    """What the recipe decides, in DeepSpeed's words."""
+    """What the recipe decides, under DeepSpeed's keys."""
     training = recipe.training
     if training.micro_batch == "auto":
         if training.global_batch % data_size:

@@ -19,7 +19,7 @@ from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
 from digit_ds.parallel.decide import agree, together
-from digit_ds.parallel.helpers import loaders_in_one_sentence, shield_tracker
+from digit_ds.parallel.workers import protect_resource_tracker, worker_errors_in_one_line
 from digit_ds.training import micro_batch, resume, runs
 from digit_ds.training.checkpoint import Checkpoints
 from digit_ds.training.deepspeed_config import read_deepspeed_config
@@ -55,7 +55,7 @@ def train(
         UserError: the recipe, the shards or the run directory cannot be used, or the run diverged.
         SystemExit: with status 75 after SIGTERM, SIGUSR1 or Ctrl-C on any rank; the step was finished and saved.
     """
-    shield_tracker()
+    protect_resource_tracker()
     try:
         place = _join(recipe)
     except BaseException:
@@ -66,7 +66,7 @@ def train(
     try:
         with WorkDirectory(run, partial(runs.check_run_directory, run, recipe, changes.keys)) as directory:
             check_start()
-            with loaders_in_one_sentence():
+            with worker_errors_in_one_line():
                 job = _Run(recipe, place, sample_grid, figures, changes.once(), directory.found)
                 stopped = job.run(watchdog, stop)
                 job.close()

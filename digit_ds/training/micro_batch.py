@@ -15,7 +15,7 @@ from digit_ds.training.estimate import largest, with_micro_batch
 
 
 def settle(recipe: Recipe, spec: TransformerSpec, data_size: int, device: torch.device) -> Recipe:
-    """The recipe with a number for ``training.micro_batch``; all ranks get the same one, rank 0 says it.
+    """The recipe with a number for ``training.micro_batch``; all ranks get the same one, which rank 0 prints.
 
     A run that is continued keeps its number, on which dropout masks depend, while that still divides the batch of a
     rank.

@@ -1,4 +1,4 @@
-"""Which rank holds the others up: how long each one needs for the part of a step that it does by itself.
+"""Straggler detection: how long each one needs for the part of a step that it does by itself.
 
 The wall time of a step is useless for that: the ranks leave its sums together, so it is the slowest rank's time on all
 of them. What a rank does by itself is waiting for its data and the forward pass; in the backward pass, the update and

@@ -41,7 +41,7 @@ class Preview:
                     report.image("samples", self._sample_grid(self._model), step)
                 if self._figures is not None:
                     report.log({"step": step, **self._figures(self._model)})
-            except Exception as error:  # whatever it was
+            except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 warn(f"no preview of the checkpoint of step {step} ({type(error).__name__}: {reason})")
             finally:

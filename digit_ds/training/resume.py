@@ -1,6 +1,6 @@
-"""How a run begins: which checkpoint it goes on from, and the changes that the user asked for.
+"""How a run begins: which checkpoint it resumes from, and the changes given on the command line.
 
-Rank 0 looks and decides, all ranks follow. What was decided is appended to ``RUN/history.jsonl``.
+Rank 0 decides, all ranks follow. What was decided is appended to ``RUN/history.jsonl``.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ SEEN_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Changes:
-    """What the user says explicitly when a run goes on."""
+    """What the user states explicitly when a run is continued."""
 
     keys: tuple[str, ...] = ()
     """Keys of the recipe (``section.key``) that may differ from those that the run was begun with."""
@@ -229,7 +229,7 @@ def restore(engine: Engine, stored: StoredState) -> Progress:
 def check_shards(
     before: Mapping[str, Any], manifest: ShardManifest, recipe: Recipe, checkpoint: Path, said: bool
 ) -> None:
-    """Refuse to go on with tokens that mean something else, or with other images unless the user said so.
+    """Refuse to go on with tokens that mean something else, or with other images unless the user states it.
 
     Args:
         before: provenance in the checkpoint; what an older one does not hold is not compared.

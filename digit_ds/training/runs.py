@@ -52,7 +52,7 @@ _CHANGEABLE = (
     "training.precision",
     "training.ema_decay",
 )
-"""What may differ where the user says so by ``--change``: the course of the run, not the meaning of its state."""
+"""What may differ with ``--change``: the course of the run, not the meaning of its state."""
 
 
 class Difference(NamedTuple):
@@ -69,7 +69,7 @@ def check_run_directory(run: Path, recipe: Recipe, changes: Sequence[str] = ()) 
     Args:
         run: the run directory.
         recipe: what it is to go on with.
-        changes: keys (``section.key``) that the user said may differ.
+        changes: keys (``section.key``) named by ``--change``.
     """
     stored = run / "recipe.yaml"
     if not stored.exists():

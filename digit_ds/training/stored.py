@@ -143,7 +143,7 @@ class _Layout(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What must be in every manifest; there is more in it, which is not the reader's business."""
+    """The keys of a manifest that reading needs; others are ignored."""
 
     model_config = ConfigDict(strict=True)
     progress: Progress

@@ -1,4 +1,4 @@
-"""Says where a rank is when nothing goes on: the stacks of its threads, before a timeout ends the job.
+"""Reports where a rank hangs: the stacks of its threads, before a timeout ends the job.
 
 A rank in a collective that never completes is killed by its timeout, and the rank that it waited for by the launcher.
 Where either was would be lost.
@@ -28,7 +28,7 @@ class Watchdog:
         self._end.set()
 
     def _watch(self) -> None:
-        said = 0.0  # the last step when the stacks were written: once for each silence
+        said = 0.0  # the last step when the stacks were written: once for each stall
         while not self._end.wait(max(0.1, self._last + self._seconds - time.monotonic())):
             silence = time.monotonic() - self._last
             if silence >= self._seconds and said != self._last:

@@ -60,7 +60,7 @@ class ZeroState(Protocol):
         """``zero`` is DeepSpeed's optimizer around ``optimizer``; ``parameters`` are the model's."""
 
     def global_norm(self) -> Tensor | float:
-        """Norm of the whole model's gradient, asked for within an update."""
+        """Norm of the whole model's gradient, needed within an update."""
 
     def last_norm(self) -> Tensor | float:
         """The same after the update; negative or not finite: skipped."""

@@ -14,9 +14,9 @@ def test_a_signal_to_all_processes_of_a_rank_spares_the_tracker_of_shared_memory
     script = """
 import os, signal, time
 from multiprocessing import resource_tracker, shared_memory
-from digit_ds.parallel.helpers import shield_tracker
+from digit_ds.parallel.workers import protect_resource_tracker
 from digit_ds.training.preemption import StopSignal
-shield_tracker()
+protect_resource_tracker()
 memory = shared_memory.SharedMemory(create=True, size=8)
 stop = StopSignal()
 for process in (resource_tracker._resource_tracker._pid, os.getpid()):
@@ -44,10 +44,10 @@ def test_a_helper_obeys_its_parent_only_and_ends_with_it(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""
 import multiprocessing, os, signal, sys, time
-from digit_ds.parallel.helpers import obey_parent_only
+from digit_ds.parallel.workers import ignore_stop_signals
 
 def help(ready):
-    obey_parent_only()
+    ignore_stop_signals()
     ready.release()
     time.sleep(600)
 
