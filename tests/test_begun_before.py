@@ -72,6 +72,8 @@ def test_records_come_from_the_settings_as_earlier_versions_wrote_them():
         "steps": 8,
         "choice_temperature": 4.5,
     }
+    late = SampleSettings(out="o", vqgan="v", guidance=8, guidance_schedule="power-cosine", guidance_exponent=1.2)
+    assert late.record() == {"seed": 0} and late.prior_decoding.record()["guidance"]["exponent"] == 1.2
     assert sampling.pixel_decoding.record()["top_p"] == 0.8
 
     class Younger(ProbeSettings):

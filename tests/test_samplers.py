@@ -127,11 +127,39 @@ def test_guidance_scales():
     assert Guidance(3.0, interval=(0.25, 0.5)).scales(5) == [1.0, 3.0, 3.0, 1.0, 1.0]
 
 
-def test_guided_sampling_equals_a_full_forward_pass_written_out():
+@pytest.mark.parametrize(("scale", "exponent"), [(16.0, 2.75), (8.0, 1.2), (0.5, 1.0)])
+def test_power_cosine_is_the_published_formula(scale, exponent):
+    """Written out with PyTorch as RAR's sampler does it: the share of the way is step / tokens."""
+    steps = torch.arange(256, dtype=torch.float64) / 256
+    expected = (scale - 1) * (1 - torch.cos(steps**exponent * torch.pi)) / 2 + 1
+    found = Guidance(scale, "power-cosine", exponent=exponent).scales(256)
+    assert found == pytest.approx(expected.tolist(), rel=1e-12)
+    assert found[0] == 1.0 and found[-1] == pytest.approx(scale, rel=1e-2)
+
+
+def test_an_exponent_belongs_to_power_cosine():
+    with pytest.raises(UserError, match=r"exponent is 2.0, but guidance schedule is 'cosine', expected power-cosine"):
+        Guidance(3.0, "cosine", exponent=2.0)
+    with pytest.raises(UserError, match=r"guidance exponent is 0, expected 1e-06 to"):
+        Guidance(3.0, "power-cosine", exponent=0)
+    with pytest.raises(UserError, match="constant, linear, cosine, power-cosine"):
+        Guidance(3.0, "cubic")
+
+
+@pytest.mark.parametrize(
+    ("guidance", "scales"),
+    [
+        (Guidance(2.5, "linear", (0.0, 0.6)), [1 + 1.5 * t / 255 for t in range(24)]),
+        (
+            Guidance(9.0, "power-cosine", exponent=0.4),
+            [5 - 4 * math.cos(math.pi * (t / 256) ** 0.4) for t in range(24)],
+        ),
+    ],
+)
+def test_guided_sampling_equals_a_full_forward_pass_written_out(guidance, scales):
     """Greedy tokens under a rising scale, each step recomputed without cache from conditional and unconditional
     logits."""
     model = golden_model("stage1_cond_postnorm", torch.float64)
-    guidance = Guidance(2.5, "linear", (0.0, 0.6))
     sampler = AutoregressiveSampler(model, Decoding(top_k=1, guidance=guidance), 0, PRIOR, rows=2)
     labels = torch.tensor([3, 998])
     codes = sampler(torch.arange(2), labels)
@@ -140,8 +168,7 @@ def test_guided_sampling_equals_a_full_forward_pass_written_out():
     tokens = vocabulary.token(written[:, :-1])
     conditional = model(torch.cat([vocabulary.class_token(labels)[:, None], tokens], 1)).numpy()
     unconditional = model(torch.cat([torch.full((2, 1), EOS), tokens], 1)).numpy()
-    for position in range(24):
-        scale = 1 + 1.5 * position / 255
+    for position, scale in enumerate(scales):
         mixed = unconditional[:, position] + scale * (conditional[:, position] - unconditional[:, position])
         assert (mixed[:, SPECIALS:].argmax(-1) == written[:, position].numpy()).all()
     assert not torch.equal(codes, AutoregressiveSampler(model, GREEDY, 0, PRIOR, rows=2)(torch.arange(2), labels))

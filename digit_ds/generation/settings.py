@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from digit_ds.errors import UserError
 from digit_ds.settings import Option, PathText, Section, ShortPrecision
 
-Schedule = Literal["constant", "linear", "cosine"]
+Schedule = Literal["constant", "linear", "cosine", "power-cosine"]
 SMALLEST, LARGEST = 1e-6, 1e6
 """Temperatures and scales between these keep logits finite in every precision."""
 
@@ -25,15 +25,28 @@ class Guidance:
     scale: float = 1.0
     """Scale at its highest."""
     schedule: Schedule = "constant"
-    """``linear`` and ``cosine`` rise from 1 at the first token to ``scale`` at the last."""
+    """``linear`` and ``cosine`` rise from 1 at the first token to ``scale`` at the last. ``power-cosine`` is the
+    schedule of MDT (arXiv 2303.14389) and RAR (arXiv 2411.00776), as RAR's published sampler computes it: at token t of
+    T, counted from 0, the scale is ``1 + (scale - 1) * (1 - cos(pi * (t / T) ** exponent)) / 2``. It divides by T, not
+    by T - 1, so that published scales and exponents mean the same here; the last token stays just below ``scale``.
+    """
     interval: tuple[float, float] = (0.0, 1.0)
     """Share of the way through the image (first token 0, last 1) between which guidance acts, ends included."""
+    exponent: float = 1.0
+    """Of ``power-cosine``: above 1, guidance rises later. RAR's models use 2.75 (base) to 1.2 (largest)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale <= LARGEST:
             raise UserError(f"guidance scale is {self.scale}, expected 0 to {LARGEST:g} (1: no guidance)")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise UserError(f"guidance schedule is {self.schedule!r}, expected constant, linear or cosine")
+        if self.schedule not in get_args(Schedule):
+            raise UserError(f"guidance schedule is {self.schedule!r}, expected {', '.join(get_args(Schedule))}")
+        if not SMALLEST <= self.exponent <= LARGEST:
+            raise UserError(f"guidance exponent is {self.exponent}, expected {SMALLEST:g} to {LARGEST:g}")
+        if self.exponent != 1 and self.schedule != "power-cosine":
+            raise UserError(
+                f"guidance exponent is {self.exponent}, but guidance schedule is {self.schedule!r}, expected "
+                "power-cosine"
+            )
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(
                 f"guidance interval is {self.interval}, expected two numbers with 0 <= first <= second <= 1"
@@ -49,7 +62,15 @@ class Guidance:
         scales = []
         for position in range(tokens):
             way = position / max(tokens - 1, 1)
-            rise = {"constant": 1.0, "linear": way, "cosine": (1 - math.cos(math.pi * way)) / 2}[self.schedule]
+            match self.schedule:
+                case "constant":
+                    rise = 1.0
+                case "linear":
+                    rise = way
+                case "cosine":
+                    rise = (1 - math.cos(math.pi * way)) / 2
+                case "power-cosine":
+                    rise = (1 - math.cos(math.pi * (position / tokens) ** self.exponent)) / 2
             inside = self.interval[0] <= way <= self.interval[1]
             scales.append(1 + (self.scale - 1) * rise if inside else 1.0)
         return scales
@@ -127,7 +148,8 @@ class SampleSettings(Section):
         {
             *("out", "prior", "pixel_decoder", "vqgan", "vqgan_config", "count", "per_class", "classes", "batch"),
             *("precision", "vqgan_precision", "vqgan_compile", "adm_array"),
-            *("temperature", "top_k", "top_p", "guidance", "guidance_schedule", "guidance_interval"),
+            *("temperature", "top_k", "top_p"),
+            *("guidance", "guidance_schedule", "guidance_exponent", "guidance_interval"),
             *("decoder_temperature", "decoder_top_k", "decoder_top_p", "steps", "choice_temperature"),
             *("from_images", "encoder", "num_heads", "codebook", "resize", "from_tokens", "keep"),
         }
@@ -174,7 +196,10 @@ class SampleSettings(Section):
     guidance: Annotated[_Scale, _PRIOR] = 1.0
     """Classifier-free guidance scale; 1: none."""
     guidance_schedule: Annotated[Schedule, _PRIOR] = "constant"
-    """``linear`` and ``cosine`` rise from 1 at the first token to the scale at the last."""
+    """``linear`` and ``cosine`` rise from 1 at the first token to the scale at the last; ``power-cosine``, of RAR, is
+    at token t of T ``1 + (scale - 1) * (1 - cos(pi * (t / T) ** exponent)) / 2``."""
+    guidance_exponent: Annotated[_Positive, _PRIOR] = 1.0
+    """Exponent of ``power-cosine``; above 1 guidance rises later."""
     guidance_interval: Annotated[tuple[float, float], Option(metavar=("FROM", "TO"), group=_PRIOR.group)] = Field(
         (0.0, 1.0), strict=False
     )
@@ -214,12 +239,17 @@ class SampleSettings(Section):
             raise ValueError("expected either a count of pictures or a count per class")
         if not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             raise ValueError(f"guidance_interval is {self.guidance_interval}, expected 0 <= first <= second <= 1")
+        if self.guidance_exponent != 1 and self.guidance_schedule != "power-cosine":
+            raise ValueError(
+                f"guidance_exponent is {self.guidance_exponent}, but guidance_schedule is {self.guidance_schedule}, "
+                "expected power-cosine"
+            )
         return self
 
     @property
     def prior_decoding(self) -> Decoding:
         """How first-stage tokens are drawn."""
-        guidance = Guidance(self.guidance, self.guidance_schedule, self.guidance_interval)
+        guidance = Guidance(self.guidance, self.guidance_schedule, self.guidance_interval, self.guidance_exponent)
         return Decoding(self.temperature, self.top_k, self.top_p, guidance)
 
     @property

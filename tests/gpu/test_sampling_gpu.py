@@ -14,7 +14,7 @@ from digit_ds.model.weights import initial_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-DECODING = Decoding(top_k=50, guidance=Guidance(1.5, "cosine"))
+DECODING = Decoding(top_k=50, guidance=Guidance(1.5, "power-cosine", exponent=0.5))
 
 
 def model(kind: str, dtype: torch.dtype, device: str, width: int = 192, heads: int = 2) -> Transformer:
