@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("digit_ds/__init__.py").read_text(encoding="utf-8"))[1]
 
+SHIPPED = [folder for folder in ("ds_configs", "slurm", "tools") if Path(folder).is_dir()]
+
 setup(
     name="digit_ds",
     version=VERSION,
@@ -15,10 +17,16 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.13",
-    # Recipes and DeepSpeed configurations stand beside the package in a checkout and inside it where it is installed.
-    packages=[*find_packages(include=["digit_ds", "digit_ds.*"]), "digit_ds.ds_configs"],
-    package_dir={"digit_ds.ds_configs": "ds_configs"},
-    package_data={"digit_ds": ["py.typed"], "digit_ds.demo": ["*.yaml"], "digit_ds.ds_configs": ["*.yaml", "*.json"]},
+    # Recipes, DeepSpeed files and job scripts lie beside the package in a checkout and inside it where it is installed.
+    packages=[*find_packages(include=["digit_ds", "digit_ds.*"]), *(f"digit_ds.{folder}" for folder in SHIPPED)],
+    package_dir={f"digit_ds.{folder}": folder for folder in SHIPPED},
+    package_data={
+        "digit_ds": ["py.typed"],
+        "digit_ds.demo": ["*.yaml"],
+        "digit_ds.ds_configs": ["*.yaml", "*.json"],
+        # by name: slurm/site.yaml is somebody's cluster
+        "digit_ds.slurm": ["*.sbatch", "*.sh", "digits.yaml", "imagenet_base.yaml", "site.example.yaml"],
+    },
     install_requires=[
         "annotated-types",
         "deepspeed>=0.19.8",

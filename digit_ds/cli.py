@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from digit_ds import __version__
+from digit_ds.cluster.settings import SubmitSettings
 from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.demo.settings import DemoSettings
 from digit_ds.errors import run_command
@@ -181,6 +182,12 @@ def _doctor(settings: DoctorSettings) -> None:
     doctor(settings)
 
 
+def _submit(settings: SubmitSettings) -> None:
+    from digit_ds.cluster.submit import submit
+
+    submit(settings)
+
+
 def _demo(settings: DemoSettings) -> None:
     from digit_ds.demo.run import run as run_demo
 
@@ -211,6 +218,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "fetch": (FetchSettings, _fetch),
     "publish": (PublishSettings, _publish),
     "doctor": (DoctorSettings, _doctor),
+    "submit": (SubmitSettings, _submit),
     "demo": (DemoSettings, _demo),
 }
 """Settings and function of each verb, in the order of the pipeline."""

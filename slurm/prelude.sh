@@ -3,7 +3,9 @@
 #
 # A job script sources this, then calls `ranks PYTHON_ARGUMENTS` (a process per task, by srun) and `alone
 # PYTHON_ARGUMENTS` (one process, on the first node). slurm/submit.py sets, from the site file:
-#   DIGIT_HOME          this checkout; default: the folder that sbatch was called in
+#   DIGIT_HOME          what holds slurm/ and tools/: the checkout (default: the folder that sbatch was called in), or
+#                       the installed package
+#   DIGIT_ROOT          where relative paths start; default: DIGIT_HOME
 #   DIGIT_PYTHON        words of the command that runs Python, one a line (container, then interpreter)
 #   DIGIT_MODULES       environment modules to load, one a line
 #   DIGIT_INTERFACE     network interface of NCCL and gloo
@@ -120,7 +122,10 @@ complete() {
     say "complete"
 }
 
-cd "${DIGIT_HOME:-$SLURM_SUBMIT_DIR}"
+cd "${DIGIT_ROOT:-${DIGIT_HOME:-$SLURM_SUBMIT_DIR}}"
+tools=tools
+# shellcheck disable=SC2034 # read by the job scripts
+[ "${DIGIT_ROOT:-}" = "${DIGIT_HOME:-}" ] || tools=$DIGIT_HOME/tools
 mapfile -t modules <<<"${DIGIT_MODULES:-}"
 for name in "${modules[@]}"; do
     [ -z "$name" ] || module load "$name"

@@ -1,6 +1,7 @@
 """The wheel, installed into an environment without a checkout and used from another directory."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 from preparation_parts import make_encoder, make_images, make_vqgan
 
 import digit_ds
+from digit_ds.cluster import submit
 from digit_ds.files import read_json
 
 pytestmark = pytest.mark.slow
@@ -25,7 +28,7 @@ def environment(tmp_path_factory) -> Path:
     """An environment with nothing but the wheel; its dependencies come from the environment of the tests."""
     folder = tmp_path_factory.mktemp("installed")
     source, environment = folder / "source", folder / "environment"
-    for name in ("digit_ds", "ds_configs"):
+    for name in ("digit_ds", "ds_configs", "slurm", "tools"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, source)
@@ -94,3 +97,37 @@ def test_a_name_that_is_not_shipped_is_refused_with_those_that_are(environment, 
     assert done.returncode == 2
     (line,) = done.stderr.decode().strip().splitlines()
     assert "nope.yaml" in line and "base_prior.yaml" in line and "vq_baseline.yaml" in line
+
+
+def test_a_chain_is_submitted_and_a_job_runs_without_a_checkout(environment, tmp_path, monkeypatch):
+    """``digit-ds submit`` finds chain, recipes and job scripts in the package; a script runs its step from there."""
+    chain = yaml.safe_load((REPOSITORY / "slurm" / "digits.yaml").read_text())
+    for section in chain.values():
+        for name in submit.PATHS if isinstance(section, dict) else ():
+            if name in section:
+                (tmp_path / section[name]).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / section[name]).write_text("there")
+    site = {"partition": "main", "nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time": "5"}
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "site.yaml").write_text(yaml.safe_dump(site))
+    (tmp_path / "bin").mkdir()
+    srun = 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"'
+    for name, body in (("srun", srun), ("scontrol", "echo localhost"), ("squeue", "")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    steps = run(environment, tmp_path, "digit-ds", "submit", "slurm/digits.yaml", "--dry-run").splitlines()
+    assert [line.split()[0] for line in steps[:2]] == ["features", "kmeans"] and len(steps) == 9
+    words = shlex.split(steps[0])
+    variables = dict(word.split("=", 1) for word in words if word.startswith("DIGIT_"))
+    (script,) = (word for word in words if word.endswith(".sbatch"))
+    assert Path(script).is_relative_to(environment) and variables["DIGIT_ROOT"] == str(tmp_path)
+    assert variables["DIGIT_PYTHON"] == str(environment / "bin" / "python")
+
+    slurm = {"SLURM_JOB_NAME": "f", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "1"}
+    variables |= slurm | {"SLURM_NNODES": "1", "DIGIT_STATE": str(tmp_path / "state.json")}
+    job = subprocess.run(
+        ["bash", script, "--help"], cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True
+    )
+    assert job.returncode == 0 and "--encoder" in job.stdout, job.stderr
+    assert read_json(tmp_path / "state.json")["status"] == "complete"

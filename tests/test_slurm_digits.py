@@ -4,20 +4,18 @@ That the same commands give the same figures on two nodes was measured with test
 """
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from digit_ds.cluster.chain import Chain, load
+from digit_ds.cluster.chain import steps as chain_steps
 from digit_ds.config import load_recipe
 from digit_ds.demo.run import FULL
 from digit_ds.demo.run import steps as demo_steps
 
 HOME = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HOME / "slurm"))
-from chain import Chain, load  # noqa: E402
-from chain import steps as chain_steps  # noqa: E402
 
 DEMO = {step.name: list(step.command[1:]) for step in demo_steps(Path("/demo"), FULL)}
 CHAIN = {step.name: step for step in chain_steps(load(HOME / "slurm" / "digits.yaml", Chain))}

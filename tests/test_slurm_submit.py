@@ -281,8 +281,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(submission, change, message
 
 
 def test_status_quotes_the_error_of_a_rank_that_torch_names(tmp_path):
-    sys.path.insert(0, str(HOME / "slurm"))
-    from submit import _why
+    from digit_ds.cluster.submit import _why
 
     log = tmp_path / "digit-prior-7.out"
     lines = [

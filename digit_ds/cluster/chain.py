@@ -1,12 +1,14 @@
 """What is submitted: the site, the chain's recipe, and the steps with their arguments and dependencies."""
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from digit_ds import shipped
 from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.errors import UserError
 from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings
@@ -14,7 +16,6 @@ from digit_ds.generation.settings import SampleSettings
 from digit_ds.preparation.settings import FeatureSettings, TokenSettings
 from digit_ds.settings import PathText, Section, Settings, read_yaml, spellings
 
-HOME = Path(__file__).resolve().parents[1]
 Options = dict[str, str | int | float | bool | list[int | float | str] | None]
 Name = Literal[
     "features", "kmeans", "tokenize", "tokenize_validation", "prior", "decoder", "sample", "evaluate", "probe"
@@ -45,7 +46,7 @@ class Site(Section):
     memory: str | None = None
     time: str
     grace_seconds: int = Field(300, ge=1)
-    python: str = ".venv/bin/python"
+    python: str = ".venv/bin/python" if shipped.ROOT == shipped.HOME else sys.executable
     container: list[str] = Field([])
     modules: list[str] = Field([])
     interface: str | None = None
@@ -55,7 +56,7 @@ class Site(Section):
 
     def resources(self, step: str) -> dict[str, Any]:
         """Everything that ``step`` asks Slurm for: the site's values under the step's own."""
-        own = self.steps.get(step, Resources()).model_dump(exclude_none=True)
+        own = next((own for name, own in self.steps.items() if name == step), Resources()).model_dump(exclude_none=True)
         values = {name: getattr(self, name) for name in Resources.model_fields} | own
         if values["tasks_per_node"] is None:
             values["tasks_per_node"] = max(1, values["gpus_per_node"])
@@ -63,7 +64,7 @@ class Site(Section):
 
     def interpreter(self) -> list[str]:
         """Words of the command that runs Python in a job."""
-        return [*self.container, str(HOME / self.python) if "/" in self.python else self.python]
+        return [*self.container, str(shipped.ROOT / self.python) if "/" in self.python else self.python]
 
 
 class Training(Section):
@@ -132,7 +133,7 @@ class Step:
     @property
     def script(self) -> Path:
         """The sbatch script."""
-        return HOME / "slurm" / f"{self.name.removesuffix('_validation')}.sbatch"
+        return shipped.HOME / "slurm" / f"{self.name.removesuffix('_validation')}.sbatch"
 
 
 def steps(chain: Chain) -> list[Step]:
@@ -147,7 +148,7 @@ def steps(chain: Chain) -> list[Step]:
     def train(settings: Training, name: str, model: Path) -> Step:
         overrides = {"data.shards": str(shards), "data.validation": str(validation)} | settings.overrides
         values = [f"{key}={in_one_line(value)}" for key, value in overrides.items()]
-        arguments = map(str, [out / "runs" / name, model, absolute(settings.recipe), *values])
+        arguments = map(str, [out / "runs" / name, model, training_recipe(settings.recipe), *values])
         return Step(name, ("-m", "digit_ds", "train"), tuple(arguments), tokens, model / "config.json")
 
     def step(name: str, command: tuple[str, ...], made: dict, needs: tuple[str, ...], product: Path, *first) -> Step:
@@ -184,8 +185,14 @@ def steps(chain: Chain) -> list[Step]:
 
 
 def absolute(path: str) -> Path:
-    """A path of the chain's recipe; relative ones start at the checkout, where the jobs run too."""
-    return HOME / Path(path).expanduser()
+    """A path of the chain's recipe; relative ones start at ``shipped.ROOT``, where the jobs run too."""
+    return shipped.ROOT / Path(path).expanduser()
+
+
+def training_recipe(path: str) -> Path:
+    """The recipe of a training step: a file, or a shipped one."""
+    found = absolute(path)
+    return found if found.is_file() else (shipped.find(path) or found).resolve()
 
 
 def check_options(step: Step, source: str) -> None:
@@ -242,7 +249,8 @@ def sbatch(step: Step, site: Site, folder: Path, after: list[int]) -> tuple[list
     if after:
         command.append("--dependency=afterok:" + ":".join(map(str, after)))
     variables = site.environment | {
-        "DIGIT_HOME": str(HOME),
+        "DIGIT_HOME": str(shipped.HOME),
+        "DIGIT_ROOT": str(shipped.ROOT),
         "DIGIT_PYTHON": "\n".join(site.interpreter()),
         "DIGIT_MODULES": "\n".join(site.modules),
         "DIGIT_INTERFACE": site.interface or "",
