@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         folder = write_photographs(root / "folder", arguments.images)
-        paths = {"folder": (folder, None), **pack(root / "packed", folder)}
+        paths = {"folder": (folder, None), **pack(root / "packed", folder, ("none", "none"))}
         sources, names = {}, {}
         for kind, (path, labels) in paths.items():
             sources[kind] = open_source(path, root / f"{kind}.index", labels)

@@ -45,16 +45,20 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def write_parquet(path: Path, rows: list[tuple[bytes | None, str | None, int]], **more: list) -> None:
+def write_parquet(
+    path: Path, rows: list[tuple[bytes | None, str | None, int]], compression: str = "snappy", **more: list
+) -> None:
     image = pa.array(
         [{"bytes": data, "path": name} for data, name, _ in rows],
         pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
     table = pa.table({"image": image, "label": [label for *_, label in rows], **more})
-    pq.write_table(table, path, row_group_size=7)
+    pq.write_table(table, path, row_group_size=7, compression=compression)
 
 
-def pack(root: Path, images: Path) -> dict[str, tuple[Path, Path | None]]:
+def pack(
+    root: Path, images: Path, compression: tuple[str, str] = ("none", "snappy")
+) -> dict[str, tuple[Path, Path | None]]:
     """The pictures of a folder in every other form, in another order: path and file of labels of each."""
     names = sorted(walk(images), key=lambda name: name[::-1])
     data = {name: (images / name).read_bytes() for name in names}
@@ -65,7 +69,8 @@ def pack(root: Path, images: Path) -> dict[str, tuple[Path, Path | None]]:
     half = len(names) // 2
     for part, chosen in enumerate((names[:half], names[half:])):
         rows = [(data[name], name.split("/")[1], label[name]) for name in chosen]
-        write_parquet(root / f"parquet/data/train-{part:05d}-of-00002.parquet", rows, caption=["a picture"] * len(rows))
+        file = root / f"parquet/data/train-{part:05d}-of-00002.parquet"
+        write_parquet(file, rows, compression[part], caption=["a picture"] * len(rows))
         with tarfile.open(root / f"webdataset/set-{part:04d}.tar", "w") as tar:
             for name in chosen:
                 add(tar, f"{name.rpartition('.')[0]}.cls", str(label[name]).encode())
@@ -256,10 +261,11 @@ def test_class_order_numeric(parts: dict, tmp_path: Path, capfd: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["parquet", "webdataset", "zip"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_killed_job_goes_on_with_another_number_of_processes(parts: dict, kind: str, tmp_path: Path) -> None:
-    path, _ = parts["packed"][kind]
-    values = options(images=path, out=tmp_path / "out", workers=1, block_images=16, batch=16, **parts["model"])
+    path, labels = parts["packed"][kind]
+    more = {} if labels is None else {"labels": labels}
+    values = options(images=path, out=tmp_path / "out", workers=1, block_images=16, batch=16, **parts["model"], **more)
     tool = [sys.executable, str(REPOSITORY / "tools/extract_features.py"), *values]
     running = subprocess.Popen(tool, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
@@ -303,3 +309,16 @@ def test_imagenets_devkit_names_the_classes_of_the_validation_tar(parts: dict, p
     (kit / "data/meta.mat").write_bytes(b"no matrix")
     with pytest.raises(UserError, match=r"ILSVRC2012_devkit_t12: cannot be read .*, expected ImageNet's devkit"):
         open_source(tmp_path / "ILSVRC2012_img_val.tar", tmp_path / "index", kit)
+
+
+def test_uncompressed_images_of_parquet_are_read_by_offset(parts: dict, tmp_path: Path) -> None:
+    names = list(walk(parts["images"]))[:40]
+    rows = [((parts["images"] / name).read_bytes(), name.split("/")[1], 0) for name in names]
+    for number, images in enumerate((rows, [*rows[:5], rows[0], *rows[5:]])):  # a second one lies in the dictionary
+        path = tmp_path / f"{number}.parquet"
+        write_parquet(path, [(data, None, label) for data, _, label in images], "none")
+        source = open_source(path, tmp_path / "index")
+        found = list(source.names(Counter()))
+        assert [source.read(name) for name in sorted(found)] == [data for data, *_ in images]
+        packed = [name for name in found if source._index.place(name).offset < 0]  # type: ignore[attr-defined]
+        assert len(packed) == (7 if number else 0)

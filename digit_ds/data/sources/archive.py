@@ -16,6 +16,35 @@ LONGEST = 1 << 30
 """Bytes to which a compressed member may grow."""
 
 
+class Bytes:
+    """Parts of some files, by offset; each process opens them for itself."""
+
+    def __init__(self, files: Sequence[ArchiveFile]) -> None:
+        self._files = files
+        self._descriptors: dict[tuple[int, int], int] = {}
+
+    def read(self, number: int, length: int, offset: int) -> bytes:
+        """``length`` bytes of a file from ``offset`` on.
+
+        Raises:
+            UnreadableImageError: they are not there.
+        """
+        file = self._files[number]
+        try:
+            data = file.read_at(length, offset) if isinstance(file, RemoteFile) else self._local(number, length, offset)
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+        if len(data) != length:
+            raise UnreadableImageError(f"{file.name} ends inside it")
+        return data
+
+    def _local(self, number: int, length: int, offset: int) -> bytes:
+        key = (os.getpid(), number)
+        if key not in self._descriptors:
+            self._descriptors[key] = os.open(str(self._files[number]), os.O_RDONLY)
+        return os.pread(self._descriptors[key], length, offset)
+
+
 class ArchiveSource:
     """The members that ``entries`` finds; see :class:`~digit_ds.data.sources.protocol.ImageSource`."""
 
@@ -29,7 +58,7 @@ class ArchiveSource:
     ) -> None:
         self.root, self._files, self._entries = root, files, entries
         self._index = Index(index, files, labels)
-        self._descriptors: dict[tuple[int, int], int] = {}
+        self._bytes = Bytes(files)
 
     @property
     def classes(self) -> list[str] | None:
@@ -46,24 +75,10 @@ class ArchiveSource:
         place = self._index.place(name)
         if place is None:
             raise UnreadableImageError("not in the archive")
-        try:
-            data = self._bytes(place.archive, place.length, place.offset)
-        except OSError as error:
-            raise UnreadableImageError(error.strerror or str(error)) from error
-        if len(data) != place.length:
-            raise UnreadableImageError(f"{self._files[place.archive].name} ends inside it")
+        data = self._bytes.read(place.archive, place.length, place.offset)
         if not place.deflated:
             return data
         try:
             return zlib.decompressobj(-15).decompress(data, LONGEST)
         except zlib.error as error:
             raise UnreadableImageError(str(error)) from error
-
-    def _bytes(self, archive: int, length: int, offset: int) -> bytes:
-        file = self._files[archive]
-        if isinstance(file, RemoteFile):
-            return file.read_at(length, offset)
-        key = (os.getpid(), archive)
-        if key not in self._descriptors:
-            self._descriptors[key] = os.open(str(file), os.O_RDONLY)
-        return os.pread(self._descriptors[key], length, offset)

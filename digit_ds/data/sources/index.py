@@ -17,6 +17,9 @@ from digit_ds.data.sources.protocol import ArchiveFile, Entry
 from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
 
+FORMAT = 2
+"""Of the stamp; 1 had the row groups of parquet files as offsets."""
+
 
 class Place(NamedTuple):
     """Where the bytes of one image are; see :class:`~digit_ds.data.sources.protocol.Entry`."""
@@ -41,7 +44,9 @@ class Index:
         Raises:
             UserError: an archive cannot be read, two images have one name, or a name is none.
         """
-        stamp = json.dumps([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files])
+        stamp = f"{FORMAT} " + json.dumps(
+            [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files]
+        )
         stamp += "" if self._labels is None else self._labels.stamp
         if self._stored("stamp") != stamp:
             write_atomically(self.path, lambda temporary: self._write(temporary, stamp, entries(), class_names()))

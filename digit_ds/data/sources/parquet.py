@@ -1,7 +1,8 @@
 """Images in parquet files as Hugging Face writes them: columns ``image`` {bytes, path} and perhaps ``label``.
 
-Other columns are not read. pyarrow reads a row group at a time, and each process keeps its last one: images that are
-sorted by class in the files are read once, shuffled ones need a row group each.
+Other columns are not read. Images that a file holds uncompressed, as Hugging Face writes them, are found in it once,
+when the index is built, and then read by offset. Of others pyarrow reads a row group at a time, and each process keeps
+its last one: images that are sorted by class in the files are read once, shuffled ones need a row group each.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from digit_ds.data.images import UnreadableImageError
+from digit_ds.data.sources.archive import Bytes
 from digit_ds.data.sources.index import Index
 from digit_ds.data.sources.protocol import ArchiveFile, Entry
 from digit_ds.errors import UserError
@@ -25,6 +27,7 @@ class ParquetSource:
     def __init__(self, root: Path | str, files: Sequence[ArchiveFile], index: Path) -> None:
         self.root, self._files = root, files
         self._index = Index(index, files, None)
+        self._bytes = Bytes(files)
         self._process = 0
         self._open: dict[int, Any] = {}
         self._group: tuple[tuple[int, int], Any] = ((-1, -1), None)
@@ -44,21 +47,22 @@ class ParquetSource:
         place = self._index.place(name)
         if place is None:
             raise UnreadableImageError("not in the files")
+        if place.offset >= 0:
+            return self._bytes.read(place.archive, place.length, place.offset)
+        group = -1 - place.offset
         if self._process != os.getpid():
             self._process, self._open, self._group = os.getpid(), {}, ((-1, -1), None)
-        key = (place.archive, place.offset)
+        key = (place.archive, group)
         if self._group[0] != key:
             try:
                 if place.archive not in self._open:
                     self._open[place.archive] = _file(self._files[place.archive])
-                column = self._open[place.archive].read_row_group(place.offset, ["image.bytes"], use_threads=False)
+                column = self._open[place.archive].read_row_group(group, ["image.bytes"], use_threads=False)
                 self._group = (key, column["image"].combine_chunks().field("bytes"))
             except UserError:  # an object store that does not answer
                 raise
             except Exception as error:  # ArrowInvalid, OSError: whatever damaged pages lead to
-                raise UnreadableImageError(
-                    f"damaged row group {place.offset} of {self._files[place.archive].name}"
-                ) from error
+                raise UnreadableImageError(f"damaged row group {group} of {self._files[place.archive].name}") from error
         data = self._group[1][place.length].as_py()
         if data is None:
             raise UnreadableImageError("has no bytes")
@@ -73,11 +77,13 @@ class ParquetSource:
                 columns = _read(file, parquet, group, ["image.path", "label"] if labelled else ["image.path"])
                 paths = columns["image"].combine_chunks().field("path").to_pylist()
                 labels: list[Any] = columns["label"].to_pylist() if labelled else [None] * len(paths)
+                places = _places(file, parquet, group)
                 for row, (path, label) in enumerate(zip(paths, labels)):
                     name = path.lstrip("/") if paths_serve else f"{file.stem}-{row_in_file:07d}"
                     if label is not None and not isinstance(label, int):
                         raise UserError(f"{file}: column label holds {label!r}, expected the number of a class")
-                    yield Entry(name, label, number, group, row)
+                    offset, length = places[row] if places else (-1 - group, row)
+                    yield Entry(name, label, number, offset, length)
                     row_in_file += 1
 
     def _paths_serve(self) -> bool:
@@ -137,6 +143,31 @@ def _file(path: ArchiveFile) -> Any:
             f"{path}: has the columns {', '.join(schema.names)}, expected image with the fields bytes and path"
         )
     return parquet
+
+
+def _places(file: ArchiveFile, parquet: Any, group: int) -> list[tuple[int, int]] | None:
+    """Offset and length of each image of a row group in its file; None where one is not found there as it is."""
+    columns = parquet.metadata.row_group(group)
+    column = next(
+        chunk for at in range(columns.num_columns) if (chunk := columns.column(at)).path_in_schema == "image.bytes"
+    )
+    if column.compression != "UNCOMPRESSED":
+        return None
+    values = _read(file, parquet, group, ["image.bytes"])["image"].combine_chunks().field("bytes")
+    first = column.data_page_offset
+    if column.has_dictionary_page:
+        first = min(first, column.dictionary_page_offset)
+    with file.open("rb") as stream:
+        stream.seek(first)
+        raw = stream.read(column.total_compressed_size)
+    places, position = [], 0
+    for value in values:
+        data = value.as_py()
+        if data is None or (found := raw.find(data, position)) < 0:
+            return None
+        places.append((first + found, len(data)))
+        position = found + len(data)
+    return places
 
 
 def _read(file: ArchiveFile, parquet: Any, group: int, columns: list[str]) -> Any:

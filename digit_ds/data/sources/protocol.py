@@ -59,8 +59,8 @@ class Entry(NamedTuple):
     archive: int
     """Number of the file that holds it."""
     offset: int
-    """First byte in that file; in parquet the row group."""
+    """First byte in that file; in parquet where the bytes lie there packed, -1 - the row group."""
     length: int
-    """Bytes; in parquet the row in its group."""
+    """Bytes; beside a row group the row in it."""
     deflated: bool = False
     """Whether the bytes are compressed as in a zip."""
