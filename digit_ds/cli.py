@@ -22,6 +22,7 @@ from digit_ds.preparation.settings import FeatureSettings, TokenSettings, Verify
 from digit_ds.publishing.settings import FetchSettings, PublishSettings
 from digit_ds.settings import Parser, Section, add_options, from_options
 from digit_ds.training.settings import EstimateSettings, ExportSettings, TrainSettings
+from digit_ds.tuning.settings import GuidanceSettings
 
 
 def _train(settings: TrainSettings) -> None:
@@ -124,6 +125,12 @@ def _statistics(settings: StatisticsSettings) -> None:
     save_statistics(settings)
 
 
+def _guidance(settings: GuidanceSettings) -> None:
+    from digit_ds.tuning.guidance import search_guidance
+
+    search_guidance(settings)
+
+
 def _probe(settings: ProbeSettings) -> None:
     from digit_ds.evaluation.linear_probe import probe
 
@@ -213,6 +220,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "sample": (SampleSettings, _sample),
     "evaluate": (EvaluateSettings, _evaluate),
     "statistics": (StatisticsSettings, _statistics),
+    "guidance": (GuidanceSettings, _guidance),
     "probe": (ProbeSettings, _probe),
     "convert": CONVERSIONS,
     "fetch": (FetchSettings, _fetch),

@@ -46,6 +46,13 @@ def save_statistics(reference: Any, out: Any, **options: Any) -> None:
     function(StatisticsSettings.read({"reference": reference, "out": out, **options}))
 
 
+def search_guidance(out: Any, **options: Any) -> dict[str, Any]:
+    from digit_ds.tuning.guidance import search_guidance as function
+    from digit_ds.tuning.settings import GuidanceSettings
+
+    return function(GuidanceSettings.read({"out": out, **options}))
+
+
 def probe(model: Any, train: Any, val: Any, out: Any, **options: Any) -> dict[str, Any]:
     from digit_ds.evaluation.linear_probe import probe as function
     from digit_ds.evaluation.settings import ProbeSettings

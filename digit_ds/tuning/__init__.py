@@ -1,0 +1,1 @@
+"""Choosing what is not trained: settings of sampling by their scores."""
