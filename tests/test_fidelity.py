@@ -169,6 +169,29 @@ def test_class_accuracy(parts, tmp_path):
         )
 
 
+def test_a_classifier_of_other_classes_is_refused(parts, tmp_path):
+    """As many classes in another order: the accuracy would be wrong in silence."""
+    root, *_ = parts
+    network = load_feature_network(root / "judge.safetensors")
+    weights, biases = [layer.weight for layer in network.layers], [layer.bias for layer in network.layers]
+    given = {"side": 8, "mean": network.mean, "scale": network.scale}
+    names = [str(label) for label in range(10)]
+    save_feature_network(tmp_path / "judge.safetensors", weights, biases, **given, classes=[*names[:8], "9", "8"])
+    labels = json.loads((root / "manifest.json").read_text())["labels"]
+    (tmp_path / "asked.json").write_text(json.dumps({"labels": labels, "classes": names}))
+    options = {"features": root / "judge.safetensors", "labels": tmp_path / "asked.json"}
+    with pytest.raises(UserError, match=r"label 8 is class '8', but '9' in classifier .*judge\.safetensors"):
+        evaluate(root / "one", root / "two", tmp_path / "o.json", **options, classifier=tmp_path / "judge.safetensors")
+    save_feature_network(tmp_path / "judge.safetensors", weights, biases, **given, classes=names)
+    judged = evaluate(
+        root / "one", root / "two", tmp_path / "o.json", **options, classifier=tmp_path / "judge.safetensors"
+    )
+    assert judged["class_accuracy"] > 0.9
+    with pytest.raises(UserError, match="names of classes are no list of 10"):
+        save_feature_network(tmp_path / "judge.safetensors", weights, biases, **given, classes=names[:3])
+        load_feature_network(tmp_path / "judge.safetensors")
+
+
 def test_reference_preparations():
     noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
     image = Image.fromarray(noise)

@@ -7,7 +7,8 @@ The format is a safetensors file of a feed-forward network with ReLU between its
 mean, scale           float [I]       input i is (x_i - mean_i) / scale_i
 layers.{n}.weight     float [out, in] n = 0 .. L - 1
 layers.{n}.bias       float [out]     the last layer gives the logits, what enters it are the features
-metadata              {"format": "feature-network-1", "side": "8", "channels": "1"}, I = channels * side * side
+metadata              {"format": "feature-network-1", "side": "8", "channels": "1"}, I = channels * side * side;
+                      perhaps "classes", a JSON list of the names of the logits in their order
 ```
 
 A picture's input are its values in [0, 1]: channels averaged to one if ``channels`` is 1, then scaled to ``side`` x
@@ -16,6 +17,7 @@ A picture's input are its values in [0, 1]: channels averaged to one if ``channe
 ``weights = [w.T for w in mlp.coefs_]``, ``biases = mlp.intercepts_``.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -43,6 +45,7 @@ class FeatureNetwork(nn.Module):
     ):
         super().__init__()
         self.side, self.channels = side, channels
+        self.class_names: list[str] | None = None
         self.layers = nn.ModuleList(nn.Linear(weight.shape[1], weight.shape[0]) for weight in weights)
         for layer, weight, bias in zip(self.layers, weights, biases):
             layer.weight.data, layer.bias.data = weight.float(), bias.float()
@@ -79,14 +82,18 @@ def save_feature_network(
     channels: int = 1,
     mean: Tensor | float = 0.0,
     scale: Tensor | float = 1.0,
+    classes: Sequence[str] | None = None,
 ) -> None:
-    """Write the file; ``weights`` are [out, in], ``mean`` and ``scale`` numbers or one for each input."""
+    """Write the file; ``weights`` are [out, in], ``mean`` and ``scale`` numbers or one for each input, ``classes`` the
+    names of the logits.
+    """
     width = channels * side * side
     tensors = {"mean": torch.zeros(width) + mean, "scale": torch.zeros(width) + scale}
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         tensors[f"layers.{number}.weight"] = torch.as_tensor(weight).float().contiguous()
         tensors[f"layers.{number}.bias"] = torch.as_tensor(bias).float().contiguous()
     metadata = {"format": FORMAT, "side": str(side), "channels": str(channels)}
+    metadata |= {} if classes is None else {"classes": json.dumps(list(classes))}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -110,10 +117,15 @@ def load_feature_network(path: Path | str) -> FeatureNetwork:
         weights = [tensors[f"layers.{number}.weight"] for number in range(count)]
         biases = [tensors[f"layers.{number}.bias"] for number in range(count)]
         mean, scale = tensors["mean"], tensors["scale"]
-    except (KeyError, ValueError) as error:
+        names = json.loads(metadata.get("classes", "null"))
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error} is missing or wrong, expected a complete feature network") from error
     widths = [channels * side * side, *(weight.shape[0] for weight in weights)]
     fits = all(w.shape[1:] == (n,) and b.shape == w.shape[:1] for w, b, n in zip(weights, biases, widths))
     if not weights or not fits or mean.shape != (widths[0],) or scale.shape != (widths[0],) or channels not in (1, 3):
         raise UserError(f"{path}: its shapes do not fit each other and an input of {channels} x {side} x {side}")
-    return FeatureNetwork(side, channels, weights, biases, mean, scale).eval().requires_grad_(False)
+    network = FeatureNetwork(side, channels, weights, biases, mean, scale).eval().requires_grad_(False)
+    if names is not None and (not isinstance(names, list) or len(names) != network.classes):
+        raise UserError(f"{path}: its names of classes are no list of {network.classes}, as many as there are logits")
+    network.class_names = names and [str(name) for name in names]
+    return network

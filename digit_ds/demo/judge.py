@@ -41,8 +41,10 @@ def train_network(images: Path, out: Path) -> None:
     """Train the network on an image folder and write it as a feature network."""
     network = MLPClassifier(HIDDEN, random_state=0, max_iter=100, early_stopping=False)
     network.fit(as_originals(read_images(images)), read_labels(images))
+    classes = [str(label) for label in network.classes_]
     weights = [torch.from_numpy(weight.T) for weight in network.coefs_]
-    save_feature_network(out, weights, [torch.from_numpy(bias) for bias in network.intercepts_], side=SIDE)
+    biases = [torch.from_numpy(bias) for bias in network.intercepts_]
+    save_feature_network(out, weights, biases, side=SIDE, classes=classes)
 
 
 def main(arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ from digit_ds.evaluation.extractors import Extractor, open_extractor
 from digit_ds.evaluation.pictures import Array, Pictures, Statistics, describe_sides, open_pictures
 from digit_ds.evaluation.settings import EvaluateSettings, StatisticsSettings
 from digit_ds.files import read_json, write_atomically, write_json
+from digit_ds.identity import Part, check_classes
 from digit_ds.parallel import shared_memory
 from digit_ds.parallel.workers import worker_errors_in_one_line
 from digit_ds.safe_load import load_npz
@@ -55,6 +56,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     asked = _asked_labels(settings.labels, len(samples)) if settings.classifier is not None else None
     if settings.classifier is not None and asked is None:
         raise UserError(f"{settings.classifier}: is to judge classes, but no labels were given to judge by")
+    if settings.classifier is not None:
+        _check_class_names(settings.classifier, settings.labels)
     with worker_errors_in_one_line():
         figures = _figures(samples, against, extractor, settings.precision_recall, settings.cache, settings.batch)
         if settings.classifier is not None and asked is not None:
@@ -272,6 +275,13 @@ def _asked_labels(labels: Path | str | None, count: int) -> np.ndarray | None:
     if asked.shape != (count,) or asked.dtype.kind not in "iu" or asked.min() < 0:
         raise UserError(f"{labels}: has no class label for each of the {count} generated pictures")
     return asked.astype(np.int64)
+
+
+def _check_class_names(classifier: Path | str, labels: Path | str | None) -> None:
+    """Refuse a classifier whose classes are others than those of the sampling job, or stand in another order."""
+    named = {} if labels is None or Path(labels).suffix == ".npz" else read_json(labels)
+    known = load_feature_network(classifier).class_names
+    check_classes([Part(f"samples {labels}", named), Part(f"classifier {classifier}", {"classes": known})])
 
 
 def _warning(count: int) -> str | None:
