@@ -55,7 +55,7 @@ class Site(Section):
     steps: dict[Name, Resources] = Field({})
 
     def resources(self, step: str) -> dict[str, Any]:
-        """Everything that ``step`` asks Slurm for: the site's values under the step's own."""
+        """Everything that ``step`` requests from Slurm: the site's values under the step's own."""
         own = next((own for name, own in self.steps.items() if name == step), Resources()).model_dump(exclude_none=True)
         values = {name: getattr(self, name) for name in Resources.model_fields} | own
         if values["tasks_per_node"] is None:
@@ -63,7 +63,7 @@ class Site(Section):
         return values
 
     def interpreter(self) -> list[str]:
-        """Words of the command that runs Python in a job."""
+        """The command that runs Python in a job, as a list."""
         return [*self.container, str(shipped.ROOT / self.python) if "/" in self.python else self.python]
 
 

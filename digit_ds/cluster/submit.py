@@ -1,4 +1,4 @@
-"""``digit-ds submit``: submit what a chain lacks, or report how it stands.
+"""``digit-ds submit``: submit what a chain lacks, or report its status.
 
 Submitting again is always safe: what is complete is skipped, what is queued or running is left alone and waited for,
 what failed is started again and continues from what it had done.
@@ -162,7 +162,7 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, settings: SubmitS
         print(
             f"\nwatch the queue:   squeue --jobs={numbers}\n"
             f"read the logs:     tail -F {folder}/logs/*\n"
-            f"how it stands:     {_command()} {settings.chain} --status\n"
+            f"status:            {_command()} {settings.chain} --status\n"
             f"curves:            tensorboard --logdir {folder}/runs\n"
             f"stop everything:   scancel {numbers.replace(',', ' ')}"
         )
@@ -197,9 +197,9 @@ def _make_folders(folder: Path) -> None:
 
 
 def _said(stderr: str) -> str:
-    """Why sbatch refused: it says the reason, then that it failed."""
+    """Why sbatch refused: the first line of its output."""
     lines = [line.removeprefix("sbatch: error: ") for line in stderr.strip().splitlines()]
-    return lines[0] if lines else "it did not say why"
+    return lines[0] if lines else "it gave no reason"
 
 
 def _wanted(chain_steps: list[Step], folder: Path) -> set[str]:
@@ -285,7 +285,7 @@ def _standing(step: Step, folder: Path, queue: dict, failed: list[str]) -> tuple
         return f"running (job {job}) on {nodes}, attempt {state['restarts'] + 1 if said else 1}: {log}", False
     if blocked := [name for name in step.needs if name in failed]:
         return f"cancelled (job {job}): {' and '.join(blocked)} did not complete", True
-    how = "" if said == "failed" else f" as {slurm or 'a job that Slurm has forgotten'}"
+    how = "" if said == "failed" else f" as {slurm or 'a job that Slurm no longer lists'}"
     return f"failed (job {job}){how}: {_why(log)}; see {log}", True
 
 
@@ -302,7 +302,7 @@ def _waiting(reason: str) -> str:
 
 
 def _why(log: Path) -> str:
-    """The line of the last attempt's log that says best why it ended."""
+    """The line of the last attempt's log that most likely states why it ended."""
     if shutil.disk_usage(log.parent).free < 1 << 16:
         return f"the file system of {log.parent} is full"
     try:

@@ -14,7 +14,7 @@ _GPU_SCORES = 1 << 28
 
 
 class Assigner(Protocol):
-    """What Lloyd needs of a back end."""
+    """The interface of a back end of Lloyd's algorithm."""
 
     name: str
     device: torch.device

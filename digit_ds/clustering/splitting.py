@@ -1,4 +1,4 @@
-"""Empty clusters, dealt with as faiss deals with them."""
+"""Empty clusters are split as in faiss."""
 
 import numpy as np
 

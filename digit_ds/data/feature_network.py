@@ -1,5 +1,5 @@
-"""A small classifier in a file, whose features and class probabilities stand in for Inception's where Inception knows
-nothing.
+"""A small classifier in a file, whose features and class probabilities replace Inception's for images unlike
+ImageNet's.
 
 The format is a safetensors file of a feed-forward network with ReLU between its layers:
 

@@ -64,7 +64,7 @@ def no_images(root: Path | str, passed_over: Counter[str]) -> UserError:
 
 
 def warn_of_passed_over(root: Path | str, passed_over: Counter[str]) -> None:
-    """Say on stderr how many files of which suffixes were not taken for images."""
+    """Warn on stderr how many files of which suffixes were not taken for images."""
     if passed_over:
         print(f"warning: {root}: {describe_passed_over(passed_over)}", file=sys.stderr, flush=True)
 

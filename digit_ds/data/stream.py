@@ -265,7 +265,7 @@ def _open(shards: str, cache: str) -> StreamingDataset:
 
 @contextmanager
 def _one_job_at_a_time() -> Iterator[None]:
-    """Keep other jobs of this user on this node from opening a dataset meanwhile.
+    """Mutual exclusion of this user's jobs on this node while a dataset is opened.
 
     Each process of a job looks for the first free number in shared memory, then one takes it: of jobs that start
     together some take the same one and fail. A job on several nodes takes no lock: two such jobs could hold one node

@@ -1,4 +1,4 @@
-"""Judges of the demo's pictures: classifiers trained on the real training digits alone, with their labels.
+"""Classifiers that score the demo's pictures, trained on the real training digits alone, with their labels.
 
 The pipeline's models never see them; they only score what it made. A support-vector machine names digits; a small
 network, written for ``digit-ds evaluate --features``, gives the features of FID and the classes of the Inception Score.

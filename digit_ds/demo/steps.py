@@ -1,6 +1,7 @@
-"""Commands that leave a note when they are done, so that what was interrupted continues and nothing is done twice.
+"""Commands that write a completion file, so that an interrupted run continues and nothing is done twice.
 
-A note names its command without the folders of this machine: a folder of results may be moved, and continued elsewhere.
+The file names its command without the folders of this machine: a folder of results may be moved and
+continued elsewhere.
 """
 
 import os

@@ -222,7 +222,7 @@ def _over_seeds(seeds: list[int], figures: Callable[[int], dict[str, float]]) ->
 
 
 def as_markdown(table: dict[str, Any]) -> str:
-    """The table for people: a line for each row, and what the figures are of."""
+    """The table as Markdown: a line for each row, and what the figures are of."""
 
     def shown(figure: dict[str, Any], digits: int, factor: float = 1.0) -> str:
         spread = "" if figure["std"] is None else f" ± {figure['std'] * factor:.{digits}f}"

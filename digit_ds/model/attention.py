@@ -37,7 +37,7 @@ class QkNorm(nn.Module):
 
 
 def ready(qkv: Tensor, heads: int, qk_norm: QkNorm | None, turn: Tensor | None) -> Tensor:
-    """Make queries and keys ready to be compared, and to be kept: [B, T, 3D], grouped by head, to the same.
+    """QK norm and rotary positions of queries and keys: [B, T, 3D], grouped by head, to the same.
 
     ``turn`` is :func:`digit_ds.model.rotary.rotation` of these T positions.
     """
@@ -69,7 +69,7 @@ class KeyValueCache:
         """Of every position of the cache, as :meth:`Attention.step` needs it; None: the model has position tables."""
 
     def reset(self) -> None:
-        """Forget all tokens; the memory is used again."""
+        """Empty the cache; its memory is reused."""
         self.position.zero_()
 
     def ready(self, qkv: Tensor, qk_norm: QkNorm | None, turn: Tensor | None) -> Tensor:

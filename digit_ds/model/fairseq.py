@@ -125,7 +125,7 @@ def _stand_ins(path: Path) -> list[Any]:
     """The allow-list for a file: what it names of the configuration classes above, each as a stand-in."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip file, or a damaged one: reading it will say so
+    except Exception:  # not a zip file, or a damaged one: reading it reports that
         names = ["argparse.Namespace"]
     wanted = [name for name in names if name in _CONFIGURATION_NAMES or name.startswith(_CONFIGURATION_MODULES)]
     # omegaconf's metadata holds an (empty) defaultdict, which is as harmless as a dict.

@@ -222,7 +222,7 @@ class TransformerLayer(nn.Module):
         return _apply(norms[1], x + self._drop(ffn(x)), scales[half:])
 
     def _branch(self, name: Recompute, function: nn.Module, *arguments: Any) -> Callable[[Tensor], Tensor]:
-        """A residual branch of its rows, computed again in the backward pass where that is wished."""
+        """A residual branch of its rows, recomputed in the backward pass where configured."""
         if self.recompute == name and self.training:
             return lambda x: checkpoint(function, x, *arguments, use_reentrant=False, preserve_rng_state=False)
         return lambda x: function(x, *arguments)

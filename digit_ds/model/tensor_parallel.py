@@ -1,4 +1,4 @@
-"""Collectives over the tensor-parallel group that autograd and torch.compile see through.
+"""Collectives over the tensor-parallel group that autograd and torch.compile can trace.
 
 Megatron-core's own ones break the compiler's graph. Each function here is a pair of conjugate operations, as in
 Megatron-LM (arXiv 1909.08053; with rows cut over the ranks, arXiv 2205.05198): what is copied forward is summed
@@ -142,7 +142,7 @@ def copy_all(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def reduce(x: Tensor) -> Tensor:
-    """Sum over the ranks, which all go on with it alike."""
+    """Sum over the ranks, used identically on all of them."""
     return _Reduce.apply(x, _name())
 
 
@@ -165,5 +165,5 @@ def scatter(x: Tensor) -> Tensor:
 
 
 def join(x: Tensor) -> Tensor:
-    """Rows of all ranks, with which all ranks go on alike."""
+    """Rows of all ranks, used identically on all of them."""
     return _Join.apply(x, size(), _name())

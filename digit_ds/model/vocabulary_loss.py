@@ -1,6 +1,6 @@
 """Label-smoothed cross entropy over a vocabulary that is padded and cut over tensor-parallel ranks.
 
-The same sum as ``loss.label_smoothed_cross_entropy`` over the true vocabulary: padded logits enter neither the softmax
+The same sum as fairseq's label-smoothed cross entropy over the true vocabulary: padded logits enter neither the softmax
 nor the smoothing. Besides the logits themselves nothing of size [N, V] is kept: the backward pass writes the gradient
 into the logits' memory.
 """
@@ -33,7 +33,7 @@ def vocabulary_parallel_loss(
         weight = torch.full(flat.shape, 1.0 / flat.numel(), device=flat.device)
     else:
         weight = mask.reshape(-1).float()
-        weight = weight / weight.sum().clamp(min=1)  # nothing counts in a batch of fillers
+        weight = weight / weight.sum().clamp(min=1)  # a batch of padding samples alone
     return _Loss.apply(logits.view(-1, logits.shape[-1]), flat, weight, vocabulary_size, smoothing)
 
 

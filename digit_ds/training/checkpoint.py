@@ -173,7 +173,7 @@ class Checkpoints:
             self.parent = pending.step
 
     def _commit(self, pending: _Pending) -> Path:
-        """Rank 0: count the parts, manifest, rename, ``latest``, and away with what need not be kept."""
+        """Rank 0: count the parts, manifest, rename, ``latest``, then removal of what need not be kept."""
         layout, files = pending.common["layout"], {}
         for tensor, data in product(range(layout["tensor"]), range(layout["data"])):
             path = pending.folder / part_name(tensor, data)
@@ -216,7 +216,7 @@ class Checkpoints:
 
 
 def write_latest(folder: Path, name: str) -> None:
-    """Say which checkpoint the run goes on from."""
+    """Record which checkpoint the run resumes from."""
     write_atomically(folder / LATEST, lambda path: path.write_text(name + "\n", encoding="utf-8"))
 
 
