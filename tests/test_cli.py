@@ -28,6 +28,17 @@ def test_misspelt_key_ends_in_one_sentence_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_is_not_lost_among_warnings_of_the_frameworks(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(tmp_path))
+    result = digit_ds("train", str(recipe))
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == f"error: {tmp_path}/shards: holds no manifest.json, expected a complete directory of token shards\n"
+    )
+
+
 @pytest.mark.parametrize(("tasks", "pauses"), [("2", 1), ("1", 0), (None, 0)])
 @pytest.mark.parametrize("ending", [UserError("x: found 1, expected 2"), SystemExit(2), None])
 def test_a_rank_that_fails_under_srun_stays_until_its_words_have_left(monkeypatch, capsys, ending, tasks, pauses):

@@ -14,13 +14,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +22,13 @@ from digit_ds.model.rotary import rotate, rotation
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.vocabulary_loss import vocabulary_parallel_loss
 from digit_ds.model.weights import POSITION_OFFSET, check_tensor_size, padded_rows
+from digit_ds.parallel.frameworks import (
+    ColumnParallelLinear,
+    ModelParallelConfig,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    parallel_state,
+)
 
 NORM_EPSILON = 1e-5
 Recompute = Literal["none", "attention", "feed_forward", "layer"]

@@ -6,8 +6,9 @@ backward, what is gathered forward is reduce-scattered backward. Rows are the fi
 """
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
+
+from digit_ds.parallel.frameworks import parallel_state
 
 _OPS = torch.ops._c10d_functional
 

@@ -7,8 +7,9 @@ into the logits' memory.
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
+
+from digit_ds.parallel.frameworks import parallel_state
 
 _ROWS = 8192
 """Rows handled at once where the arithmetic is not compiled: bounds the float32 copies of the logits."""

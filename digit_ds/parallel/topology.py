@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from digit_ds.errors import UserError
 from digit_ds.parallel import decide, launch
+from digit_ds.parallel.frameworks import parallel_state
 
 LEAVE_SECONDS = 30.0
 """How long a process may take to say why it failed and to end."""

@@ -1,17 +1,10 @@
 """The DeepSpeed engine around the Megatron model: what is built, and the few things asked of it."""
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when DeepSpeed is first imported
-
-import deepspeed
-from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 
 from digit_ds.config import Recipe
@@ -21,6 +14,7 @@ from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer, Transforme
 from digit_ds.model.partition import read_shard
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.parallel.decide import fail_together, together
+from digit_ds.parallel.frameworks import deepspeed
 from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.optimizer import GuardedAdamW
@@ -78,7 +72,7 @@ class Engine:
         before = fingerprint(model, dtype) if topology.world_size > 1 and not kind.partitions_weights else None
         if kind.partitions_weights:
             # Weights are gathered a layer at a time: fewer and larger messages, and no hook inside a compiled layer.
-            set_z3_leaf_modules(model, [TransformerLayer])
+            deepspeed.utils.set_z3_leaf_modules(model, [TransformerLayer])
         if recipe.training.compile:
             model.compile_layers()
         settings = recipe.optimizer

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from digit_ds.config import Recipe
@@ -19,6 +18,7 @@ from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
 from digit_ds.parallel.decide import agree, together
+from digit_ds.parallel.frameworks import parallel_state
 from digit_ds.parallel.workers import protect_resource_tracker, worker_errors_in_one_line
 from digit_ds.training import micro_batch, resume, runs
 from digit_ds.training.checkpoint import Checkpoints

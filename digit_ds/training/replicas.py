@@ -8,10 +8,10 @@ device. The sums go to the host while the next step runs, and to the other ranks
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from digit_ds.model.weights import parameters
+from digit_ds.parallel.frameworks import parallel_state
 from digit_ds.training.engine import Engine
 from digit_ds.training.metrics import warn
 

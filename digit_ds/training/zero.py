@@ -11,10 +11,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from deepspeed import ops
-from megatron.core import parallel_state
 from torch import Tensor
 
+from digit_ds.parallel.frameworks import deepspeed, parallel_state
 from digit_ds.parallel.topology import Topology
 from digit_ds.training.optimizer import GuardedAdamW
 
@@ -44,8 +43,8 @@ def _check(owner: object, *names: str) -> None:
 
 
 # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, for minutes; gloo needs no compiler.
-_check(ops, "__compatible_ops__")
-ops.__compatible_ops__["deepspeed_shm_comm"] = False
+_check(deepspeed.ops, "__compatible_ops__")
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class ZeroState(Protocol):
