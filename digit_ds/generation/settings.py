@@ -223,7 +223,7 @@ class SampleSettings(Section):
     encoder: Annotated[PathText | None, Option(group=_GIVEN)] = None
     """Encoder weights that make tokens of those pictures."""
     num_heads: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
-    """Attention heads of that encoder; default: width // 64."""
+    """Attention heads of that encoder where they are not those of the published models."""
     codebook: Annotated[PathText | None, Option(group=_GIVEN)] = None
     """Codebook that makes tokens of those pictures."""
     resize: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)

@@ -118,7 +118,7 @@ class VerifySettings(Section):
     layer: Annotated[int, Option(group="tokenising a sample again")] = 3
     """Which block from the end gives the features."""
     num_heads: Annotated[int | None, Option(group="tokenising a sample again")] = Field(None, ge=1)
-    """Attention heads; default: width // 64."""
+    """Attention heads where they are not those of the published models."""
     codebook: Annotated[PathText | None, Option(metavar="NPY", group="tokenising a sample again")] = None
     """The centroids."""
     vqgan: Annotated[PathText | None, Option(metavar="CKPT", group="tokenising a sample again")] = None
