@@ -11,7 +11,7 @@ from typing import Any
 
 from digit_ds.errors import UserError
 
-_PASSING = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")
+PASSING = re.compile(r"\..+\.\d+\.tmp(\.[^.]*)?")
 """Names of files that are being written, see ``_replace``."""
 
 
@@ -63,16 +63,6 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write ``value`` as indented JSON with sorted keys, atomically."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def remove_unfinished(directory: Path) -> None:
-    """Remove, at any depth, what :func:`write_atomically` was writing in processes that were killed.
-
-    Only for the holder of the directory's lock: a live writer would lose its file.
-    """
-    for path in directory.rglob(".*.tmp*"):
-        if _PASSING.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def read_json(path: Path | str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from digit_ds.errors import UserError
-from digit_ds.files import make_directory
+from digit_ds.files import PASSING, make_directory
 
 NAME = ".lock"
 
@@ -92,6 +92,21 @@ class DirectoryLock:
         except (ValueError, KeyError, TypeError):  # it holds the lock but has not written its name yet
             who = "another process"
         return f"{self._directory}: {who} is writing there, expected it to end first or another directory"
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what ``files.write_atomically`` was writing, at any depth, in processes that were killed.
+
+    For the holder of the directory's lock: a live process would lose what it writes. Folders below that have a lock of
+    their own are left alone.
+    """
+    for folder, below, names in os.walk(directory):
+        if NAME in names and Path(folder) != directory:
+            below.clear()
+            continue
+        for name in names:
+            if PASSING.fullmatch(name):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def is_empty(directory: Path) -> bool:

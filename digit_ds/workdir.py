@@ -20,8 +20,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from digit_ds.errors import UserError, file_error
-from digit_ds.files import remove_unfinished
-from digit_ds.lock import DirectoryLock, is_empty
+from digit_ds.lock import DirectoryLock, is_empty, remove_unfinished
 from digit_ds.parallel.decide import fail_together, from_main
 from digit_ds.parallel.launch import host, rank, world_size
 

@@ -1,6 +1,7 @@
 """Small real parts for the tests of the offline jobs: pictures, a DINOv2-format encoder, a codebook, a VQGAN."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import runpy
@@ -159,8 +160,12 @@ def start_ranks(world: int, work: Callable[[], None]) -> list[multiprocessing.Pr
 
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=enter, args=(rank,)) for rank in range(world)]
+    # What earlier tests left must not be finalised in the children: they lack the threads and files that it knows.
+    gc.collect()
+    gc.freeze()
     for process in processes:
         process.start()
+    gc.unfreeze()
     return processes
 
 

@@ -438,3 +438,15 @@ def test_training_whose_file_system_fails_on_one_rank(capfd, tmp_path):
     assert [process.exitcode for process in processes] == [1, 2], captured
     assert f"error: {shards}: cannot be used (Input/output error)\n" in captured, repr(captured)
     assert "rank 0 on" in captured and "Traceback" not in captured
+
+
+def test_what_a_killed_job_left_is_swept_but_not_what_another_job_writes_below(tmp_path):
+    """Samples may lie inside a run's directory, and their job may be alive."""
+    ours, theirs = (tmp_path / name / ".000001.4242.tmp.png" for name in ("out/images", "out/samples/images"))
+    for path in (ours, theirs):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+    kept = tmp_path / "out" / ".hidden.png"
+    kept.touch()
+    with holder(tmp_path / "out" / "samples"), WorkDirectory(tmp_path / "out", lambda: None):
+        assert (ours.exists(), theirs.exists(), kept.exists()) == (False, True, True)

@@ -12,7 +12,7 @@ from torch_fidelity.metric_fid import fid_featuresdict_to_statistics, fid_statis
 from torch_fidelity.metric_isc import isc_featuresdict_to_metric
 from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
 
-from digit_ds.data.feature_network import load_feature_network
+from digit_ds.data.feature_network import FeatureNetwork, load_feature_network
 from digit_ds.errors import UserError
 from digit_ds.evaluation.extractors import Extractor, open_extractor
 from digit_ds.evaluation.pictures import Array, Pictures, Statistics, describe_sides, open_pictures
@@ -53,15 +53,11 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     against = open_pictures(settings.reference, settings.preparation, settings.size)
     _check_comparable(samples, against, settings.precision_recall)
     extractor = open_extractor(settings.inception_weights, settings.features)
-    asked = _asked_labels(settings.labels, len(samples)) if settings.classifier is not None else None
-    if settings.classifier is not None and asked is None:
-        raise UserError(f"{settings.classifier}: is to judge classes, but no labels were given to judge by")
-    if settings.classifier is not None:
-        _check_class_names(settings.classifier, settings.labels)
+    judged = None if settings.classifier is None else _classifier(settings.classifier, settings.labels, len(samples))
     with worker_errors_in_one_line():
         figures = _figures(samples, against, extractor, settings.precision_recall, settings.cache, settings.batch)
-        if settings.classifier is not None and asked is not None:
-            figures["class_accuracy"] = class_accuracy(samples, settings.classifier, asked, settings.batch)
+        if judged is not None:
+            figures["class_accuracy"] = class_accuracy(samples, *judged, settings.batch)
     result = {
         **figures,
         "samples": len(samples),
@@ -150,11 +146,8 @@ def _check_comparable(samples: Pictures, against: Pictures | Statistics, precisi
             )
 
 
-def class_accuracy(pictures: Pictures, classifier: Path | str, labels: np.ndarray, batch: int = BATCH) -> float:
+def class_accuracy(pictures: Pictures, network: FeatureNetwork, labels: np.ndarray, batch: int) -> float:
     """Share of pictures that a feature network assigns to the class that was asked for."""
-    network = load_feature_network(classifier)
-    if int(labels.max()) >= network.classes:
-        raise UserError(f"{classifier}: knows {network.classes} classes, but label {int(labels.max())} was asked for")
     with torch.inference_mode():
         chosen = [network(part)[1].argmax(-1) for part in DataLoader(cast(Dataset, pictures), batch)]
     return float((torch.cat(chosen).numpy() == labels).mean())
@@ -259,29 +252,33 @@ def _statistics(features: dict[str, torch.Tensor], extractor: Extractor) -> dict
     return {name: value.astype(np.float64) for name, value in found.items()}
 
 
-def _asked_labels(labels: Path | str | None, count: int) -> np.ndarray | None:
-    """Labels of the generated pictures, int64 [N]."""
+def _classifier(path: Path | str, labels: Path | str | None, count: int) -> tuple[FeatureNetwork, np.ndarray]:
+    """The classifier and the labels of the generated pictures, int64 [N].
+
+    Raises:
+        UserError: there is not a label for each picture, or the classifier's classes are others than those of the
+            sampling job, or stand in another order.
+    """
     if labels is None:
-        return None
+        raise UserError(f"{path}: is to judge classes, but no labels were given to judge by")
+    manifest: Any
     if Path(labels).suffix == ".npz":
-        found: Any = load_npz(labels, "arr_1")["arr_1"]
+        manifest = {"labels": load_npz(labels, "arr_1")["arr_1"]}
     else:
         manifest = read_json(labels)
-        found = manifest.get("labels") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict):
+        manifest = {}
     try:
-        asked = np.asarray(found)
+        asked = np.asarray(manifest.get("labels"))
     except ValueError:  # lists of different lengths
         asked = np.empty(0)
     if asked.shape != (count,) or asked.dtype.kind not in "iu" or asked.min() < 0:
         raise UserError(f"{labels}: has no class label for each of the {count} generated pictures")
-    return asked.astype(np.int64)
-
-
-def _check_class_names(classifier: Path | str, labels: Path | str | None) -> None:
-    """Refuse a classifier whose classes are others than those of the sampling job, or stand in another order."""
-    named = {} if labels is None or Path(labels).suffix == ".npz" else read_json(labels)
-    known = load_feature_network(classifier).class_names
-    check_classes([Part(f"samples {labels}", named), Part(f"classifier {classifier}", {"classes": known})])
+    network = load_feature_network(path)
+    check_classes([Part(f"samples {labels}", manifest), Part(f"classifier {path}", {"classes": network.class_names})])
+    if int(asked.max()) >= network.classes:
+        raise UserError(f"{path}: knows {network.classes} classes, but label {int(asked.max())} was asked for")
+    return network, asked.astype(np.int64)
 
 
 def _warning(count: int) -> str | None:

@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from digit_ds import hub
 from digit_ds.errors import UserError, file_error
-from digit_ds.files import make_directory, remove_unfinished, write_atomically
-from digit_ds.lock import DirectoryLock
+from digit_ds.files import make_directory, write_atomically
+from digit_ds.lock import DirectoryLock, remove_unfinished
 from digit_ds.publishing.origins import Folder, Origin, Repository
 from digit_ds.publishing.rows import REPOSITORY, ROWS, VQGAN, VQGAN_ADDRESS, find_checkpoint, find_file, folder_of
 from digit_ds.publishing.settings import FetchSettings

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from digit_ds.errors import UserError
 from digit_ds.parallel.frameworks import deepspeed, parallel_state
 from digit_ds.parallel.topology import Topology
 from digit_ds.training.optimizer import GuardedAdamW
@@ -21,7 +22,7 @@ View = Callable[[str], Tensor]
 """Kind of state (``weight`` or one of ``GuardedAdamW.state_names``) -> flat view of the live float32 tensor."""
 
 
-class MissingField(RuntimeError):
+class MissingField(UserError):
     """The installed DeepSpeed lacks a private field that this file reads."""
 
     def __init__(self, owner: object, name: str) -> None:
