@@ -54,6 +54,8 @@ class _Found(NamedTuple):
 
     begun: bool
     complete: bool
+    locked: bool
+    """Whether a lock file is there: of a job that is running, or was killed before it removed the file."""
 
 
 class Job:
@@ -87,7 +89,7 @@ class Job:
         initialize()
         self.source = from_main(lambda: open_source(self.root, self.out / "images.index", labels))
         settings = agree(settings | {"block_images": block_images}, f"{self.out}, its settings")
-        self._directory = WorkDirectory(self.out, lambda: self._look(settings), lambda found: found.complete)
+        self._directory = WorkDirectory(self.out, lambda: self._look(settings), _needs_no_lock)
         try:
             catalogue = from_main(lambda: self._begin(settings, self._directory.found))
         except BaseException:
@@ -115,7 +117,7 @@ class Job:
 
     def _look(self, settings: dict[str, Any]) -> _Found:
         begun = is_begun(self.out, _stored(self.out), settings)
-        return _Found(begun, begun and (self.out / "manifest.json").is_file())
+        return _Found(begun, begun and (self.out / "manifest.json").is_file(), (self.out / LOCK).exists())
 
     def _begin(self, settings: dict[str, Any], found: _Found) -> dict[str, Any]:
         """Write the settings and the list of images, which must be that of the earlier run; return the catalogue.
@@ -203,6 +205,11 @@ class Job:
                 f"all are in {self.out / 'skipped.json'}"
             )
         return len(skipped)
+
+
+def _needs_no_lock(found: _Found) -> bool:
+    """A complete directory is only read, but what a kill in the last moment left is put in order."""
+    return found.complete and not found.locked
 
 
 def _stored(out: Path) -> dict[str, Any] | None:
