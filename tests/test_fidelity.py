@@ -12,15 +12,22 @@ import torch
 import torch_fidelity
 from calls import evaluate, save_statistics
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
+from small_models import small_spec
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from transformers import Dinov2Config, Dinov2Model
 
 from digit_ds.data.feature_network import load_feature_network, save_feature_network
 from digit_ds.errors import UserError
 from digit_ds.evaluation import fidelity
 from digit_ds.evaluation.extractors import feature_network
 from digit_ds.evaluation.pictures import prepare
+from digit_ds.publishing.card import model_card
 
 COUNT = 300
 HOME = Path(__file__).parents[1]
@@ -33,7 +40,8 @@ def parts(tmp_path_factory):
     digits = load_digits()
     grey = np.rint(digits.images * 255 / 16).astype(np.uint8)
     pictures = np.repeat(np.repeat(grey, 4, 1), 4, 2)[..., None].repeat(3, -1)
-    for name, chosen in (("one", slice(0, COUNT)), ("two", slice(COUNT, 3 * COUNT))):
+    few = {"few": slice(0, 30), "others": slice(30, 70)}
+    for name, chosen in ({"one": slice(0, COUNT), "two": slice(COUNT, 3 * COUNT)} | few).items():
         (root / name).mkdir()
         for number, picture in enumerate(pictures[chosen]):
             Image.fromarray(picture).save(root / name / f"{number:06d}.png")
@@ -298,3 +306,85 @@ def test_pictures_of_different_sizes_are_refused_or_made_equal(parts, tmp_path, 
     assert not (tmp_path / "out.json").exists() and not (tmp_path / "out.npz").exists()
     prepared = evaluate(samples, mixed, tmp_path / "out.json", preparation="published", size=32, **options)
     assert prepared["reference_samples"] == 3
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """A small DINOv2 of transformers for 224 pixels with random weights, and its file."""
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_size=224, patch_size=14)
+    model = Dinov2Model(config).eval()
+    with torch.no_grad():  # at its initial values the class token hardly sees the picture
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    path = tmp_path_factory.mktemp("dino") / "dino.safetensors"
+    save_file(model.state_dict(), path)
+    return model, path
+
+
+def test_fdd_is_torch_fidelitys_with_the_dinov2_of_transformers(parts, dino, tmp_path, capsys):
+    """torch-fidelity's own extractor, which prepares the pictures, around the network of another library."""
+    root, *_ = parts
+    model, path = dino
+
+    class ClassToken(torch.nn.Module):
+        def forward(self, images):
+            return model(images).last_hidden_state[:, 0]
+
+    class Theirs(FeatureExtractorDinoV2):
+        def __init__(self, name, features_list, **_):
+            FeatureExtractorBase.__init__(self, name, features_list)
+            self.feature_extractor_internal_dtype, self.model = torch.float32, ClassToken()
+
+    FEATURE_EXTRACTORS_REGISTRY["theirs"] = Theirs
+    given = {"input1": str(root / "few"), "input2": str(root / "others"), "feature_extractor": "theirs"}
+    try:
+        direct = torch_fidelity.calculate_metrics(
+            **given, fid=True, cuda=False, cache=False, verbose=False, save_cpu_ram=True
+        )
+    finally:
+        del FEATURE_EXTRACTORS_REGISTRY["theirs"]
+    few = (root / "few", root / "others")
+    result = evaluate(*few, tmp_path / "out.json", dinov2_weights=path, features=root / "judge.safetensors")
+    assert result["fdd"] == pytest.approx(direct["frechet_inception_distance"], rel=1e-4) and result["fdd"] > 0.1
+    assert result["fid"] == evaluate(*few, tmp_path / "b.json", features=root / "judge.safetensors")["fid"]
+    assert f"FDD-30 {result['fdd']:.4f} (30 samples against 40 pictures" in capsys.readouterr().out
+    alone = evaluate(*few, tmp_path / "c.json", dinov2_weights=path)
+    assert alone["fdd"] == result["fdd"] and "fid" not in alone and "inception_score" not in alone
+
+    save_statistics(root / "others", tmp_path / "s.npz", dinov2_weights=path, reference_name="The others")
+    saved = evaluate(root / "few", tmp_path / "s.npz", tmp_path / "d.json", dinov2_weights=path)
+    assert saved["fdd"] == pytest.approx(result["fdd"], abs=1e-6) and saved["reference_name"] == "The others"
+    assert f"against saved statistics of The others ({tmp_path / 's.npz'})" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"s\.npz: holds statistics of dinov2-\S+, expected feature-network-"):
+        evaluate(root / "few", tmp_path / "s.npz", tmp_path / "e.json", features=root / "judge.safetensors")
+
+
+def test_what_fdd_refuses_is_one_sentence(parts, dino, tmp_path):
+    root, *_ = parts
+    judge, few, out = root / "judge.safetensors", (root / "few", root / "others"), tmp_path / "out.json"
+    with pytest.raises(UserError, match=r"DINOv2 weights: \S+nowhere.pth does not exist, expected a local copy of"):
+        evaluate(*few, out, dinov2_weights=tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="expected a vision transformer"):
+        evaluate(*few, out, dinov2_weights=judge)
+    with pytest.raises(UserError, match="precision_recall is computed with Inception or a feature network"):
+        evaluate(*few, out, dinov2_weights=dino[1], precision_recall=True)
+    with pytest.raises(UserError, match="statistics are of one network"):
+        save_statistics(root / "others", tmp_path / "s.npz", dinov2_weights=dino[1], features=judge)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_output_says_what_was_compared(parts, tmp_path, capsys):
+    root, *_ = parts
+    options = {"features": root / "judge.safetensors", "reference_name": "real digits"}
+    result = evaluate(root / "one", root / "two", tmp_path / "out.json", **options)
+    assert (result["fid_label"], result["reference_name"]) == ("FID-300", "real digits")
+    assert (
+        f"FID-300 {result['fid']:.4f} (300 samples against 600 pictures of real digits ({root / 'two'}); feature"
+        in (capsys.readouterr().out)
+    )
+    assert [fidelity._label("FID", count) for count in (10_000, 12_345, 49_000, 50_000)] == [
+        *("FID-10k", "FID-12345", "FID-49k", "FID")
+    ]
+    card = model_card("a/b", small_spec("nar"), {}, "mit", result)
+    assert "| FID-300 |" in card and "300 pictures against real digits, features: feature network" in card

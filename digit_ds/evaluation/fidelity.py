@@ -1,4 +1,4 @@
-"""``digit-ds evaluate``: FID, Inception Score, precision and recall through torch-fidelity, and class accuracy."""
+"""``digit-ds evaluate``: FID, FDD, Inception Score, precision and recall by torch-fidelity, and class accuracy."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 
 from digit_ds.data.feature_network import FeatureNetwork, load_feature_network
 from digit_ds.errors import UserError
-from digit_ds.evaluation.extractors import Extractor, open_extractor
+from digit_ds.evaluation.extractors import Extractor, dinov2, open_extractor
 from digit_ds.evaluation.pictures import Array, Pictures, Statistics, describe_sides, open_pictures
 from digit_ds.evaluation.settings import EvaluateSettings, StatisticsSettings
 from digit_ds.files import read_json, write_atomically, write_json
@@ -41,8 +41,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Score generated pictures against a reference, print the figures and write them to ``out_json``.
 
     Returns:
-        What ``out_json`` holds: ``fid``, ``inception_score``, ``inception_score_std``, ``precision``, ``recall``,
-        ``class_accuracy`` (those asked for) and what they were computed from.
+        What ``out_json`` holds: ``fid``, ``fdd``, ``inception_score``, ``inception_score_std``, ``precision``,
+        ``recall``, ``class_accuracy`` (those asked for), what to call the distances (``fid_label``, ``fdd_label``) and
+        what they were computed from.
 
     Raises:
         UserError: an input is missing or does not fit.
@@ -52,10 +53,19 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         raise UserError(f"{settings.generated}: holds statistics, expected generated pictures")
     against = open_pictures(settings.reference, settings.preparation, settings.size)
     _check_comparable(samples, against, settings.precision_recall)
-    extractor = open_extractor(settings.inception_weights, settings.features)
+    extractor = None if settings.fdd_alone else open_extractor(settings.inception_weights, settings.features)
+    encoder = None if settings.dinov2_weights is None else dinov2(settings.dinov2_weights)
     judged = None if settings.classifier is None else _classifier(settings.classifier, settings.labels, len(samples))
     with worker_errors_in_one_line():
-        figures = _figures(samples, against, extractor, settings.precision_recall, settings.cache, settings.batch)
+        figures: dict[str, Any] = {}
+        if extractor is not None:
+            figures |= _figures(samples, against, extractor, settings.precision_recall, settings.cache, settings.batch)
+            figures |= {"fid_label": _label("FID", len(samples)), "features": extractor.description}
+        if encoder is not None:
+            theirs = _reference_statistics(against, encoder, settings.batch, settings.cache)
+            found = _features(samples, encoder, ["fid"], settings.cache, settings.batch)
+            figures["fdd"] = _fid(found, theirs, against.name, encoder)
+            figures |= {"fdd_label": _label("FDD", len(samples)), "fdd_features": encoder.description}
         if judged is not None:
             figures["class_accuracy"] = class_accuracy(samples, *judged, settings.batch)
     result = {
@@ -63,8 +73,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "samples": len(samples),
         "generated": samples.name,
         "reference": against.name,
+        "reference_name": _reference_name(settings.reference_name, against),
         "reference_samples": None if isinstance(against, Statistics) else len(against),
-        "features": extractor.description,
         "classifier": None if settings.classifier is None else str(settings.classifier),
         "warning": _warning(len(samples)),
     }
@@ -86,11 +96,16 @@ def save_statistics(settings: StatisticsSettings) -> None:
     pictures = open_pictures(settings.reference, settings.preparation, settings.size)
     if isinstance(pictures, Statistics):
         raise UserError(f"{settings.reference}: holds statistics already, expected pictures")
-    extractor = open_extractor(settings.inception_weights, settings.features)
+    if settings.fdd_alone:
+        extractor = dinov2(cast(str, settings.dinov2_weights))
+    else:
+        extractor = open_extractor(settings.inception_weights, settings.features)
     with worker_errors_in_one_line():
         found = _reference_statistics(pictures, extractor, settings.batch)
-    write_atomically(settings.out, lambda temporary: np.savez(temporary, **found, network=extractor.name))
-    of = f"{len(pictures):,} pictures of {settings.reference}"
+    name = _reference_name(settings.reference_name, pictures)
+    said = {"network": extractor.name, "reference": name}
+    write_atomically(settings.out, lambda temporary: np.savez(temporary, **found, **said))
+    of = f"{len(pictures):,} pictures of {_with_path(name, pictures.name)}"
     print(f"{settings.out}: mean and covariance of {of}; {extractor.description}")
 
 
@@ -180,13 +195,15 @@ def _figures(
     return {ours: float(metrics[theirs]) for ours, theirs in names.items()}
 
 
-def _reference_statistics(reference: Pictures | Statistics, extractor: Extractor, batch: int) -> dict[str, np.ndarray]:
+def _reference_statistics(
+    reference: Pictures | Statistics, extractor: Extractor, batch: int, cache: Path | str | None = None
+) -> dict[str, np.ndarray]:
     """Mean and covariance of a reference, saved or computed."""
     if isinstance(reference, Statistics):
         if reference.network not in (None, extractor.name):
             raise UserError(f"{reference.name}: holds statistics of {reference.network}, expected {extractor.name}")
         return {"mu": reference.mean.astype(np.float64), "sigma": reference.covariance.astype(np.float64)}
-    return _statistics(_features(reference, extractor, ["fid"], None, batch), extractor)
+    return _statistics(_features(reference, extractor, ["fid"], cache, batch), extractor)
 
 
 def _fid(
@@ -284,22 +301,44 @@ def _classifier(path: Path | str, labels: Path | str | None, count: int) -> tupl
 def _warning(count: int) -> str | None:
     if count >= ENOUGH:
         return None
-    return f"{count} samples are fewer than {ENOUGH}: FID is too high and not comparable with published figures"
+    return (
+        f"{count} samples are fewer than {ENOUGH}: FID and FDD are too high and not comparable with published figures"
+    )
+
+
+def _label(distance: str, count: int) -> str:
+    """What a distance of so many samples is called: ``FID`` from 50,000 on, ``FID-10k`` of 10,000."""
+    if count >= ENOUGH:
+        return distance
+    return f"{distance}-{count // 1000}k" if count % 1000 == 0 else f"{distance}-{count}"
+
+
+def _reference_name(given: str | None, reference: Pictures | Statistics) -> str:
+    """As the user calls it; else as its saved statistics do; else its path."""
+    said = reference.reference if isinstance(reference, Statistics) else None
+    return given or said or reference.name
+
+
+def _with_path(name: str, path: str) -> str:
+    return path if name == path else f"{name} ({path})"
 
 
 def _print(result: dict[str, Any]) -> None:
     """The figures, each with what it was computed from."""
     samples = f"{result['samples']:,} samples"
     count = "saved statistics" if result["reference_samples"] is None else f"{result['reference_samples']:,} pictures"
-    against = f"{samples} against {count} of {result['reference']}; {result['features']}"
-    print(f"FID {result['fid']:.4f} ({against})")
-    print(
-        f"Inception Score {result['inception_score']:.4f} +- {result['inception_score_std']:.4f} "
-        f"({samples}; {result['features']})"
-    )
+    against = f"{samples} against {count} of {_with_path(result['reference_name'], result['reference'])}"
+    if "fid" in result:
+        print(f"{result['fid_label']} {result['fid']:.4f} ({against}; {result['features']})")
+        print(
+            f"Inception Score {result['inception_score']:.4f} +- {result['inception_score_std']:.4f} "
+            f"({samples}; {result['features']})"
+        )
+    if "fdd" in result:
+        print(f"{result['fdd_label']} {result['fdd']:.4f} ({against}; {result['fdd_features']})")
     for name in ("precision", "recall"):
         if name in result:
-            print(f"{name} {result[name]:.4f} ({against})")
+            print(f"{name} {result[name]:.4f} ({against}; {result['features']})")
     if "class_accuracy" in result:
         print(f"class accuracy {result['class_accuracy']:.4f} ({samples}; {result['classifier']})")
     if result["warning"]:

@@ -110,11 +110,11 @@ class Array(Dataset):
 class Statistics:
     """Saved mean and covariance of a reference's features: ``mu`` [F] and ``sigma`` [F, F] of an ``.npz``.
 
-    ``network`` names what computed them; None in files of others, who do not say.
+    ``network`` names what computed them, ``reference`` what of; None in files of others, who do not say.
     """
 
-    def __init__(self, path: Path | str, network: str | None):
-        self.name, self.network = str(path), network
+    def __init__(self, path: Path | str, network: str | None, reference: str | None):
+        self.name, self.network, self.reference = str(path), network, reference
         self.mean, self.covariance = _array(Path(path), "mu"), _array(Path(path), "sigma")
 
 
@@ -148,7 +148,8 @@ def open_pictures(
     if "arr_0.npy" in names:
         return _at_least_two(_adm_array(path))
     if {"mu.npy", "sigma.npy"} <= names:
-        return Statistics(path, str(_array(path, "network")) if "network.npy" in names else None)
+        said = {name: str(_array(path, name)) for name in ("network", "reference") if f"{name}.npy" in names}
+        return Statistics(path, said.get("network"), said.get("reference"))
     raise UserError(f"{path}: holds {', '.join(sorted(names))}, expected arr_0 (pictures) or mu and sigma (statistics)")
 
 

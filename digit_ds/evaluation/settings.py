@@ -23,6 +23,10 @@ class ReferenceSettings(Section):
     """Local file of torch-fidelity's Inception weights; or"""
     features: PathText | None = None
     """a feature network (safetensors) in place of Inception."""
+    dinov2_weights: PathText | None = None
+    """Local file of DINOv2's weights, ViT-L/14 in published figures: their class token gives FDD."""
+    reference_name: str | None = None
+    """What the reference is, for every output, such as ``ImageNet validation``; default: its path."""
     preparation: Preparation = "none"
     """How the reference's pictures are resized: not at all, as published, or as ADM's reference batches were."""
     size: int | None = Field(None, ge=1)
@@ -36,9 +40,18 @@ class ReferenceSettings(Section):
             raise ValueError("inception_weights and features are both given, expected one of them")
         return self
 
+    @property
+    def fdd_alone(self) -> bool:
+        """Whether DINOv2 is the only network that is named."""
+        return self.dinov2_weights is not None and self.inception_weights is None and self.features is None
+
 
 class EvaluateSettings(ReferenceSettings):
-    """FID, Inception Score, precision and recall, class accuracy, written to a JSON file."""
+    """FID, FDD, Inception Score, precision and recall, class accuracy, written to a JSON file.
+
+    FDD, the Fréchet distance between class tokens of DINOv2, is computed beside FID, or alone where DINOv2 is the only
+    network that is named. Figures of fewer than 50,000 samples are labelled with their number: FID-10k.
+    """
 
     generated: PathText
     """A sampling job's folder, a folder of pictures, or .npz in ADM's layout."""
@@ -51,11 +64,24 @@ class EvaluateSettings(ReferenceSettings):
     cache: PathText | None = None
     """Folder for features and statistics, named by content."""
 
+    @model_validator(mode="after")
+    def _precision_has_a_network(self) -> "EvaluateSettings":
+        if self.precision_recall and self.fdd_alone:
+            raise ValueError("precision_recall is computed with Inception or a feature network, but neither is given")
+        return self
+
 
 class StatisticsSettings(ReferenceSettings):
     """Mean and covariance of a reference's features, computed once: what ``evaluate --reference`` and a recipe's
     ``preview.fid_reference`` take in place of the pictures. Precision and recall still need the pictures themselves.
+    A file holds the features of one network.
     """
+
+    @model_validator(mode="after")
+    def _one_network_a_file(self) -> "StatisticsSettings":
+        if self.dinov2_weights is not None and not self.fdd_alone:
+            raise ValueError("statistics are of one network, but dinov2_weights and another one are given")
+        return self
 
 
 class ProbeSettings(Section):

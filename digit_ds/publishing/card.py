@@ -25,7 +25,13 @@ The last three are not part of this repository; the rows of DINOv2 and MAGE appl
 weights. Pictures and annotations that a model was trained on have terms of their own (ImageNet's allow non-commercial
 research).
 """
-_FIGURES = {"fid": "FID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
+_FIGURES = {
+    "fid": "FID",
+    "inception_score": "Inception Score",
+    "fdd": "FDD",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
 def model_card(
@@ -79,13 +85,15 @@ def model_card(
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    found = [(title, scores[name]) for name, title in _FIGURES.items() if isinstance(scores.get(name), int | float)]
+    figures = {name: value for name in _FIGURES if isinstance(value := scores.get(name), int | float)}
+    found = [(scores.get(f"{name}_label", _FIGURES[name]), value) for name, value in figures.items()]
     if not found:
         raise UserError(f"the scores hold none of {', '.join(_FIGURES)}, expected a file that evaluate wrote")
     lines = "".join(f"| {title} | {value:.4g} |\n" for title, value in found)
-    about = (
-        f"{scores.get('samples', 'an unstated number of')} pictures, features: {scores.get('features', 'unstated')}."
-    )
+    reference = scores.get("reference_name", scores.get("reference", "an unstated reference"))
+    networks = [str(scores[name]) for name in ("features", "fdd_features") if name in scores] or ["unstated"]
+    count = scores.get("samples", "an unstated number of")
+    about = f"{count} pictures against {reference}, features: {'; '.join(networks)}."
     return f"| figure | |\n|---|---|\n{lines}\n{about}\n"
 
 

@@ -128,6 +128,14 @@ class Encoder(nn.Module):
         Raises:
             UserError: the images are not floating point, not square or not of one of ``image_sizes``.
         """
+        return self.vit.norm(self._tokens(images)[:, self.prefix.shape[1] :])
+
+    def class_token(self, images: Tensor) -> Tensor:
+        """The class token [B, E] after the final LayerNorm, of the same images; SigLIP has none."""
+        return self.vit.norm(self._tokens(images)[:, 0])
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Class token, registers and patches [B, P + G, E] as the last kept block gives them."""
         images = self.preprocess(images)
         positions = getattr(self, f"positions_{images.shape[-1] // self.patch_size}")
         images = images.to(dtype=positions.dtype, memory_format=torch.channels_last)
@@ -138,9 +146,8 @@ class Encoder(nn.Module):
                 tokens = torch.cat([prefix, patches], 1)
                 for block in self.vit.blocks:
                     tokens = block(tokens, positions)
-            else:
-                tokens = self.vit.blocks(torch.cat([prefix, patches + positions], 1))  # [B, P + G, E]
-        return self.vit.norm(tokens[:, prefix.shape[1] :])
+                return tokens
+            return self.vit.blocks(torch.cat([prefix, patches + positions], 1))
 
     def _check_size(self, height: int, width: int) -> None:
         if height != width or height not in self._network_sizes:

@@ -43,7 +43,8 @@ def search_guidance(settings: GuidanceSettings) -> dict[str, Any]:
         from_main(partial(write_json, Path(settings.out) / "guidance.json", result))
     if launch.is_main():
         for entry in sorted(tried, key=lambda entry: entry["fid"]):
-            print(f"FID {entry['fid']:.4f}: {entry['schedule']}, scale {entry['scale']}, exponent {entry['exponent']}")
+            figure = f"{entry['fid_label']} {entry['fid']:.4f} against {entry['reference_name']}"
+            print(f"{figure}: {entry['schedule']}, scale {entry['scale']}, exponent {entry['exponent']}")
     return result
 
 
@@ -64,6 +65,7 @@ def _score(settings: GuidanceSettings, name: str, job: SampleSettings) -> dict[s
             out=str(out / "scores" / f"{name}.json"),
             inception_weights=settings.inception_weights,
             features=settings.features,
+            reference_name=settings.reference_name,
             cache=str(out / "cache"),
         )
     )

@@ -32,6 +32,8 @@ class GuidanceSettings(SampleSettings):
     """Local file of torch-fidelity's Inception weights; or"""
     features: Annotated[PathText | None, _SEARCH] = None
     """a feature network (safetensors) in place of Inception."""
+    reference_name: Annotated[str | None, _SEARCH] = None
+    """What the reference is, for every output, such as ``ImageNet training``; default: its path."""
 
     @model_validator(mode="after")
     def _check_search(self) -> "GuidanceSettings":
