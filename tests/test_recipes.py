@@ -30,6 +30,8 @@ PUBLISHED = {
 }
 OURS = {
     "modern_base_prior": (8192, 200, 216_220_672),
+    "guided_class_conditional_base_prior": (8192, 200, 219_377_664),
+    "guided_class_conditional_large_prior": (16384, 200, 731_879_424),
     "rar_base_prior": (8192, 400, 219_377_664 + 256 * 1024),
     "rar_class_conditional_base_prior": (8192, 400, 219_377_664 + 256 * 1024),
 }
@@ -89,6 +91,15 @@ def test_the_modern_recipe_differs_from_the_published_one_in_the_layers_alone():
     assert modern.model.feed_forward % 8 == 0  # up to 8 tensor-parallel ranks
     stated = (RECIPES / "modern_base_prior.yaml").read_text()
     assert f"{parameter_count(spec_of('modern_base_prior')):,} parameters" in stated
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_guided_recipes_differ_from_the_published_ones_in_class_dropout_alone(size):
+    name = f"class_conditional_{size}_prior"
+    published, guided = (load_recipe(RECIPES / f"{prefix}{name}.yaml") for prefix in ("", "guided_"))
+    assert published.training.class_dropout == 0 and guided.training.class_dropout == 0.1
+    training = published.training.model_copy(update={"class_dropout": 0.1})
+    assert guided == published.model_copy(update={"training": training, "run": f"runs/guided_{name}"})
 
 
 def test_headers_say_command_and_hours():
