@@ -9,12 +9,17 @@ random tokens already on the device. Same sizes, same dropout, same images a ste
     python benchmarks/train_speed.py --sizes base --variants zero1 modern
     python benchmarks/train_speed.py --sizes base --no-plain --profile
     python benchmarks/train_speed.py --sizes base --no-plain --gpus 1 2    # weak scaling: as many images a GPU
+    python benchmarks/train_speed.py --sizes large --no-plain --gpus 2 --profile \
+        --variants zero1 zero3_overlap zero1,parallel.tensor=2,parallel.sequence=true
 
-A variant is a DeepSpeed configuration (``zero1``, ``zero2``, ...), an override of ``training.`` for ZeRO 1, or
-``modern``: the layers of ``ds_configs/modern_base_prior.yaml`` at the same size (feed-forward 8/3 x width).
+A variant has parts between commas: a DeepSpeed configuration (``zero1``, the default, ``zero2``, ...), overrides of the
+recipe (``compile=false`` means ``training.compile=false``), and ``modern``, the layers of
+``ds_configs/modern_base_prior.yaml`` at the same size (feed-forward 8/3 x width). A tensor-parallel group has as many
+images a step as one GPU.
 """
 
 import argparse
+import bisect
 import itertools
 import json
 import os
@@ -33,7 +38,12 @@ import yaml
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"base": (16, 1024, 16, 8192, 256), "large": (24, 1536, 16, 16384, 128), "tiny": (2, 64, 4, 64, 16)}
+SIZES = {
+    "base": (16, 1024, 16, 8192, 256),
+    "large": (24, 1536, 16, 16384, 128),
+    "3.7b": (32, 3072, 24, 16384, 32),
+    "tiny": (2, 64, 4, 64, 16),
+}
 """Layers, width, heads, codes, images a step."""
 DROPOUT = 0.1
 GRID = 16
@@ -142,19 +152,25 @@ def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, g
         "deepspeed": "zero1.json",
         "model": {"layers": layers, "width": width, "heads": heads, "dropout": DROPOUT},
         "data": {"shards": str(shards), "workers": 2},
-        "training": {"steps": steps + 10, "global_batch": batch * gpus, "micro_batch": batch, "compile": True},
+        "parallel": {},
+        "training": {"steps": steps + 10, "compile": True},
         "checkpoint": {"every": 10**6},
         "monitor": {"log_every": 10, "profile_step": steps + 5 if profile else 0},
     }
-    if (ROOT / "ds_configs" / f"{variant}.json").is_file():
-        recipe["deepspeed"] = f"{variant}.json"
-    elif variant == "modern":
-        shipped = yaml.safe_load((ROOT / "ds_configs" / "modern_base_prior.yaml").read_text())["model"]
-        names = ("norm_position", "normalization", "positions", "activation", "qk_norm")
-        recipe["model"] |= {name: shipped[name] for name in names}
-    else:
-        key, _, value = variant.partition("=")
-        recipe["training"][key] = yaml.safe_load(value)
+    for part in variant.split(","):
+        if (ROOT / "ds_configs" / f"{part}.json").is_file():
+            recipe["deepspeed"] = f"{part}.json"
+        elif part == "modern":
+            shipped = yaml.safe_load((ROOT / "ds_configs" / "modern_base_prior.yaml").read_text())["model"]
+            names = ("norm_position", "normalization", "positions", "activation", "qk_norm")
+            recipe["model"] |= {name: shipped[name] for name in names}
+        else:
+            key, _, value = part.partition("=")
+            section, _, field = key.rpartition(".")
+            recipe[section or "training"][field] = yaml.safe_load(value)
+    groups = gpus // recipe["parallel"].get("tensor", 1)
+    batch = recipe["training"].setdefault("micro_batch", batch)
+    recipe["training"].setdefault("global_batch", batch * groups)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     path_entries = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -172,12 +188,16 @@ def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, g
 
 
 PARTS = (
+    ("communication", r"nccl"),
     ("attention", r"flash|fmha|sdpa|attention"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|_mm_|ampere_|sm90_"),
     ("optimizer", r"adam|multi_tensor|lerp"),
     ("fused by the compiler", r"triton"),
     ("copies", r"memcpy|memset|copy"),
 )
+
+
+HOST = ("cpu_op", "cuda_runtime", "cuda_driver")
 
 
 def print_parts(trace: Path) -> None:
@@ -194,12 +214,14 @@ def print_parts(trace: Path) -> None:
         names[name] += event["dur"]
         counts[name] += 1
     kernels.sort(key=lambda event: event["ts"])
-    gaps = Counter()
+    gaps, idle = Counter(), []
     end = kernels[0]["ts"]
     for before, after in itertools.pairwise(kernels):
         end = max(end, before["ts"] + before["dur"])
         if after["ts"] > end:
             gaps[f"{before['name'][:50]} -> {after['name'][:50]}"] += after["ts"] - end
+            idle.append((end, after["ts"]))
+    print(f"  communication beside which nothing runs: {exposed(kernels) / 1e3:.1f} ms")
     span = max(e["ts"] + e["dur"] for e in kernels) - kernels[0]["ts"]
     busy = sum(parts.values())
     print(f"  one step: {span / 1e3:.1f} ms between first and last kernel, {busy / 1e3:.1f} ms of kernels")
@@ -210,6 +232,37 @@ def print_parts(trace: Path) -> None:
     print(f"    the device idles {sum(gaps.values()) / 1e3:.2f} ms, most of it between")
     for names, microseconds in gaps.most_common(6):
         print(f"      {microseconds / 1e3:8.2f} ms {names}")
+    print("    while the host is in")
+    for name, microseconds in host_during(events, idle).most_common(8):
+        print(f"      {microseconds / 1e3:8.2f} ms {name[:110]}")
+
+
+def host_during(events: list[dict], idle: list[tuple[float, float]]) -> Counter:
+    """Microseconds of the device's idle time by the shortest thing that a thread of the host did in its middle."""
+    spans = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") in HOST and "dur" in e)
+    starts = [span[0] for span in spans]
+    found = Counter()
+    for begin, end in idle:
+        middle = (begin + end) / 2
+        near = spans[max(0, bisect.bisect(starts, middle) - 2000) : bisect.bisect(starts, middle)]
+        inside = [(stop - start, name) for start, stop, name in near if stop > middle]
+        found[min(inside)[1] if inside else "Python, between operations"] += end - begin
+    return found
+
+
+def exposed(kernels: list[dict]) -> float:
+    """Microseconds in which the device runs kernels of NCCL and no others."""
+    edges = []
+    for kernel in kernels:
+        kind = int("nccl" in kernel["name"].lower())
+        edges += [(kernel["ts"], 1, kind), (kernel["ts"] + kernel["dur"], -1, kind)]
+    alone, running, last = 0.0, [0, 0], 0.0
+    for time_, step, kind in sorted(edges):
+        if running[1] and not running[0]:
+            alone += time_ - last
+        running[kind] += step
+        last = time_
+    return alone
 
 
 def main() -> None:
