@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SHELL_SCRIPTS = $(shell git ls-files '*.sh' '*.sbatch' .ci/run)
 
-.PHONY: demo test lint format environment clean
+.PHONY: demo test lint format environment site clean
 
 demo: environment ## raw images -> features -> codebook -> tokens -> models -> pictures, report and figures in demo_out/
 	$(BIN)/python -m digit_ds demo --out demo_out
@@ -27,6 +27,9 @@ format: environment ## rewrite the sources in the project's format and draw the 
 	$(BIN)/python docs/draw_faults.py
 	$(BIN)/python docs/draw_reference.py
 
+site: environment ## the documentation as a web site in site/ (Python 3.11 or newer)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 environment: $(VENV)/complete
 
 # DeepSpeed comes as source and imports torch while it builds: torch first, then DeepSpeed without build isolation.
@@ -40,4 +43,4 @@ $(VENV)/complete: setup.py constraints.txt
 	@touch $@
 
 clean: ## remove what demo and tests made; the environment stays
-	rm -rf demo_out .pytest_cache .ruff_cache build *.egg-info
+	rm -rf demo_out site .pytest_cache .ruff_cache build *.egg-info

@@ -59,6 +59,8 @@ setup(
             "flask-cors",
             "hypothesis",
             "import-linter",
+            'mkdocs-material ; python_version >= "3.11"',  # the documentation site: no release of it for 3.10 is pinned
+            'mkdocstrings[python] ; python_version >= "3.11"',
             "moto",
             "mypy",
             "pre-commit",

@@ -62,6 +62,8 @@ PLACES = {
     "--views N": "--views 2",
     "--count N": "--count 6",
     "--out SHARDS": "--out SHARDS/train",
+    "--folder DIR": "--folder .",
+    "RECIPE.yaml --gpus N": "prior.yaml --gpus 1",
     "verify SHARDS": "verify SHARDS/train",
     "--train SHARDS --val SHARDS": "--train SHARDS/train --val SHARDS/train",
     "--prior MODEL --decoder MODEL": "--prior prior --decoder decoder",
@@ -152,7 +154,8 @@ def chain(home) -> Iterator[Path]:
     os.chdir(home)
     table = re.findall(r"^\| \w+ \| `(digit-ds (\w+) [^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert [verb for _, verb in table] == [
-        *("features", "kmeans", "tokenize", "verify", "train", "export", "sample", "evaluate", "statistics", "probe")
+        *("doctor", "features", "kmeans", "tokenize", "verify", "estimate", "train"),
+        *("export", "sample", "evaluate", "statistics", "probe"),
     ]
     for line, verb in table:
         run(line, verb)
