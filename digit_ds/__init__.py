@@ -1,6 +1,6 @@
 """DiGIT image generation at cluster scale.
 
-The public API is the four loaders below; each is imported on first use so that ``import digit_ds`` stays light.
+The public API is the loaders below; each is imported on first use so that ``import digit_ds`` stays light.
 """
 
 from importlib import import_module
@@ -13,8 +13,9 @@ _HOMES = {
     "load_codebook": "digit_ds.tokenizer.codebook",
     "load_vqgan": "digit_ds.tokenizer.vqgan",
     "load_model": "digit_ds.model.transformer",
+    "load_pipeline": "digit_ds.generation.loaded",
 }
-__all__ = ["load_codebook", "load_encoder", "load_model", "load_vqgan"]
+__all__ = ["load_codebook", "load_encoder", "load_model", "load_pipeline", "load_vqgan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -204,15 +204,21 @@ def test_python_of_the_readme(chain):
         ("dinov2_vitb14_reg4_pretrain.pth", "encoder.pth"),
         ("layer=3", "layer=3, num_heads=2"),
         ("km_8k.npy", "km.npy"),
-        ('"vqgan_jax_strongaug.ckpt"', '"vqgan.ckpt", "vqgan.yaml"'),
-        ("model_dir", "prior"),
+        ('"vqgan_jax_strongaug.ckpt"', '"vqgan.ckpt", vqgan_config="vqgan.yaml", num_heads=2'),
+        ("prior_dir", "prior"),
+        ("decoder_dir", "decoder"),
+        ("goldfish", "cat"),
+        ("keep=128", "keep=32"),
     ):
         assert shown in code
         code = code.replace(shown, here)
-    names = {"images": torch.rand(2, 3, 32, 32), "tokens": torch.zeros(2, 4, dtype=torch.int64)}
+    names = {"images": torch.rand(2, 3, 32, 32), "labels": torch.tensor([2, 0])}
     exec(code, names)
-    assert names["codes"].shape == (2, 64) and names["pictures"].shape == (2, 3, 32, 32)
-    assert names["logits"].shape[:2] == (2, 4)
+    drawn, completed, model = names["drawn"], names["completed"], names["model"]
+    assert drawn.images.shape == (4, 3, 32, 32) and [drawn.class_names[label] for label in drawn.labels] == ["cat"] * 4
+    assert completed.discriminative[:, :32].equal(names["again"].discriminative[:, :32])
+    assert names["sequence"].input[:, 1:].equal(names["codes"] + 5)
+    assert names["logits"].shape == (2, 65, model.spec.vocabulary.output_size)
 
 
 def test_the_preview_of_the_training_page(tmp_path):

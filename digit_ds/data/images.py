@@ -141,11 +141,20 @@ def decode(source: Path | str | bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # large images and odd metadata: what cannot be used raises
             with open_image(BytesIO(source) if isinstance(source, bytes) else source) as image:
                 image.load()
-                return _rgb(_upright(image))
+                return upright_rgb(image)
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders of foreign files raise anything: each means that there is no picture
         raise UnreadableImageError(_reason(source, error)) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """What :func:`decode` makes of a picture that is open already.
+
+    Raises:
+        UnreadableImageError: it has 32-bit or floating-point grey values.
+    """
+    return _rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

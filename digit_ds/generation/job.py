@@ -19,14 +19,14 @@ import numpy as np
 
 from digit_ds.errors import UserError
 from digit_ds.files import make_directory, read_json, write_atomically, write_json
-from digit_ds.generation.pictures import draw_grid, read_png, write_adm_array, write_png
+from digit_ds.generation.drawing import block_images
+from digit_ds.generation.pictures import draw_grid, grid_rows, read_png, write_adm_array, write_png
 from digit_ds.generation.pipeline import BLOCK
 from digit_ds.parallel.decide import from_main
 from digit_ds.safe_load import load_npz
 from digit_ds.workdir import WorkDirectory, is_begun
 
 FORMAT = 1
-GRID_ROWS, GRID_COLUMNS = 16, 10
 
 
 class SamplingJob:
@@ -58,7 +58,7 @@ class SamplingJob:
 
     def images(self, block: int) -> range:
         """Image numbers of a block."""
-        return range(block * BLOCK, min((block + 1) * BLOCK, self.count))
+        return block_images(block, self.count)
 
     def picture(self, image: int) -> Path:
         """File of an image."""
@@ -170,15 +170,6 @@ class SamplingJob:
         write_json(self.out / "manifest.json", manifest)
 
     def _grid(self) -> Any:
-        """Rows of classes, in order; without classes as many rows as there are pictures for."""
-        rows: dict[int, list[int]] = defaultdict(list)
-        for image, label in enumerate(self.labels):
-            row = image // GRID_COLUMNS if label < 0 else label
-            if len(rows[row]) < GRID_COLUMNS:
-                rows[row].append(image)
-        named = []
-        for row in sorted(rows)[:GRID_ROWS]:
-            label = self.labels[rows[row][0]]
-            name = "" if label < 0 else self.class_names[label] if label < len(self.class_names) else str(label)
-            named.append((name, [read_png(self.picture(image)) for image in rows[row]]))
-        return draw_grid(named)
+        """Rows of classes, in order."""
+        rows = grid_rows(self.labels, self.class_names)
+        return draw_grid([(name, [read_png(self.picture(image)) for image in images]) for name, images in rows])

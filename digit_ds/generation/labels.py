@@ -1,5 +1,6 @@
 """Which class each picture of a sampling job shows: labels, folders of given pictures, ``--classes``; all by name."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,20 @@ def _label(model: Path | str, spec: TransformerSpec, names: list[str], given: in
         if given not in names:
             raise UserError(
                 f"class {given!r} is unknown to {model}, expected "
-                + (f"a label or one of {_some(names)}" if names else f"a label 0..{spec.classes - 1}")
+                + (f"a label or one of {_some(_near(given, names))}" if names else f"a label 0..{spec.classes - 1}")
             )
         return names.index(given)
     if not 0 <= (label := int(given)) < spec.classes:
         raise UserError(f"class {label} is outside 0..{spec.classes - 1} of {model}")
     return label
+
+
+def _near(given: str, names: list[str]) -> list[str]:
+    """Names that resemble what was given or contain it; all names where none does."""
+    folded = {name.casefold(): name for name in reversed(names)}
+    near = difflib.get_close_matches(given.casefold(), folded, n=5)
+    near += [name for name in folded if given.casefold() in name and name not in near]
+    return [folded[name] for name in near] or names
 
 
 def _some(names: list[str]) -> str:

@@ -136,28 +136,9 @@ _PIXELS = Option(group="drawing from the pixel decoder (published: top-p 0.8 for
 _GIVEN = "starting from given pictures or tokens"
 
 
-class SampleSettings(Section):
-    """Pictures: prior -> pixel decoder -> VQGAN; continues an interrupted job.
+class ModelSettings(Section):
+    """The models that pictures are made with, and their arithmetic: what is loaded once, whatever is drawn."""
 
-    Without a count, a few pictures are drawn: 4 of each of the first 16 classes, or 64 without classes.
-    """
-
-    # The models, the VQGAN and given pictures are recorded by their content, classes and precisions as they come out,
-    # the options of drawing by ``Decoding.record``.
-    NOT_RECORDED = frozenset(
-        {
-            *("out", "prior", "pixel_decoder", "vqgan", "vqgan_config", "count", "per_class", "classes", "batch"),
-            *("precision", "vqgan_precision", "vqgan_compile", "adm_array"),
-            *("temperature", "top_k", "top_p"),
-            *("guidance", "guidance_schedule", "guidance_exponent", "guidance_interval"),
-            *("decoder_temperature", "decoder_top_k", "decoder_top_p", "steps", "choice_temperature"),
-            *("from_images", "encoder", "num_heads", "codebook", "resize", "from_tokens", "keep"),
-        }
-    )
-    FIRST_RECORDED = frozenset({"seed"})
-
-    out: PathText
-    """Folder to write: images/, tokens.npz, grid.png, manifest.json."""
     prior: PathText | None = None
     """Model directory, or hf://OWNER/NAME, of a prior, or of a VQ baseline (which needs no decoder)."""
     pixel_decoder: Annotated[PathText | None, Option(name="decoder")] = None
@@ -166,14 +147,14 @@ class SampleSettings(Section):
     """VQGAN checkpoint."""
     vqgan_config: PathText | None = None
     """Its taming-style YAML; default: MAGE's."""
-    count: int | None = Field(None, ge=1)
-    """Number of pictures, classes in turn; or"""
-    per_class: int | None = Field(None, ge=1)
-    """pictures of each class."""
-    classes: Annotated[list[int | str] | None, Option(metavar="CLASS")] = None
-    """Labels or names of classes to draw, in turn; default: all, which balances them. Of given pictures: theirs."""
-    seed: int = 0
-    """Seed of the job; each picture derives its own from it and its number."""
+    encoder: Annotated[PathText | None, Option(group=_GIVEN)] = None
+    """Encoder weights that make tokens of given pictures."""
+    num_heads: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
+    """Attention heads of that encoder where they are not those of the published models."""
+    codebook: Annotated[PathText | None, Option(group=_GIVEN)] = None
+    """Codebook that makes tokens of given pictures."""
+    resize: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
+    """Short side of given pictures before their centre is cut out, as the tokens were made; default: the cut's."""
     batch: int | None = Field(None, ge=1)
     """Pictures that a process computes together (in fp64, the CPU's default, it changes no picture); default: 64 on
     CPUs, 512 on GPUs."""
@@ -184,8 +165,21 @@ class SampleSettings(Section):
     most, bf16 by half a level on average and a few at most."""
     vqgan_compile: bool = False
     """Compile its decoder, for thousands of pictures on a GPU; pixels may then differ by rounding."""
-    adm_array: Annotated[bool, Option(name="npz")] = False
-    """Also write samples.npz in the layout of ADM's evaluator."""
+
+
+class DrawSettings(Section):
+    """Which pictures are drawn, and how their tokens are."""
+
+    count: int | None = Field(None, ge=1)
+    """Number of pictures, classes in turn; or"""
+    per_class: int | None = Field(None, ge=1)
+    """pictures of each class."""
+    classes: Annotated[list[int | str] | None, Option(metavar="CLASS")] = None
+    """Labels or names of classes to draw, in turn; default: all, which balances them. Of given pictures: theirs."""
+    seed: int = 0
+    """Seed of the job; each picture derives its own from it and its number."""
+    keep: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=0)
+    """Leading tokens of each given picture to keep, the prior writing the rest; default: all."""
 
     temperature: Annotated[_Positive, _PRIOR] = 1.0
     """Divides the logits."""
@@ -216,25 +210,8 @@ class SampleSettings(Section):
     choice_temperature: Annotated[_Scale, _PIXELS] = 4.5
     """Noise on a NAR decoder's confidence; falls to 0 over the steps."""
 
-    from_images: Annotated[PathText | None, Option(metavar="DIR", group=_GIVEN)] = None
-    """Reconstruct (or with ``keep`` complete) these pictures."""
-    labels: Annotated[PathText | None, Option(metavar="FILE", group=_GIVEN)] = None
-    """Classes of pictures without class folders: Kaggle's LOC_val_solution.csv or ImageNet's devkit."""
-    encoder: Annotated[PathText | None, Option(group=_GIVEN)] = None
-    """Encoder weights that make tokens of those pictures."""
-    num_heads: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
-    """Attention heads of that encoder where they are not those of the published models."""
-    codebook: Annotated[PathText | None, Option(group=_GIVEN)] = None
-    """Codebook that makes tokens of those pictures."""
-    resize: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
-    """Their short side before the centre is cut out, as the model's tokens were made; default: the cut's."""
-    from_tokens: Annotated[PathText | None, Option(metavar="NPZ", group=_GIVEN)] = None
-    """First-stage tokens, such as a job's tokens.npz."""
-    keep: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=0)
-    """Leading tokens of each given picture to keep, the prior writing the rest; default: all."""
-
     @model_validator(mode="after")
-    def _check(self) -> "SampleSettings":
+    def _check(self) -> "DrawSettings":
         if self.count is not None and self.per_class is not None:
             raise ValueError("expected either a count of pictures or a count per class")
         if not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
@@ -257,3 +234,35 @@ class SampleSettings(Section):
         """How a pixel decoder's VQ tokens are drawn."""
         decoder = (self.decoder_temperature, self.decoder_top_k, self.decoder_top_p)
         return Decoding(*decoder, steps=self.steps, choice_temperature=self.choice_temperature)
+
+
+class SampleSettings(DrawSettings, ModelSettings):
+    """Pictures: prior -> pixel decoder -> VQGAN; continues an interrupted job.
+
+    Without a count, a few pictures are drawn: 4 of each of the first 16 classes, or 64 without classes.
+    """
+
+    # The models, the VQGAN and given pictures are recorded by their content, classes and precisions as they come out,
+    # the options of drawing by ``Decoding.record``.
+    NOT_RECORDED = frozenset(
+        {
+            *("out", "prior", "pixel_decoder", "vqgan", "vqgan_config", "count", "per_class", "classes", "batch"),
+            *("precision", "vqgan_precision", "vqgan_compile", "adm_array"),
+            *("temperature", "top_k", "top_p"),
+            *("guidance", "guidance_schedule", "guidance_exponent", "guidance_interval"),
+            *("decoder_temperature", "decoder_top_k", "decoder_top_p", "steps", "choice_temperature"),
+            *("from_images", "encoder", "num_heads", "codebook", "resize", "from_tokens", "keep"),
+        }
+    )
+    FIRST_RECORDED = frozenset({"seed"})
+
+    out: PathText
+    """Folder to write: images/, tokens.npz, grid.png, manifest.json."""
+    adm_array: Annotated[bool, Option(name="npz")] = False
+    """Also write samples.npz in the layout of ADM's evaluator."""
+    from_images: Annotated[PathText | None, Option(metavar="DIR", group=_GIVEN)] = None
+    """Reconstruct (or with ``keep`` complete) these pictures."""
+    labels: Annotated[PathText | None, Option(metavar="FILE", group=_GIVEN)] = None
+    """Classes of pictures without class folders: Kaggle's LOC_val_solution.csv or ImageNet's devkit."""
+    from_tokens: Annotated[PathText | None, Option(metavar="NPZ", group=_GIVEN)] = None
+    """First-stage tokens, such as a job's tokens.npz."""

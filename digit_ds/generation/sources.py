@@ -4,15 +4,17 @@ Shapes: ``B`` images, ``G`` tokens of an image.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode
+from digit_ds.data.images import Crops, UnreadableImageError, class_name, decode, upright_rgb
 from digit_ds.data.sources.opening import list_source, open_source
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256
@@ -67,33 +69,18 @@ def _origin(tokens: Path, keys: Mapping[str, str]) -> dict[str, Any]:
     return {key: origin[key] for key in keys if key in origin} if isinstance(origin, dict) else {}
 
 
-class ImageFolder:
-    """Pictures of a folder or of archives (``data.sources``) in sorted order, cut to ``size`` in their centre and
-    tokenised on demand.
+class _Pictures(ABC):
+    """Pictures, cut to ``size`` in their centre and tokenised on demand.
 
     ``encode`` gives the codes int64 [B, G] of float images [B, 3, size, size] in [0, 1].
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        size: int,
-        resize: int,
-        encode: Callable[[Tensor], Tensor],
-        device: torch.device,
-        labels: Path | str | None = None,
-    ):
-        self._source = open_source(root, labels=labels)
-        self.names = list_source(self._source)
+    count: int
+    identity: dict[str, Any]
+
+    def __init__(self, size: int, resize: int, encode: Callable[[Tensor], Tensor], device: torch.device):
         self._crops = Crops(kind="training", size=size, resize=resize, views=1, seed=0)
         self._encode, self._device = encode, device
-        self.count = len(self.names)
-        names_hash = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
-        self.identity = {"image_names_sha256": names_hash, "resize": resize}
-
-    def folders(self) -> list[str | None]:
-        """The class folder of every picture; None: it lies in no folder."""
-        return [class_name(name) for name in self.names]
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:
@@ -106,9 +93,61 @@ class ImageFolder:
             codes.append(self._encode(floats)[: len(block)].cpu())
         return torch.cat(codes)
 
+    @abstractmethod
+    def _picture(self, image: int) -> np.ndarray:
+        """uint8 [size, size, 3]."""
+
+
+class ImageFolder(_Pictures):
+    """Pictures of a folder or of archives (``data.sources``) in sorted order."""
+
+    def __init__(
+        self,
+        root: Path | str,
+        size: int,
+        resize: int,
+        encode: Callable[[Tensor], Tensor],
+        device: torch.device,
+        labels: Path | str | None = None,
+    ):
+        super().__init__(size, resize, encode, device)
+        self._source = open_source(root, labels=labels)
+        self.names = list_source(self._source)
+        self.count = len(self.names)
+        names_hash = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+        self.identity = {"image_names_sha256": names_hash, "resize": resize}
+
+    def folders(self) -> list[str | None]:
+        """The class folder of every picture; None: it lies in no folder."""
+        return [class_name(name) for name in self.names]
+
     def _picture(self, image: int) -> np.ndarray:
         name = self.names[image]
         try:
             return self._crops.cut(decode(self._source.read(name)), name)[0]
         except UnreadableImageError as error:
             raise UserError(f"{self._source.root}/{name}: is no readable image ({error})") from error
+
+
+class GivenImages(_Pictures):
+    """Pictures in memory: PIL images, or files that are read when they are needed."""
+
+    def __init__(
+        self,
+        images: Sequence[Image.Image | Path | str],
+        size: int,
+        resize: int,
+        encode: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ):
+        super().__init__(size, resize, encode, device)
+        self._images, self.count, self.identity = images, len(images), {}
+
+    def _picture(self, image: int) -> np.ndarray:
+        given = self._images[image]
+        try:
+            picture = upright_rgb(given) if isinstance(given, Image.Image) else decode(given)
+        except UnreadableImageError as error:
+            name = f"image {image}" if isinstance(given, Image.Image) else given
+            raise UserError(f"{name}: is no readable image ({error})") from error
+        return self._crops.cut(picture, str(image))[0]
