@@ -12,7 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from digit_ds.cluster.chain import Chain, Step, load, steps
+from digit_ds.cluster.chain import Chain, Step, absolute, load, steps
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT, GAP_X, GAP_Y = 128, 46, 44, 22
@@ -23,7 +23,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the files that are made while the site is built."""
     chain = load(ROOT / "slurm" / "imagenet_base.yaml", Chain)
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "pipeline.svg", content=drawing(steps(chain), ROOT / chain.out)))
+    files.append(File.generated(config, "pipeline.svg", content=drawing(steps(chain), absolute(chain.out))))
     files.append(File.generated(config, "changelog.md", content=changes))
     return files
 
