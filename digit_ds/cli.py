@@ -18,7 +18,7 @@ from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings, Statis
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.health.settings import DoctorSettings
 from digit_ds.model.settings import FromMegatron, FromOfficial, ToMegatron, ToOfficial
-from digit_ds.preparation.settings import FeatureSettings, TokenSettings, VerifySettings
+from digit_ds.preparation.settings import FeatureSettings, SplitSettings, TokenSettings, VerifySettings
 from digit_ds.publishing.settings import FetchSettings, PublishSettings
 from digit_ds.settings import Parser, Section, add_options, from_options
 from digit_ds.training.settings import EstimateSettings, ExportSettings, TrainSettings
@@ -77,6 +77,12 @@ def _export(settings: ExportSettings) -> None:
 def _from_checkpoint(settings: ExportSettings) -> None:
     _export(settings)
     print(settings.out)
+
+
+def _split(settings: SplitSettings) -> None:
+    from digit_ds.preparation.split import split_images
+
+    split_images(settings)
 
 
 def _features(settings: FeatureSettings) -> None:
@@ -210,6 +216,7 @@ CONVERSIONS: dict[str, Verb] = {
     "from-checkpoint": (ExportSettings, _from_checkpoint),
 }
 VERBS: dict[str, Verb | dict[str, Verb]] = {
+    "split": (SplitSettings, _split),
     "features": (FeatureSettings, _features),
     "kmeans": (KMeansSettings, _kmeans),
     "tokenize": (TokenSettings, _tokenize),

@@ -15,6 +15,7 @@ from mkdocs.structure.pages import Page
 from digit_ds.cluster.chain import Chain, Step, absolute, load, steps
 
 ROOT = Path(__file__).parents[1]
+NAMED = re.compile(r"`docs/(\w+\.md)`|(?<![`\w/])docs/(\w+\.md)")
 WIDTH, HEIGHT, GAP_X, GAP_Y = 128, 46, 44, 22
 """Boxes of the drawing and the room between them, in pixels."""
 
@@ -33,11 +34,12 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     here = {file.src_uri for file in files.documentation_pages()}
 
     def link(name: re.Match[str]) -> str:
-        known = name[1] in here and name[1] != page.file.src_uri
-        return f"[{title(name[1])}]({name[1]})" if known else name[0]
+        target = name[1] or name[2]
+        known = target in here and target != page.file.src_uri
+        return f"[{title(target)}]({target})" if known else name[0]
 
     parts = re.split(r"(^```.*?^```)", markdown, flags=re.MULTILINE | re.DOTALL)
-    return "".join(part if part.startswith("```") else re.sub(r"`docs/(\w+\.md)`", link, part) for part in parts)
+    return "".join(part if part.startswith("```") else re.sub(NAMED, link, part) for part in parts)
 
 
 def title(name: str) -> str:

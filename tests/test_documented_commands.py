@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ SMALL = {
     "train": [
         *("training.steps=2", "training.global_batch=8", "training.micro_batch=8", "training.precision=fp32"),
         *("model.layers=1", "model.width=16", "model.heads=2", "schedule.warmup_steps=1", "data.workers=0"),
+        *("training.compile=false",),
     ],
     "sample": ["--vqgan-config", "vqgan.yaml"],
     "probe": ["--passes", "1"],
@@ -154,7 +156,7 @@ def chain(home) -> Iterator[Path]:
     os.chdir(home)
     table = re.findall(r"^\| \w+ \| `(digit-ds (\w+) [^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert [verb for _, verb in table] == [
-        *("doctor", "features", "kmeans", "tokenize", "verify", "estimate", "train"),
+        *("doctor", "split", "features", "kmeans", "tokenize", "verify", "estimate", "train"),
         *("export", "sample", "evaluate", "statistics", "probe"),
     ]
     for line, verb in table:
@@ -176,11 +178,11 @@ def test_the_table_of_commands_leads_from_pictures_to_scores(chain):
     assert read_model(chain / "prior").spec.classes == 3
 
 
-def test_a_shipped_recipe_is_found_by_name(chain):
-    line = block("README.md", "pip install").splitlines()[1]
-    (chain / "SHARDS" / "val").symlink_to("train")
-    run(line, "train")
-    assert (chain / "runs" / "base" / "checkpoints" / "latest").is_file()
+def test_a_shipped_recipe_is_found_by_name(tmp_path, monkeypatch, capsys):
+    """docs/own_pictures.md trains two of them."""
+    monkeypatch.chdir(tmp_path)
+    run(block("README.md", "pip install").splitlines()[1], "estimate")
+    assert "219,377,664 parameters" in capsys.readouterr().out
 
 
 def test_the_tools_of_the_preparation_page(chain):
@@ -219,6 +221,57 @@ def test_python_of_the_readme(chain):
     assert completed.discriminative[:, :32].equal(names["again"].discriminative[:, :32])
     assert names["sequence"].input[:, 1:].equal(names["codes"] + 5)
     assert names["logits"].shape == (2, 65, model.spec.vocabulary.output_size)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Iterator[Path]:
+    """After docs/own_pictures.md; the working directory of what follows."""
+    home, before = tmp_path_factory.mktemp("own"), Path.cwd()
+    make_images(home / "pictures", 24)
+    (home / "weights").mkdir()
+    make_encoder(home / "weights" / "dinov2_vitb14_reg4_pretrain.pth")
+    make_vqgan(home / "weights" / "vqgan_of_base_decoder.ckpt")
+    (home / "weights" / "vqgan_of_base_decoder.yaml").rename(home / "vqgan.yaml")
+    make_feature_network(home / "network.safetensors")
+    os.chdir(home)
+    trainings = []
+    for line in lines_of("docs/own_pictures.md"):
+        verb = shlex.split(line)[1]
+        if verb == "train":
+            trainings.append(line)
+            continue
+        if trainings:  # the two stages beside each other, as the page says
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda training: run(training, "train"), trainings))
+            trainings = []
+        run(smaller(line), verb)
+    yield home
+    os.chdir(before)
+
+
+def lines_of(page: str) -> list[str]:
+    """All lines of a page's blocks."""
+    return [line for found in blocks() if found.page == page for line in found.text.splitlines() if line.strip()]
+
+
+def smaller(line: str) -> str:
+    """A line of the pages about own pictures, over the stand-ins."""
+    for shown, here in (
+        ("--sheet ", "--num-heads 2 --vqgan-config vqgan.yaml --sheet "),
+        ("--per-class 8", "--per-class 1"),
+        ("--size 256", "--size 32"),
+        ("--inception-weights weights/weights-inception-2015-12-05-6726825d.pth", "--features network.safetensors"),
+    ):
+        line = line.replace(shown, here)
+    return line
+
+
+def test_own_pictures_become_samples_and_scores(own):
+    assert len(list((own / "split" / "val").rglob("*.*g"))) == 3
+    assert (own / "own" / "sheet.png").is_file()
+    assert read_model(own / "own" / "models" / "prior").spec.classes == 3
+    scores = read_json(own / "own" / "scores.json")
+    assert scores["samples"] == 3 and "own pictures, validation" in str(scores)
 
 
 def test_the_preview_of_the_training_page(tmp_path):
@@ -279,7 +332,8 @@ def test_no_block_is_forgotten():
     cluster = [found.text for found in blocks() if found.page == "docs/cluster.md"]
     typed = commands(ROOT / "docs" / "cluster.md")
     assert all(line in typed for text in cluster for line in text.splitlines() if line.strip())
-    known = (*here, *ELSEWHERE, "docs/cluster.md: ", "docs/published.md: digit-ds ")
+    whole = ("docs/cluster.md: ", "docs/own_pictures.md: digit-ds ", "docs/published.md: digit-ds ")
+    known = (*here, *ELSEWHERE, *whole)
     assert [found.name[:80] for found in blocks() if not found.name.startswith(known)] == []
     for name in (*here, *ELSEWHERE):
         assert any(found.name.startswith(name) for found in blocks()), f"{name} is in no page any more"

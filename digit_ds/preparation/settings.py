@@ -14,6 +14,22 @@ whose pixel values differ by a level or two here and there."""
 Precision = Annotated[Literal["fp32", "fp16", "bf16"], ShortPrecision]
 
 
+class SplitSettings(Section):
+    """Two folders of links, OUT/train and OUT/val, from a folder of images; a share of each class is held out."""
+
+    NOT_RECORDED = frozenset({"images", "out"})
+    FIRST_RECORDED = frozenset({"share", "seed"})
+
+    images: Annotated[PathText, Option(metavar="DIR")]
+    """Folder of images, or of a folder for each class; nothing in it is moved or copied."""
+    out: PathText
+    """New folder."""
+    share: float = Field(0.1, gt=0, lt=1)
+    """Share of each class that is held out; at least one image of it."""
+    seed: int = 0
+    """Seed of the choice, which depends on it and on the images' names alone."""
+
+
 class JobSettings(Section):
     """Options that the jobs over an image folder share. Encoder, codebook and VQGAN are recorded in the provenance."""
 
