@@ -6,6 +6,7 @@ import torch
 import yaml
 
 from digit_ds.model.released import save_model
+from digit_ds.model.sequences import start_tokens
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import initial_state
 from digit_ds.tokenizer.vqgan import VqganNetwork
@@ -30,6 +31,19 @@ def small_spec(kind: str, classes: int = 0) -> TransformerSpec:
         classes=classes,
         grid=GRID,
     )
+
+
+def random_ids(
+    spec: TransformerSpec, batch: int, length: int | None = None, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """int64 [batch, length]: any ids of the input table behind a prefix and a start token such as a model expects."""
+    rows, first = spec.vocabulary.embedding_rows, spec.vocabulary.prefix_token(torch.tensor(0)).item()
+    tokens = torch.randint(rows, (batch, length or spec.sequence_length), generator=generator)
+    if spec.prefix_length:
+        tokens[:, : spec.prefix_length] = torch.randint(first, rows, (batch, spec.prefix_length), generator=generator)
+    labels = torch.arange(batch) % spec.classes if spec.classes else None
+    tokens[:, spec.prefix_length] = start_tokens(spec, labels, batch)
+    return tokens
 
 
 def write_models(directory: Path) -> dict[str, Path]:

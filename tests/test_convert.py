@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from calls import from_official, to_official
+from small_models import random_ids
 
 from digit_ds.errors import UserError
 from digit_ds.model.fairseq import plain, read_checkpoint
@@ -151,7 +152,7 @@ def test_other_sizes_compute_what_a_plain_reference_does(tmp_path, kind, sizes, 
     model = load_model(tmp_path / "model")
     length = spec.prefix_length + 1 + 2 * spec.tokens // 3
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(spec.vocabulary.embedding_rows, (2, length), generator=generator)
+    tokens = random_ids(spec, 2, length, generator)
     difference = (model(tokens) - reference(checkpoint, tokens, spec.prefix_length)).abs().max().item()
     assert difference <= 1e-4
 

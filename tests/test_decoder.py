@@ -8,7 +8,7 @@ import pytest
 import torch
 from calls import from_official
 from reference_loss import label_smoothed_cross_entropy
-from small_models import MODERN_LAYERS
+from small_models import MODERN_LAYERS, random_ids
 
 from digit_ds.errors import UserError
 from digit_ds.model.released import save_model
@@ -178,7 +178,7 @@ def test_the_cache_equals_a_full_pass_in_any_chunks(kind, chunks, options):
     spec = TransformerSpec(kind, 2, 24, 3, 40, "post", 30, 11, 7, 0, grid=grid, **options)
     model = Transformer(spec).eval()
     model.load_state_dict(initial_state(spec, 3))
-    tokens = torch.randint(spec.vocabulary.embedding_rows, (2, sum(chunks)))
+    tokens = random_ids(spec, 2, sum(chunks))
     cache = model.new_cache(2, sum(chunks) + 2)
     for _ in range(2):  # the second time in the same memory
         steps = torch.cat([model.step(part, cache) for part in tokens.split(chunks, dim=1)], dim=1)
@@ -193,11 +193,24 @@ def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
     model = load_model(tmp_path / "model")
     with pytest.raises(UserError, match=r"token id 20 is outside 0\.\.19"):
         model(torch.tensor([[2, 20]]))
+    for bare in (torch.tensor([[2, 5], [4, 3]]), torch.tensor([[2, 5], [8, 16]])):  # the second row, codes or code ids
+        with pytest.raises(
+            UserError, match=r"the id [48] at position 0, expected the start token 2 or a class token 16 "
+        ):
+            model(bare)
+    assert model(torch.tensor([[2, 5], [16, 15]])).shape == (2, 2, 16)
     with pytest.raises(UserError, match="31 tokens was given, this prior model takes at most 30"):
         model(torch.zeros(1, 31, dtype=torch.int64))
     turning = Transformer(TransformerSpec("ar", 1, 8, 2, 16, "pre", 1, 9, 7, 0, grid=(3, 4), positions="rotary2d"))
     with pytest.raises(UserError, match="26 tokens was given, this ar model takes at most 25"):
         turning(torch.zeros(1, 26, dtype=torch.int64))
+    prefix = torch.full((1, 12), 17)  # the first discriminative code of a table behind 5 special ids and 7 VQ codes
+    for wrong, message in (
+        (torch.arange(9)[None], "the id 0 in its prefix of 12 discriminative tokens, expected 17 or more"),
+        (torch.cat([prefix, torch.tensor([[7]])], dim=1), "the id 7 at position 12, expected the start token 2; "),
+    ):
+        with pytest.raises(UserError, match=message):
+            turning(wrong)
     far = Transformer(TransformerSpec("ar", 1, 8, 2, 16, "pre", 11, 9, 7, 0, grid=(3, 4)))
     with pytest.raises(UserError, match="12 tokens was given, this ar model takes at most 11"):
         far(torch.zeros(1, 12, dtype=torch.int64))

@@ -29,7 +29,8 @@ for width, heads, prompt in ((64, 2, 60), (48, 2, 95), (48, 2, 0)):  # head widt
 for width, options in ((48, {"positions": "rotary2d", "qk_norm": True}), (16, {"positions": "rotary2d"}),
                        (12, {"qk_norm": True}), (10, {"qk_norm": True})):  # the last head width is odd
     spec = TransformerSpec("ar", 1, width, 2, 16, "pre", 12, 9, 7, 0, grid=(2, 3), **options)
-    model, tokens = Transformer(spec).eval(), torch.randint(14, (2, 10))
+    model = Transformer(spec).eval()
+    tokens = torch.cat([torch.randint(17, 26, (2, 6)), torch.full((2, 1), 2), torch.randint(12, (2, 3))], dim=1)
     for name, parameter in model.named_parameters():
         if "qk_norm" in name:
             torch.nn.init.normal_(parameter)

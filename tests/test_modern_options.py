@@ -8,7 +8,7 @@ import pytest
 import torch
 from calls import to_official
 from reference_loss import label_smoothed_cross_entropy
-from small_models import MODERN_LAYERS
+from small_models import MODERN_LAYERS, random_ids
 from training_parts import launch
 
 from digit_ds.config import ModelConfig
@@ -39,7 +39,7 @@ def some_state(spec: TransformerSpec) -> dict[str, torch.Tensor]:
 
 def some_tokens(spec: TransformerSpec, batch: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(spec.vocabulary.embedding_rows, (batch, spec.sequence_length), generator=generator)
+    return random_ids(spec, batch, generator=generator)
 
 
 def some_order(spec: TransformerSpec, batch: int = 2) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from digit_ds.errors import UserError
 from digit_ds.model.spec import TransformerSpec
-from digit_ds.vocabulary import EOS, MASK
+from digit_ds.vocabulary import EOS, MASK, SPECIALS
 
 
 class Sequence(NamedTuple):
@@ -102,6 +102,35 @@ def prompt_tokens(spec: TransformerSpec, discriminative: Tensor | None, labels: 
     codes = _codes(spec, discriminative, "discriminative")
     start = start_tokens(spec, labels, batch, device=codes.device).unsqueeze(1)
     return torch.cat([spec.vocabulary.prefix_token(codes), start], dim=1)
+
+
+def check_sequence(spec: TransformerSpec, tokens: Tensor) -> None:
+    """Refuse ids that no sequence of a model has in their place, such as bare codes.
+
+    Looks at the start token and at a pixel decoder's prefix; the ids after them could be codes or tokens. Nothing is
+    checked outside the CPU, where looking would wait for the device, or while a graph is compiled.
+
+    Args:
+        tokens: int64 [B, T] ids, from the first position on.
+    """
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+        return
+    vocabulary, prefix = spec.vocabulary, spec.prefix_length
+    made = "sequences of ids are made by digit_ds.model.sequences.training_sequence"
+    given, first = tokens[:, :prefix], vocabulary.output_size + SPECIALS
+    if (given < first).any():
+        raise UserError(
+            f"a {spec.kind} model was given the id {int(given.min())} in its prefix of {prefix} discriminative tokens, "
+            f"expected {first} or more (code j has the id j + {first}); {made}"
+        )
+    start = tokens[:, prefix : prefix + 1]
+    wrong = (start != EOS) & ((start < vocabulary.output_size) if spec.classes else True)
+    if wrong.any():
+        classes = f" or a class token {vocabulary.output_size} or more" if spec.classes else ""
+        raise UserError(
+            f"a {spec.kind} model was given the id {int(start[wrong][0])} at position {prefix}, expected the start "
+            f"token {EOS}{classes}; the ids of an image follow it, code j as j + {SPECIALS}; {made}"
+        )
 
 
 def _codes(spec: TransformerSpec, codes: Tensor | None, name: str) -> Tensor:

@@ -17,6 +17,7 @@ from digit_ds.errors import UserError
 from digit_ds.model.attention import NORM_EPSILON, Attention, KeyValueCache
 from digit_ds.model.released import read_model
 from digit_ds.model.rotary import rotation
+from digit_ds.model.sequences import check_sequence
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import POSITION_OFFSET
 
@@ -111,7 +112,8 @@ class Transformer(nn.Module):
             [B, T, V] in the model's dtype.
 
         Raises:
-            UserError: an id is outside the input table (checked on the CPU only) or T exceeds the positions there are.
+            UserError: T exceeds the positions there are, or (checked on the CPU only) an id is outside the input table
+            or a sequence does not begin as those of :func:`digit_ds.model.sequences.training_sequence` do.
         """
         return self._logits(self.hidden_states(tokens, order)[-1])
 
@@ -122,6 +124,7 @@ class Transformer(nn.Module):
             positions = functional.pad(order + 1, (1, 0))  # [B, T]: the start token stands before the image
         self._check_ids(tokens)
         self._check_length(tokens.shape[1])
+        check_sequence(self.spec, tokens)
         turn = rotation(self.spec, positions, self.output.weight.dtype)
         states = [self._embed(tokens, positions)]
         for layer in self.layers:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from calls import from_official
+from small_models import random_ids
 
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import Transformer, load_model
@@ -126,7 +127,7 @@ def test_rotary_positions_and_qk_norm_reach_the_kernel(kind, width):
         name: value + 0.1 * torch.randn(value.shape, generator=generator)
         for name, value in initial_state(spec, 1).items()
     }
-    tokens = torch.randint(spec.vocabulary.embedding_rows, (3, spec.sequence_length), generator=generator)
+    tokens = random_ids(spec, 3, generator=generator)
     exact, rounded = Transformer(spec).double().eval(), Transformer(spec).double().eval()
     exact.load_state_dict(state)
     rounded.load_state_dict({name: value.bfloat16() for name, value in state.items()})
