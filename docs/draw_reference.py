@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from digit_ds.cli import VERBS, Verb
 from digit_ds.config import Recipe
 from digit_ds.settings import Parser, Section, add_options
+from digit_ds.training.metric_names import MEANINGS
 
 PAGE = Path(__file__).parent / "reference.md"
 HEAD = """# Reference
@@ -30,6 +31,15 @@ take the options of their verbs. Every command also takes `--debug`, which shows
 | 130 | interrupted by Ctrl-C |
 | other | an error of the program or of the machine; `docs/faults.md` says what happens when |
 
+"""
+METRICS = """
+## Metrics
+
+A training appends a line of JSON to `RUN/metrics.jsonl` every `monitor.log_every` steps and writes the same numbers to
+TensorBoard (`RUN/tb`). Lines of steps that are done again after a resume replace the earlier ones.
+
+| metric | meaning |
+| --- | --- |
 """
 
 
@@ -87,7 +97,8 @@ def _default(field: FieldInfo) -> str:
 def page() -> str:
     """The whole page."""
     recipe = "## Recipe\n\nFields of the YAML file that `digit-ds train` reads; `section.key=value` overrides one.\n\n"
-    return HEAD + "".join(commands(VERBS)) + recipe + "".join(fields(Recipe))
+    metrics = "".join(f"| `{name}` | {meaning} |\n" for name, meaning in MEANINGS.items())
+    return HEAD + "".join(commands(VERBS)) + recipe + "".join(fields(Recipe)) + METRICS + metrics
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A command is run as it stands. ``PLACES`` says what its placeholders are, ``SMAL
 in neither this chain nor ``ELSEWHERE`` is a failure, so a new one cannot be forgotten.
 """
 
+import json
 import os
 import re
 import shlex
@@ -29,6 +30,7 @@ from digit_ds.errors import run_command
 from digit_ds.files import read_json
 from digit_ds.model.released import read_model
 from digit_ds.safe_load import load_npz
+from digit_ds.training.metric_names import MEANINGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -258,6 +260,9 @@ def smaller(line: str) -> str:
     """A line of the pages about own pictures, over the stand-ins."""
     for shown, here in (
         ("--sheet ", "--num-heads 2 --vqgan-config vqgan.yaml --sheet "),
+        ("--codebook own/km.npy --keep 128", "--num-heads 2 --codebook own/km.npy --keep 32"),
+        ("--codebook own/km.npy --out", "--num-heads 2 --codebook own/km.npy --out"),
+        ("--count 5000", "--count 3 --vqgan-config vqgan.yaml"),
         ("--per-class 8", "--per-class 1"),
         ("--size 256", "--size 32"),
         ("--inception-weights weights/weights-inception-2015-12-05-6726825d.pth", "--features network.safetensors"),
@@ -272,6 +277,27 @@ def test_own_pictures_become_samples_and_scores(own):
     assert read_model(own / "own" / "models" / "prior").spec.classes == 3
     scores = read_json(own / "own" / "scores.json")
     assert scores["samples"] == 3 and "own pictures, validation" in str(scores)
+
+
+def test_the_how_to_page(own):
+    (own / "more").symlink_to("own")
+    for line in lines_of("docs/howto.md"):
+        run(smaller(line), shlex.split(line)[1])
+    assert len(read_json(own / "own" / "guidance" / "guidance.json")["tried"]) == 5
+    kept, rebuilt = (
+        load_npz(own / "own" / name / "tokens.npz", "discriminative")["discriminative"]
+        for name in ("completed", "rebuilt")
+    )
+    assert (kept[:, :32] == rebuilt[:, :32]).all() and not (kept[:, 32:] == rebuilt[:, 32:]).all()
+    weights = [own / "own" / "models" / name / "model.safetensors" for name in ("prior", "prior_again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    started = read_model(own / "own" / "models" / "prior").spec
+    assert load_recipe(own / "own" / "tuned" / "recipe.yaml").model.width == started.width
+
+
+def test_every_metric_of_a_run_is_in_the_reference(chain):
+    lines = [json.loads(line) for line in (chain / "runs" / "prior" / "metrics.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line} <= MEANINGS.keys()
 
 
 def test_the_preview_of_the_training_page(tmp_path):
@@ -332,7 +358,12 @@ def test_no_block_is_forgotten():
     cluster = [found.text for found in blocks() if found.page == "docs/cluster.md"]
     typed = commands(ROOT / "docs" / "cluster.md")
     assert all(line in typed for text in cluster for line in text.splitlines() if line.strip())
-    whole = ("docs/cluster.md: ", "docs/own_pictures.md: digit-ds ", "docs/published.md: digit-ds ")
+    whole = (
+        "docs/cluster.md: ",
+        "docs/howto.md: digit-ds ",
+        "docs/own_pictures.md: digit-ds ",
+        "docs/published.md: digit-ds ",
+    )
     known = (*here, *ELSEWHERE, *whole)
     assert [found.name[:80] for found in blocks() if not found.name.startswith(known)] == []
     for name in (*here, *ELSEWHERE):

@@ -1,0 +1,30 @@
+"""What the numbers in ``metrics.jsonl`` and TensorBoard mean; ``docs/reference.md`` lists them."""
+
+MEANINGS = {
+    "step": "optimizer steps done",
+    "images": "images seen since the first step",
+    "epoch": "the same in passes over the training images",
+    "loss": "training loss in nats a predicted token, with label smoothing; mean over the ranks of the logged step",
+    "nll": "the same without label smoothing",
+    "grad_norm": "global L2 norm of the gradient before clipping",
+    "lr": "learning rate of the step",
+    "images_per_second": "images a second of all ranks, over the steps since the last line",
+    "tokens_per_second": "the same in tokens of the model's input",
+    "step_seconds": "mean seconds a step since the last line",
+    "step_seconds_p50": "their median",
+    "step_seconds_p95": "their 95th percentile",
+    "data_wait_seconds": "seconds a step that this rank waited for data",
+    "rank_seconds_max": "seconds a step of the slowest rank's own work (data and forward pass)",
+    "rank_seconds_median": "the same of the median rank",
+    "slowest_rank": "which rank that is",
+    "tflops": "model TFLOP/s of one device; recomputation is not counted",
+    "mfu": "the same as a share of the device's peak; null where the peak is unknown (`monitor.peak_tflops`)",
+    "memory_gib": "largest device memory allocated so far, GiB; on CPUs the largest resident set",
+    "token_usage": "share of the output vocabulary that occurred in the targets since the last line",
+    "skipped_updates": "updates skipped so far because a gradient was not finite",
+    "training_seconds": "seconds of training so far, over all attempts",
+    "sample_ids_hash": "chained hash of the ids of all samples so far: equal hashes mean equal data",
+    "validation_nll": "nats a token over all validation images, without label smoothing (`monitor.validate_every`)",
+    "online_fid_N": "FID of N pictures drawn from a checkpoint (`preview.fid_samples`)",
+}
+"""Names of metrics in the order in which a run logs them."""
