@@ -39,6 +39,8 @@ class Option:
     """Given by place, not by a flag."""
     group: str = ""
     """Heading in the help."""
+    hidden: bool = False
+    """Not shown: the option exists only to be refused with a line that says what to use instead."""
 
 
 def _path(value: Any) -> Any:
@@ -279,7 +281,11 @@ def add_options(parser: argparse.ArgumentParser, section: type[Section]) -> None
         option = _option(field)
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
-        words = {"help": _help(field), "default": argparse.SUPPRESS, **_value(field)}
+        words = {
+            "help": argparse.SUPPRESS if option.hidden else _help(field),
+            "default": argparse.SUPPRESS,
+            **_value(field),
+        }
         if "type" in words:
             words.setdefault("metavar", key_of(section, name).upper())
         if option.positional:

@@ -117,7 +117,7 @@ def test_two_processes_find_the_same(parts, tmp_path):
 def test_foreign_shards_and_models_are_refused(parts, tmp_path):
     spec = small_spec("ar")
     save_model(tmp_path / "ar", spec, initial_state(spec, 0), {})
-    with pytest.raises(UserError, match="is a ar model, expected a prior or vq model"):
+    with pytest.raises(UserError, match="has kind ar, expected prior or vq to probe"):
         probe(tmp_path / "ar", parts / "train", parts / "val", tmp_path / "out")
     spec = small_spec("prior")
     save_model(tmp_path / "other", spec, initial_state(spec, 0), {"codebook_sha256": "d" * 64})

@@ -21,6 +21,7 @@ from small_models import CLASSES, CODES, VQ_CODES, small_spec, write_models
 from digit_ds.data.images import Crops, decode, walk
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
+from digit_ds.generation.pictures import read_png
 from digit_ds.generation.preview import Preview
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.model.released import save_model
@@ -224,12 +225,25 @@ def test_pictures_are_reconstructed_or_completed(tmp_path, monkeypatch):
         assert np.array_equal(whole["discriminative"], expected)
         assert np.array_equal(half["discriminative"][:, :32], np.stack(expected)[:, :32])
         assert not np.array_equal(half["discriminative"], whole["discriminative"])
+    name = next(iter(walk(images)))
+    check_grids(tmp_path / "all", tmp_path / "half", crops.cut(decode(images / name), name)[0])
     other = make_codebook(tmp_path / "other.npy", encoder, width=16, codes=30)
     with pytest.raises(UserError, match=r"belongs to codebook .*, but codebook .*other\.npy to"):
         sample(tmp_path / "new", **{**common, "codebook": other})
     (images / "cat/broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"broken\.png: is no readable image"):
         sample(tmp_path / "broken", **common)
+
+
+def check_grids(whole, half, original):
+    """The first column: the picture as given, its upper half with the rest in grey, and what became of it."""
+    grids = [np.asarray(Image.open(job / "grid.png").convert("RGB")) for job in (whole, half)]
+    left = grids[0].shape[1] - 3 * 66, grids[1].shape[1] - 3 * 66  # three pictures a class, enlarged to 64, gaps of 2
+    first = [[grid[2 + 66 * row :, x:][:64:2, :64:2] for row in range(3)] for grid, x in zip(grids, left)]
+    results = [read_png(job / "images" / "000000.png") for job in (whole, half)]
+    assert np.array_equal(first[0][0], original) and np.array_equal(first[0][1], results[0])
+    assert np.array_equal(first[1][0], original) and np.array_equal(first[1][2], results[1])
+    assert np.array_equal(first[1][1][:16], original[:16]) and np.ptp(first[1][1][16:]) == 0
 
 
 def test_preview_of_a_model_in_training(models, tmp_path):
@@ -269,7 +283,7 @@ def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
         ({"prior": "unconditional", "per_class": 3, "count": None}, "is unconditional"),
         ({"per_class": 2}, "either a count of pictures or a count per class"),
         ({"pixel_decoder": None}, "no pixel decoder is given"),
-        ({"pixel_decoder": "vq"}, "is a vq model, expected ar or nar"),
+        ({"pixel_decoder": "vq"}, "has kind vq, expected ar or nar"),
         ({"prior": "vq"}, "writes VQ tokens itself"),
         ({"prior": None}, "no prior is given"),
         ({"keep": 3}, "keep is given"),

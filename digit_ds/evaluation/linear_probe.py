@@ -53,7 +53,7 @@ def probe(settings: ProbeSettings) -> dict[str, Any]:
         device = launch.device()
         spec, provenance, _ = read_config(Path(settings.model))
         if spec.kind not in ("prior", "vq"):
-            raise UserError(f"{settings.model}: is a {spec.kind} model, expected a prior or vq model to probe")
+            raise UserError(f"{settings.model}: has kind {spec.kind}, expected prior or vq to probe")
         manifests = [read_manifest(settings.train), read_manifest(settings.val)]
         made_of = VQ if spec.kind == "vq" else DISCRIMINATIVE
         shards = [manifest.part(path) for path, manifest in zip((settings.train, settings.val), manifests)]

@@ -5,28 +5,48 @@ OUT/manifest.json      settings, the label of every picture, what the tokens mea
 OUT/images/000000.png  one file per image number
 OUT/tokens.npz         label int64 [N], discriminative and vq uint16 [N, G]
 OUT/samples.npz        on request: ADM's layout, arr_0 uint8 [N, H, W, 3] (and arr_1 labels)
-OUT/grid.png           pictures to look at; rows are classes
+OUT/grid.png           pictures to look at; rows are classes, below their originals where pictures were given
 OUT/parts/             tokens of finished blocks; gone when the job is complete
 ```
 """
 
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from digit_ds.errors import UserError
 from digit_ds.files import make_directory, read_json, write_atomically, write_json
 from digit_ds.generation.drawing import block_images
-from digit_ds.generation.pictures import draw_grid, grid_rows, read_png, write_adm_array, write_png
+from digit_ds.generation.pictures import (
+    GRID_ROWS,
+    draw_grid,
+    grid_rows,
+    hide_after,
+    read_png,
+    write_adm_array,
+    write_png,
+)
 from digit_ds.generation.pipeline import BLOCK
 from digit_ds.parallel.decide import from_main
 from digit_ds.safe_load import load_npz
 from digit_ds.workdir import WorkDirectory, is_begun
 
 FORMAT = 1
+
+
+class Originals(NamedTuple):
+    """Given pictures, which the grid shows above what was made of them."""
+
+    picture: Callable[[int], np.ndarray]
+    """Image number -> uint8 [H, W, 3]."""
+    grid: tuple[int, int]
+    """Rows and columns of tokens."""
+    keep: int | None
+    """Leading tokens that were kept; None: all."""
 
 
 class SamplingJob:
@@ -131,7 +151,7 @@ class SamplingJob:
             write_png(self.picture(image), picture)
         write_atomically(self.part(block), lambda temporary: np.savez(temporary, **tokens))
 
-    def finish(self, adm_array: bool) -> None:
+    def finish(self, adm_array: bool, originals: Originals | None = None) -> None:
         """Join the parts, mark the job complete and let others in."""
         parts = defaultdict(list)
         for block in range(self.blocks):
@@ -142,7 +162,7 @@ class SamplingJob:
         write_atomically(self.out / "tokens.npz", lambda temporary: np.savez(temporary, label=labels, **tokens))
         if adm_array:
             self.write_adm_array()
-        write_atomically(self.out / "grid.png", self._grid().save)
+        write_atomically(self.out / "grid.png", self._grid(originals).save)
         self._write_manifest(complete=True)
         shutil.rmtree(self.out / "parts")
         self._directory.release()
@@ -169,7 +189,19 @@ class SamplingJob:
         }
         write_json(self.out / "manifest.json", manifest)
 
-    def _grid(self) -> Any:
-        """Rows of classes, in order."""
-        rows = grid_rows(self.labels, self.class_names)
-        return draw_grid([(name, [read_png(self.picture(image)) for image in images]) for name, images in rows])
+    def _grid(self, originals: Originals | None) -> Any:
+        """Rows of classes, in order; given pictures and, for a completion, what was kept of them stand above."""
+        drawn = []
+        for name, images in grid_rows(self.labels, self.class_names):
+            made = [read_png(self.picture(image)) for image in images]
+            if originals is None:
+                drawn.append((name, made))
+                continue
+            given = [originals.picture(image) for image in images]
+            drawn.append((f"{name} original".strip(), given))
+            if originals.keep is not None:
+                drawn.append(("kept", [hide_after(picture, originals.grid, originals.keep) for picture in given]))
+            drawn.append(("reconstructed" if originals.keep is None else "completed", made))
+            if len(drawn) >= GRID_ROWS:
+                break
+        return draw_grid(drawn)

@@ -3,6 +3,7 @@
 The command (``sample.py``) and the Python interface (``loaded.py``) both come here.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from digit_ds.generation.settings import Decoding, DrawSettings, ModelSettings
 from digit_ds.identity import Part, check_agreement
 from digit_ds.model.released import located, read_config
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.parallel import launch
 from digit_ds.tokenizer.precision import precision_dtype
 from digit_ds.tokenizer.vqgan import Vqgan, load_vqgan
 
@@ -84,7 +86,7 @@ def read_stages(settings: ModelSettings) -> Stages:
             spec, provenance, _ = read_config(place)
             if spec.kind not in kinds:
                 raise UserError(
-                    f"{directory}: is a {spec.kind} model, expected {' or '.join(kinds)} as {name.replace('_', ' ')}"
+                    f"{directory}: has kind {spec.kind}, expected {' or '.join(kinds)} as {name.replace('_', ' ')}"
                 )
             stages[name] = StageModel(directory, place, spec, provenance)
     return stages
@@ -198,11 +200,19 @@ def check_parts(settings: ModelSettings, stages: Stages, painter: Vqgan, others:
 
 
 def check_guidance(first: StageModel, decoding: Decoding) -> None:
-    """Refuse guidance of a model that has no unconditional half."""
-    if decoding.guidance.active and first.provenance.get("class_dropout") == 0:
+    """Refuse guidance of a model that has no unconditional half; warn where that is not known."""
+    if not decoding.guidance.active:
+        return
+    if first.provenance.get("class_dropout") == 0:
         raise UserError(
             f"{first.directory}: guidance scale is {decoding.guidance.scale}, but the model was trained with "
             "training.class_dropout 0 and has no unconditional half, expected 1 (no guidance)"
+        )
+    if first.spec.classes and "class_dropout" not in first.provenance and launch.is_main():
+        print(
+            f"warning: {first.directory}: does not say whether it was trained with class dropout, which guidance "
+            f"(scale {decoding.guidance.scale}) needs",
+            file=sys.stderr,
         )
 
 

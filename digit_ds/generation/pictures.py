@@ -11,6 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from digit_ds.data.images import open_image
 from digit_ds.files import write_atomically
 
+GREY = 160
+"""Level of what is not shown."""
+
 FAST_COMPRESSION = 1
 """zlib level of the PNGs: three times as fast as the default, for files about a tenth larger."""
 
@@ -67,6 +70,13 @@ def grid_rows(labels: Sequence[int], class_names: Sequence[str]) -> list[tuple[s
         label = labels[rows[row][0]]
         named.append(("" if label < 0 else class_names[label] if label < len(class_names) else str(label), rows[row]))
     return named
+
+
+def hide_after(picture: np.ndarray, grid: tuple[int, int], keep: int) -> np.ndarray:
+    """uint8 [H, W, 3] with the patches of all but the first ``keep`` tokens, in raster order, in grey."""
+    hidden = np.arange(grid[0] * grid[1]).reshape(grid) >= keep
+    height, width = picture.shape[0] // grid[0], picture.shape[1] // grid[1]
+    return np.where(hidden.repeat(height, 0).repeat(width, 1)[..., None], np.uint8(GREY), picture)
 
 
 def draw_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], height: int = 64) -> Image.Image:

@@ -9,7 +9,7 @@ import numpy as np
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.generation.drawing import grouped, write_codes
-from digit_ds.generation.job import SamplingJob
+from digit_ds.generation.job import Originals, SamplingJob
 from digit_ds.generation.labels import choose_labels, labels_of
 from digit_ds.generation.models import (
     arithmetic,
@@ -22,7 +22,7 @@ from digit_ds.generation.models import (
     needed_stages,
     read_stages,
 )
-from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
+from digit_ds.generation.pipeline import Pipeline, make_sampler
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.generation.sources import ImageFolder, Source, TokenFile
 from digit_ds.identity import TOKENS, Part
@@ -107,7 +107,10 @@ def sample(settings: SampleSettings) -> None:
         pipeline = Pipeline(samplers.get("prior"), samplers.get("pixel_decoder"), painter)
         _run(job, pipeline, source, settings.keep, rows)
         wait_for_all()
-        from_main(lambda: job.finish(settings.adm_array))
+        originals = None
+        if isinstance(source, ImageFolder):
+            originals = Originals(source.picture, first.spec.grid, settings.keep)
+        from_main(lambda: job.finish(settings.adm_array, originals))
     if launch.is_main():
         print(f"{settings.out}: {job.count} pictures")
 
@@ -124,14 +127,19 @@ def _jsonable(value: Any) -> Any:
     return [_jsonable(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+def _pictures(job: SamplingJob, blocks: list[int]) -> int:
+    """How many pictures are in ``blocks``."""
+    return sum(len(job.images(block)) for block in blocks)
+
+
 def _run(job: SamplingJob, pipeline: Pipeline, source: Source | None, keep: int | None, rows: int) -> None:
     """Write this process's missing blocks; pictures are compressed in threads while the next tokens are drawn."""
     missing = from_main(job.missing_blocks)
-    done = job.blocks - len(missing)
+    done = job.count - _pictures(job, missing)
     pending: list[Future] = []
     with (
         ThreadPoolExecutor(min(16, cpu_count() or 1)) as writers,
-        progress(total=job.blocks, initial=done, description="sampling", unit=f"x{BLOCK} pictures") as bar,
+        progress(total=job.count, initial=done, description="sampling", unit="pictures") as bar,
     ):
         groups = list(grouped(missing, rows, launch.world_size()))
         for group in groups[launch.rank() :: launch.world_size()]:
@@ -150,8 +158,8 @@ def _run(job: SamplingJob, pipeline: Pipeline, source: Source | None, keep: int 
                     if part is not None
                 }
                 pending.append(writers.submit(job.write_block, block, pipeline.paint(codes.vq[own]), tokens))
-            finished = job.blocks - len(job.missing_blocks())
+            finished = job.count - _pictures(job, job.missing_blocks())
             bar.update(finished - bar.n)
         for future in pending:
             future.result()
-        bar.update(job.blocks - len(job.missing_blocks()) - bar.n)
+        bar.update(job.count - _pictures(job, job.missing_blocks()) - bar.n)

@@ -87,15 +87,15 @@ class _Pictures(ABC):
         """int64 [B] -> int64 [B, G]; always a full block at a time, so that rounding does not depend on the batch."""
         codes = []
         for block in images.split(BLOCK):
-            pictures = np.stack([self._picture(int(image)) for image in block])
+            pictures = np.stack([self.picture(int(image)) for image in block])
             padded = torch.from_numpy(pictures)[torch.arange(BLOCK).clamp(max=len(block) - 1)]
             floats = padded.to(self._device).permute(0, 3, 1, 2).float() / 255
             codes.append(self._encode(floats)[: len(block)].cpu())
         return torch.cat(codes)
 
     @abstractmethod
-    def _picture(self, image: int) -> np.ndarray:
-        """uint8 [size, size, 3]."""
+    def picture(self, image: int) -> np.ndarray:
+        """uint8 [size, size, 3], as it is tokenised."""
 
 
 class ImageFolder(_Pictures):
@@ -121,7 +121,8 @@ class ImageFolder(_Pictures):
         """The class folder of every picture; None: it lies in no folder."""
         return [class_name(name) for name in self.names]
 
-    def _picture(self, image: int) -> np.ndarray:
+    def picture(self, image: int) -> np.ndarray:
+        """uint8 [size, size, 3], as it is tokenised."""
         name = self.names[image]
         try:
             return self._crops.cut(decode(self._source.read(name)), name)[0]
@@ -143,7 +144,8 @@ class GivenImages(_Pictures):
         super().__init__(size, resize, encode, device)
         self._images, self.count, self.identity = images, len(images), {}
 
-    def _picture(self, image: int) -> np.ndarray:
+    def picture(self, image: int) -> np.ndarray:
+        """uint8 [size, size, 3], as it is tokenised."""
         given = self._images[image]
         try:
             picture = upright_rgb(given) if isinstance(given, Image.Image) else decode(given)

@@ -164,7 +164,7 @@ class _Fetching:
         for directory, kinds in ((self.prior, ("prior",)), (self.decoder, ("ar", "nar"))):
             spec, _, _ = read_config(directory)
             if spec.kind not in kinds:
-                raise UserError(f"{directory}: is a {spec.kind} model, expected {' or '.join(kinds)}")
+                raise UserError(f"{directory}: has kind {spec.kind}, expected {' or '.join(kinds)}")
             if spec.discriminative_codes != codes:
                 raise UserError(
                     f"{directory}: has {spec.discriminative_codes} discriminative codes, expected {codes} as "

@@ -20,8 +20,9 @@ _PEAKS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 31
 """Dense bf16 (fp16 on V100) TFLOP/s by NVIDIA's data sheets, found by the device's name."""
 
 _BOARD = {
-    "loss": ("loss", "nll", "token_usage"),
+    "loss": ("loss", "nll"),
     "validation": ("validation_nll",),
+    "tokens": ("token_usage",),
     "update": ("grad_norm", "lr", "skipped_updates"),
     "speed": ("images_per_second", "tokens_per_second", "tflops", "mfu", "memory_gib"),
     "seconds_a_step": ("step_seconds", "step_seconds_p50", "step_seconds_p95", "data_wait_seconds"),

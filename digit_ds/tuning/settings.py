@@ -22,6 +22,10 @@ class GuidanceSettings(SampleSettings):
     """Folder to write: guidance.json, and for each combination a sampling job in samples/ and its scores in scores/."""
     guidance_schedule: Annotated[Schedule, Option(group=_SEARCH.group)] = "power-cosine"
     """Schedule of all combinations."""
+    guidance: Annotated[float, Option(hidden=True)] = 1.0
+    """Refused: ``scales`` are searched."""
+    guidance_exponent: Annotated[float, Option(hidden=True)] = 1.0
+    """Refused: ``exponents`` are searched."""
     scales: Annotated[list[Annotated[float, Field(ge=0, le=LARGEST)]], _SEARCH] = Field(min_length=1)
     """Guidance scales to try; 1, without guidance, is drawn once."""
     exponents: Annotated[list[Annotated[float, Field(ge=SMALLEST, le=LARGEST)]], _SEARCH] = Field([1.0], min_length=1)
