@@ -21,7 +21,7 @@ from digit_ds.model.settings import FromMegatron, FromOfficial, ToMegatron, ToOf
 from digit_ds.preparation.settings import FeatureSettings, SplitSettings, TokenSettings, VerifySettings
 from digit_ds.publishing.settings import FetchSettings, PublishSettings
 from digit_ds.settings import Parser, Section, add_options, from_options
-from digit_ds.training.settings import EstimateSettings, ExportSettings, TrainSettings
+from digit_ds.training.settings import EstimateSettings, ExportSettings, PlanSettings, TrainSettings
 from digit_ds.tuning.settings import GuidanceSettings
 
 
@@ -66,6 +66,16 @@ def _estimate(settings: EstimateSettings) -> None:
     from digit_ds.training.estimate import estimate
 
     estimate(settings, recipe)
+
+
+def _plan(settings: PlanSettings) -> None:
+    from digit_ds.config import load_recipe
+
+    recipe = load_recipe(settings.recipe, settings.overrides)
+
+    from digit_ds.training.plan import plan
+
+    plan(settings, recipe)
 
 
 def _export(settings: ExportSettings) -> None:
@@ -223,6 +233,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "verify": (VerifySettings, _verify),
     "train": (TrainSettings, _train),
     "estimate": (EstimateSettings, _estimate),
+    "plan": (PlanSettings, _plan),
     "export": (ExportSettings, _export),
     "sample": (SampleSettings, _sample),
     "evaluate": (EvaluateSettings, _evaluate),

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from digit_ds.cluster.submit import QUEUED
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 4  # more than the machine may have: Slurm is told to believe it
@@ -192,11 +194,10 @@ class Cluster:
 
     def wait(self, number: int, timeout: float = 300, states: tuple[str, ...] = ()) -> dict[str, str]:
         """Wait until a job is in one of ``states`` (default: until it has ended); its final fields."""
-        unfinished = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED")
         deadline = time.monotonic() + timeout
         while True:
             job = self.job(number)
-            if job["JobState"] in states if states else job["JobState"] not in unfinished:
+            if job["JobState"] in states if states else job["JobState"] not in QUEUED:
                 return job
             assert time.monotonic() < deadline, f"job {number} is still {job['JobState']} ({job['Reason']})"
             time.sleep(0.3)

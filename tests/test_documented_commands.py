@@ -158,7 +158,7 @@ def chain(home) -> Iterator[Path]:
     os.chdir(home)
     table = re.findall(r"^\| \w+ \| `(digit-ds (\w+) [^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert [verb for _, verb in table] == [
-        *("doctor", "split", "features", "kmeans", "tokenize", "verify", "estimate", "train"),
+        *("doctor", "split", "features", "kmeans", "tokenize", "verify", "estimate", "plan", "train"),
         *("export", "sample", "evaluate", "statistics", "probe"),
     ]
     for line, verb in table:

@@ -32,6 +32,9 @@ OURS = {
     "modern_base_prior": (8192, 200, 216_220_672),
     "guided_class_conditional_base_prior": (8192, 200, 219_377_664),
     "guided_class_conditional_large_prior": (16384, 200, 731_879_424),
+    "prior_1.7b": (16384, 200, 1_680_695_296),
+    "prior_3.7b": (16384, 200, 3_729_002_496),
+    "prior_7b": (16384, 200, 6_582_616_064),
     "rar_base_prior": (8192, 400, 219_377_664 + 256 * 1024),
     "rar_class_conditional_base_prior": (8192, 400, 219_377_664 + 256 * 1024),
 }

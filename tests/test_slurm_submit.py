@@ -246,6 +246,15 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
     result = submission.call("--dry-run")
     assert result.returncode == 0 and result.stdout.count("sbatch --parsable") == len(NAMES)
     assert "--dependency=afterok:" in result.stdout and not (submission.folder / "out").exists()
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines()[1 : len(NAMES) + 1]}
+    assert set(rows) == set(NAMES) and rows["features"][1:3] == ["2", "0"]
+    # A command runs as it was printed: a shell that has sbatch as a function sees the words that Slurm would get.
+    printed = result.stdout[result.stdout.index("# features") : result.stdout.index("# kmeans")].replace("env ", "", 1)
+    assert max(map(len, printed.splitlines())) < 140 and "\\\n" in printed
+    shown = subprocess.run(
+        ["bash", "-c", f"sbatch() {{ printf '%s\\n' \"$@\"; }}; {printed}"], capture_output=True, text=True
+    )
+    assert "--job-name=digit-features" in shown.stdout.splitlines() and "--encoder" in shown.stdout.splitlines()
 
 
 @pytest.mark.parametrize(

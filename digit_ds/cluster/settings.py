@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from digit_ds.settings import Option, PathText, Section
 
@@ -15,7 +15,9 @@ class SubmitSettings(Section):
     site: PathText | None = None
     """Your cluster; default: slurm/site.yaml of the checkout, or of the working directory where there is none."""
     dry_run: bool = False
-    """Print the sbatch commands and submit nothing."""
+    """Print what each step costs and the sbatch commands, and submit nothing."""
+    images: Annotated[int, Option(metavar="N")] = Field(1_281_167, ge=1)
+    """Training images that the costs of ``--dry-run`` are for; default: ImageNet's."""
     status: bool = False
     """Print the status of each step, and why one failed."""
     doctor: bool = False

@@ -34,7 +34,13 @@ from digit_ds.files import read_json, write_json
 
 PATHS = ("images", "encoder", "vqgan", "vqgan_config", "reference", "features", "inception_weights", "classifier")
 """Options that name files or folders which must be there before anything starts."""
-QUEUED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
+WIDTH = 100
+"""Characters of a printed line."""
+QUEUED = (
+    *("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING"),
+    *("SIGNALING", "STAGE_OUT", "STOPPED"),
+)
+"""States of a job that has not ended."""
 
 
 def submit(settings: SubmitSettings) -> None:
@@ -53,6 +59,10 @@ def submit(settings: SubmitSettings) -> None:
     if settings.doctor:
         raise SystemExit(_doctor(site, folder))
     _check(chain, site, path, settings.dry_run)
+    if settings.dry_run:
+        from digit_ds.cluster.costs import table  # here, because --status need not wait for the model
+
+        print("\n".join(table(chain, site, steps(chain), settings.images)))
     _submit(steps(chain), site, folder, settings)
 
 
@@ -121,7 +131,7 @@ def _unknown_options(chain: Chain, site: Site, path: Path) -> Iterator[str]:
 
 def _submit(chain_steps: list[Step], site: Site, folder: Path, settings: SubmitSettings) -> None:
     """Submit what is not complete, each job after the ones that it needs."""
-    queue = {} if settings.dry_run and not shutil.which("squeue") else _queue()
+    queue = _queue(settings.dry_run)
     wanted = _wanted(chain_steps, folder)
     if not settings.dry_run:
         _make_folders(folder)
@@ -144,7 +154,7 @@ def _submit(chain_steps: list[Step], site: Site, folder: Path, settings: SubmitS
         after = [jobs[name] for name in step.needs if name in jobs]
         command, variables = sbatch(step, site, folder, after)
         if settings.dry_run:
-            print(f"{step.name:20} {_shell(command, variables)}")
+            print(f"\n# {step.name}\n{_shell(command, variables)}")
             jobs[step.name] = 0
             continue
         result = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
@@ -228,13 +238,17 @@ def _record(folder: Path, name: str, kind: str = "") -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _queue() -> dict[int, tuple[str, str, str]]:
-    """State, reason and nodes of this user's jobs that Slurm still knows."""
+def _queue(optional: bool = False) -> dict[int, tuple[str, str, str]]:
+    """State, reason and nodes of this user's jobs that Slurm still knows; ``optional``: none without Slurm."""
     command = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%r|%N"]
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
+        if optional:
+            return {}
         raise UserError("squeue is not installed here, expected a login node of a Slurm cluster") from error
+    if result.returncode and optional:
+        return {}
     if result.returncode:
         raise UserError(f"squeue failed: {result.stderr.strip().splitlines()[-1]}")
     rows = [line.split("|") for line in result.stdout.splitlines()]
@@ -242,8 +256,14 @@ def _queue() -> dict[int, tuple[str, str, str]]:
 
 
 def _shell(command: list[str], variables: dict[str, str]) -> str:
-    """A command that can be pasted into a shell."""
-    return shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command])
+    """A command that can be pasted into a shell, in lines of up to 100 characters where its words allow it."""
+    lines = [""]
+    for word in ["env", *(f"{name}={value}" for name, value in variables.items()), *command]:
+        quoted = shlex.quote(word)
+        if lines[-1] and len(lines[-1]) + len(quoted) > WIDTH:
+            lines.append("   ")
+        lines[-1] += f" {quoted}" if lines[-1] else quoted
+    return " \\\n".join(lines)
 
 
 def _status(chain_steps: list[Step], folder: Path) -> int:

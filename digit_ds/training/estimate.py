@@ -11,7 +11,7 @@ from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import find_config, read_deepspeed_config
 from digit_ds.training.metrics import flops_per_image
 from digit_ds.training.runs import model_spec
-from digit_ds.training.settings import EstimateSettings
+from digit_ds.training.settings import EstimateSettings, PlannedSettings
 
 _GIB = 2**30
 SHARE = 0.9
@@ -91,7 +91,7 @@ def with_micro_batch(recipe: Recipe, number: int) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch": number})})
 
 
-def _manifest(settings: EstimateSettings, recipe: Recipe) -> ShardManifest:
+def planned_shards(settings: PlannedSettings, recipe: Recipe) -> ShardManifest:
     """Of the recipe's shards or, where the settings state their numbers, of shards that are not made yet."""
     if settings.images is None:
         return read_manifest(recipe.data.shards, recipe.data.cache)
@@ -124,7 +124,7 @@ def estimate(settings: EstimateSettings, recipe: Recipe) -> None:
     gpus, tensor = settings.gpus, recipe.parallel.tensor
     if gpus < 1 or gpus % tensor:
         raise UserError(f"--gpus is {gpus}, expected a multiple of parallel.tensor {tensor}")
-    manifest = _manifest(settings, recipe)
+    manifest = planned_shards(settings, recipe)
     spec, data_size = model_spec(recipe, manifest), gpus // tensor
     read_deepspeed_config(recipe, data_size)  # refuses what training refuses
     if recipe.training.micro_batch == "auto":

@@ -1,6 +1,6 @@
 """Settings of the verbs that work on recipes and runs; the recipe itself is ``digit_ds.config``."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,15 +31,9 @@ class TrainSettings(RecipeSettings):
     """Pass over so many global batches of the data order."""
 
 
-class EstimateSettings(RecipeSettings):
-    """Parameters, memory and hours of a recipe, before anything is allocated."""
+class PlannedSettings(RecipeSettings):
+    """A recipe over shards that need not be made yet."""
 
-    gpus: Annotated[int, Option(metavar="N")] = 1
-    """Devices of the run."""
-    mfu: float = Field(0.4, gt=0, le=1)
-    """Share of peak assumed for the hours."""
-    memory: Annotated[float, Option(metavar="GIB")] = Field(80.0, gt=0)
-    """Memory of a device, for ``training.micro_batch: auto``."""
     images: Annotated[int | None, Option(metavar="N", group=_PLANNED)] = Field(None, ge=1)
     """Number of images."""
     grid: Annotated[int | None, Option(metavar="ROWS", group=_PLANNED)] = Field(None, ge=1)
@@ -52,10 +46,40 @@ class EstimateSettings(RecipeSettings):
     """Number of classes; 0: none."""
 
     @model_validator(mode="after")
-    def _all_three(self) -> "EstimateSettings":
+    def _all_three(self) -> "PlannedSettings":
         if self.images is not None and (self.grid is None or self.codes is None):
             raise ValueError("--images is given without --grid and --codes, expected all three in place of shards")
         return self
+
+
+class EstimateSettings(PlannedSettings):
+    """Parameters, memory and hours of a recipe, before anything is allocated."""
+
+    gpus: Annotated[int, Option(metavar="N")] = 1
+    """Devices of the run."""
+    mfu: float = Field(0.4, gt=0, le=1)
+    """Share of peak assumed for the hours."""
+    memory: Annotated[float, Option(metavar="GIB")] = Field(80.0, gt=0)
+    """Memory of a device, for ``training.micro_batch: auto``."""
+
+
+class PlanSettings(PlannedSettings):
+    """Layouts of a recipe that fit the GPUs, fastest first by prediction.
+
+    Tensor and sequence parallelism, DeepSpeed file, micro-batch and recomputation are chosen; what training refuses is
+    left out.
+    """
+
+    gpus: Annotated[int, Option(metavar="N")] = Field(..., ge=1)
+    """GPUs of the run."""
+    gpu: Literal["h100", "h200", "a100-80", "a100-40"] = "h100"
+    """Kind of GPU."""
+    per_host: Annotated[int, Option(metavar="N")] = Field(8, ge=1)
+    """GPUs of a host; a tensor-parallel group does not leave it."""
+    link: Annotated[float, Option(metavar="GB_S")] = Field(50.0, gt=0)
+    """Speed between hosts for each GPU, 10^9 bytes a second and direction (50: one 400 Gbit/s port a GPU)."""
+    show: Annotated[int, Option(metavar="N")] = Field(8, ge=1)
+    """Layouts to print."""
 
 
 class ExportSettings(Section):

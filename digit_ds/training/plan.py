@@ -1,0 +1,201 @@
+"""``digit-ds plan``: layouts of a recipe that fit the GPUs and that training accepts, fastest first by prediction."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from digit_ds.config import Recipe
+from digit_ds.errors import UserError
+from digit_ds.model import weights
+from digit_ds.model.spec import TransformerSpec
+from digit_ds.training.deepspeed_config import read_deepspeed_config
+from digit_ds.training.estimate import SHARE, memory_by_part, planned_shards, with_micro_batch, zero_of
+from digit_ds.training.metrics import flops_per_image
+from digit_ds.training.runs import model_spec
+from digit_ds.training.settings import PlanSettings
+from digit_ds.training.traffic import data_traffic, tensor_traffic
+
+FILES = ("zero1.json", "zero2_overlap.json", "zero3_overlap.json")
+RECOMPUTE = ("none", "attention", "feed_forward", "layer")
+# Measured on H100, docs/training.md ("Speed and memory"); other GPUs are taken to reach the same shares of their peaks.
+EFFICIENCY = ((1024, 0.43), (1536, 0.45), (3072, 0.50))
+"""Width of the model, and the share of peak that its computation reaches on one GPU."""
+REPLICATED = (0.08, 0.05)
+"""Share of one GPU's computation that tensor-parallel ranks repeat, without and with sequence parallelism."""
+BESIDE = 0.2
+"""Share of the time of hidden collectives by which the computation beside them slows down."""
+HOST_SECONDS = 0.0015
+"""What the host needs to issue a layer of a micro-batch: below that a GPU waits."""
+ZERO3_SECONDS = 0.0023
+"""What ZeRO 3 costs a layer of a micro-batch besides its collectives."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: memory in GiB, dense bf16 TFLOP/s, 10^9 bytes a second of its links within a host."""
+
+    memory: float
+    peak: float
+    link: float
+
+
+GPUS = {
+    "h100": Gpu(79.2, 989.0, 292.0),
+    "h200": Gpu(139.8, 989.0, 292.0),
+    "a100-80": Gpu(79.2, 312.0, 200.0),
+    "a100-40": Gpu(39.4, 312.0, 200.0),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to train the recipe."""
+
+    recipe: Recipe
+    memory: float
+    """GiB of one GPU, estimated."""
+    images_per_second: float
+    """Of all GPUs, predicted."""
+    mfu: float
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes the recipe train so."""
+        training, parallel = self.recipe.training, self.recipe.parallel
+        return [
+            f"deepspeed={self.recipe.deepspeed}",
+            f"parallel.tensor={parallel.tensor}",
+            f"parallel.sequence={str(parallel.sequence).lower()}",
+            f"training.micro_batch={training.micro_batch}",
+            f"training.recompute={training.recompute}",
+        ]
+
+
+def plan(settings: PlanSettings, recipe: Recipe) -> None:
+    """Print the best layouts and the overrides that choose the first.
+
+    Args:
+        settings: GPUs and links; the numbers of shards that are not made yet.
+        recipe: what ``settings.recipe`` and ``settings.overrides`` name, read.
+
+    Raises:
+        UserError: the shards cannot be read, or no layout fits.
+    """
+    manifest = planned_shards(settings, recipe)
+    spec = model_spec(recipe, manifest)
+    found = layouts(settings, recipe, spec)
+    images = recipe.training.steps * recipe.training.global_batch
+    print(f"{spec.kind}, {weights.parameter_count(spec):,} parameters, {recipe.training.global_batch:,} images a step")
+    print(f"{settings.gpus} x {settings.gpu}, {settings.per_host} a host, {settings.link:g} GB/s a GPU between hosts")
+    print("tensor sequence deepspeed           micro-batch recompute      GiB images/s   MFU   hours")
+    for layout in found[: settings.show]:
+        training, parallel = layout.recipe.training, layout.recipe.parallel
+        print(
+            f"{parallel.tensor:6} {'yes' if parallel.sequence else 'no':8} {layout.recipe.deepspeed:19} "
+            f"{training.micro_batch:11} {training.recompute:12} {layout.memory:5.1f} {layout.images_per_second:8,.0f} "
+            f"{layout.mfu:5.1%} {images / layout.images_per_second / 3600:7.1f}"
+        )
+    print("predicted; measured figures of one and two H100 are the base of the prediction (docs/training.md)")
+    given = [word for word in settings.overrides if not word.startswith(("deepspeed=", "parallel."))]
+    print(f"digit-ds train {settings.recipe} \\\n    " + " \\\n    ".join([*given, *found[0].overrides]))
+
+
+def layouts(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> list[Layout]:
+    """All that fit and that training accepts, each with its best micro-batch, fastest first.
+
+    Raises:
+        UserError: there is none.
+    """
+    gpu = GPUS[settings.gpu]
+    found: dict[tuple, Layout] = {}
+    for candidate in _candidates(settings, recipe, spec):
+        data_size = settings.gpus // candidate.parallel.tensor
+        parts = memory_by_part(candidate, spec, data_size, *zero_of(candidate))
+        if sum(parts.values()) <= SHARE * gpu.memory:
+            seconds = predicted_seconds(settings, candidate, spec)
+            speed = candidate.training.global_batch / seconds
+            mfu = speed * flops_per_image(spec) / (settings.gpus * gpu.peak * 1e12)
+            kind = (
+                candidate.deepspeed,
+                candidate.parallel.tensor,
+                candidate.parallel.sequence,
+                candidate.training.recompute,
+            )
+            if kind not in found or speed >= found[kind].images_per_second:  # of equal ones the larger micro-batch
+                found[kind] = Layout(candidate, sum(parts.values()), speed, mfu)
+    if not found:
+        raise UserError(
+            f"no layout of {settings.recipe} fits {settings.gpus} x {settings.gpu} with {gpu.memory:g} GiB and "
+            f"training.global_batch {recipe.training.global_batch}, expected more GPUs or another batch"
+        )
+    return sorted(found.values(), key=lambda layout: (-round(layout.images_per_second, 1), layout.memory))
+
+
+def _candidates(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> Iterator[Recipe]:
+    """Every layout that training would not refuse, its micro-batch any number that divides a rank's images."""
+    for tensor, file, recompute in itertools.product((1, 2, 4, 8), FILES, RECOMPUTE):
+        if settings.gpus % tensor or settings.per_host % tensor or recipe.training.global_batch % settings.gpus:
+            continue
+        data_size = settings.gpus // tensor
+        rank_images = recipe.training.global_batch // data_size
+        for sequence, number in itertools.product((False, True), range(1, rank_images + 1)):
+            if rank_images % number or (sequence and tensor == 1):
+                continue
+            parallel = recipe.parallel.model_copy(update={"tensor": tensor, "sequence": sequence})
+            training = recipe.training.model_copy(update={"recompute": recompute})
+            made = recipe.model_copy(update={"deepspeed": file, "parallel": parallel, "training": training})
+            made = with_micro_batch(made, number)
+            try:
+                weights.check_tensor_size(spec, tensor)
+                read_deepspeed_config(made, data_size)
+            except UserError:
+                continue
+            yield made
+
+
+def predicted_seconds(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> float:
+    """Seconds of a step: computation, collectives that nothing hides, and what hidden ones and ZeRO 3 cost.
+
+    Gradients of ``overlap_comm`` travel beside the backward pass, two thirds of the computation; sums between
+    tensor-parallel ranks and ZeRO 1's gradients travel alone.
+    """
+    gpu, training, tensor = GPUS[settings.gpu], recipe.training, recipe.parallel.tensor
+    assert training.micro_batch != "auto"
+    data_size = settings.gpus // tensor
+    micro_batches = training.global_batch // (data_size * training.micro_batch)
+    work = training.global_batch / settings.gpus * flops_per_image(spec) * (1 + _again(recipe, spec))
+    compute = max(work / (gpu.peak * 1e12 * _efficiency(spec.width)), HOST_SECONDS * spec.layers * micro_batches)
+    repeated = REPLICATED[recipe.parallel.sequence] * compute * (tensor - 1)
+    between = sum(part.seconds(tensor, gpu.link) for part in tensor_traffic(recipe, spec)) * micro_batches
+    link = (
+        gpu.link if settings.gpus <= settings.per_host else min(gpu.link, settings.per_host // tensor * settings.link)
+    )
+    stage, overlaps = zero_of(recipe)[0], recipe.deepspeed.endswith("_overlap.json")
+    alone, beside = 0.0, 0.0
+    for part in data_traffic(recipe, spec, micro_batches):
+        seconds = part.seconds(data_size, link)
+        if overlaps and (stage == 3 or part.operation != "all_gather"):
+            beside += seconds
+        else:
+            alone += seconds
+    exposed = max(0.0, beside - compute * (1.0 if stage == 3 else 2 / 3))
+    own = ZERO3_SECONDS * spec.layers * micro_batches if stage == 3 else 0.0
+    return compute + repeated + between + alone + exposed + BESIDE * beside + own
+
+
+def _efficiency(width: int) -> float:
+    """Between the measured widths in proportion to the logarithm, beyond them as the nearest."""
+    (first, low), *_, (last, high) = EFFICIENCY
+    for (narrow, less), (wide, more) in itertools.pairwise(EFFICIENCY):
+        if narrow <= width <= wide:
+            return less + (more - less) * math.log(width / narrow) / math.log(wide / narrow)
+    return low if width < first else high if width > last else less
+
+
+def _again(recipe: Recipe, spec: TransformerSpec) -> float:
+    """Work of recomputation as a share of the rest: a second forward pass, a third of it, of what is recomputed."""
+    attention = 4 * spec.width**2 + 2 * spec.width * spec.sequence_length
+    feed_forward = (2 if spec.activation == "gelu" else 3) * spec.width * spec.feed_forward
+    shares = {"none": 0, "attention": attention, "feed_forward": feed_forward, "layer": attention + feed_forward}
+    return shares[recipe.training.recompute] / (attention + feed_forward) / 3
