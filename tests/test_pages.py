@@ -1,5 +1,6 @@
 """Pages that are drawn from the code are as the code is."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -32,3 +33,12 @@ def test_the_reference_is_of_the_settings():
     drawn = runpy.run_path(str(ROOT / "docs" / "draw_reference.py"))["page"]()
     assert "| `--guidance` |" in drawn and "| `training.micro_batch` |" in drawn and "## digit-ds convert" in drawn
     assert (ROOT / "docs" / "reference.md").read_text() == drawn, "run python docs/draw_reference.py"
+
+
+def test_messages_that_the_troubleshooting_page_quotes_are_those_of_the_code():
+    code = "".join(path.read_text() for path in sorted((ROOT / "digit_ds").rglob("*.py")))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = [text for text in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) if len(text.split()) > 3]
+    assert len(quoted) >= 6
+    parts = [part.strip() for text in quoted for part in text.split("...") if part.strip()]
+    assert [part for part in parts if part not in code] == []
