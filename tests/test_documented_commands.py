@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
     "README.md: make demo": "tests/test_demo.py runs the small demo; .ci/run runs make test",
+    "docs/digits.md: make demo": "tests/test_demo.py runs the small demo",
     "README.md: image ──encoder": "a picture, no command",
     "README.md: pip install": "tests/test_installed.py installs the package; its second line runs below",
     "docs/published.md: digit-ds publish": "tests/test_publish.py publishes to a hub",

@@ -35,6 +35,12 @@ def test_the_reference_is_of_the_settings():
     assert (ROOT / "docs" / "reference.md").read_text() == drawn, "run python docs/draw_reference.py"
 
 
+def test_the_costs_in_the_cluster_page_are_those_of_the_dry_run():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_costs.py"))["page"]()
+    assert drawn.count("\n| tokenize") == 2 and "| evaluate | - | - |" in drawn
+    assert (ROOT / "docs" / "cluster.md").read_text() == drawn, "run python docs/draw_costs.py"
+
+
 def test_messages_that_the_troubleshooting_page_quotes_are_those_of_the_code():
     code = "".join(path.read_text() for path in sorted((ROOT / "digit_ds").rglob("*.py")))
     page = (ROOT / "docs" / "troubleshooting.md").read_text()

@@ -79,7 +79,7 @@ def _kmeans(step: Step, chain: Chain, images: int) -> tuple[float, float]:
 
 
 def _tokens(step: Step, images: int) -> tuple[float, float]:
-    views = images * _number(step.options, "views", 10 if step.options.get("crops") == "ten" else 1)
+    views = images * _number(step.options, "views", 10 if step.options.get("crops") == "ten-crop" else 1)
     if step.options.get("vqgan"):
         return views / BOTH_TOKENS, views * (2 * 256 * 2 + 40)
     return views / DECODING[step.options.get("decoder", "cpu")], views * (256 * 2 + 40)
