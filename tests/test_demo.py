@@ -13,6 +13,7 @@ import torch
 from calls import run_demo
 from PIL import Image
 from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import digit_ds
 from digit_ds.data.images import Crops
@@ -168,16 +169,21 @@ def _check_figures(figures: dict) -> None:
     assert figures["best_probe_accuracy"] == max(figures["probe_accuracy"]) >= 0.5, "chance is 0.1"
     assert 4 <= figures["codebook_perplexity"] <= figures["codes"]
     assert figures["prior_nll"] < 0.8 * figures["unigram_entropy"]
-    assert figures["fid"] > 0
+    assert 0 < figures["real_fid"] < figures["fid"]
+    assert next(iter(figures["seconds"])) == "digits"
     assert 1 < figures["inception_score"] <= 10
 
 
 def _check_files(out: Path) -> None:
+    board = EventAccumulator(str(out / "tb")).Reload()
+    assert board.Tags()["images"] == ["samples", "reconstructions", "completions"]
     grid = Image.open(out / "samples.png")
     assert np.asarray(grid).std() > 10
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
+    assert page.index("digit_ds.demo.digits") < page.index("kmeans --features") < page.index("sample --prior")
+    assert "temperature 0.9, guidance 2.5" in page
 
 
 def test_views_without_flips_are_moved_but_never_mirrored(digits):

@@ -3,27 +3,29 @@
 import base64
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from digit_ds.data.images import open_image
 from digit_ds.demo.charts import bar_chart, line_chart
 from digit_ds.demo.digits import read_images, read_labels
-from digit_ds.demo.pictures import labelled_grid, named_rows
+from digit_ds.demo.pictures import labelled_grid
 from digit_ds.files import write_atomically
 
 COLUMNS = 10
-RECONSTRUCTED = 12
 
 _STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.5 sans-serif; max-width: 1160px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } td, th { padding: .2em .9em .2em 0; text-align: left; vertical-align: top }
-.beside { display: flex; flex-wrap: wrap; gap: 1.5em } figure { margin: 0 } figcaption { color: #555 }
+th, .number { white-space: nowrap } .number { text-align: right }
+.beside { display: flex; flex-wrap: wrap; gap: 1.5em } .beside > * { flex: 1 1 0; min-width: 300px }
+figure { margin: 0 } img, svg { max-width: 100% } figcaption, .note { color: #555 } .note { margin: .3em 0 }
+code { font-size: 12px; overflow-wrap: anywhere }
 """
 
 
@@ -37,14 +39,15 @@ def write_page(out: Path, figures: dict[str, Any]) -> None:
         _figure_table(figures),
         "<h2>Generated and real</h2>",
         _generated_and_real(out),
-        "<h2>Reconstructions from discriminative tokens</h2>",
-        _reconstructions(out),
+        _drawn(figures, "samples"),
+        "<h2>Reconstructions and completions</h2>",
+        _originals_and_results(out, figures),
         "<h2>Training</h2>",
         _curves(out, figures),
         "<h2>Codebook and probe</h2>",
         _codebook_and_probe(figures),
-        "<h2>Time</h2>",
-        _times(figures),
+        "<h2>Stages</h2>",
+        _stages(figures),
     ]
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>DiGIT demo</title>'
@@ -80,7 +83,12 @@ def _figure_table(figures: dict[str, Any]) -> str:
             f"{figures['codebook_perplexity']:.1f}",
             f"of {figures['codes']} codes",
         ),
-        ("FID", f"{figures['fid']:.2f}", f"{figures['feature_extractor']}; not comparable with Inception's"),
+        (
+            "FID of generated digits",
+            f"{figures['fid']:.2f}",
+            f"real held-out digits: {figures['real_fid']:.2f}, both against the training digits; "
+            f"{figures['feature_extractor']}; not comparable with Inception's",
+        ),
         (
             "Inception Score",
             f"{figures['inception_score']:.2f}",
@@ -98,13 +106,29 @@ def _generated_and_real(out: Path) -> str:
     return f'<div class="beside">{_image(samples, "generated")}{_image(real, "real, held out")}</div>'
 
 
-def _reconstructions(out: Path) -> str:
-    real = read_images(out / "images" / "val")
-    rebuilt = read_images(out / "reconstructions" / "images")
-    # Evenly spaced: the images lie sorted by class.
-    chosen = torch.linspace(0, len(rebuilt) - 1, RECONSTRUCTED).long()
-    rows = [("real", real[chosen]), ("rebuilt", rebuilt[chosen])]
-    return _image(named_rows(rows, margin=64), "held-out digits and what their discriminative tokens become")
+def _originals_and_results(out: Path, figures: dict[str, Any]) -> str:
+    """The grids of the sampling jobs, which show the given pictures above the results."""
+    captions = {
+        "reconstructions": "held-out digits, and what their discriminative tokens become",
+        "completions": f"held-out digits, their first {figures['kept_tokens']} tokens, and what the prior adds to them",
+    }
+    shown = "".join(
+        f"<div>{_image(open_image(out / folder / 'grid.png'), caption)}{_drawn(figures, folder)}</div>"
+        for folder, caption in captions.items()
+    )
+    return f'<div class="beside">{shown}</div>'
+
+
+def _drawn(figures: dict[str, Any], folder: str) -> str:
+    """How the tokens of a sampling job were drawn, in one line."""
+    settings = figures["settings"][folder]
+    parts = [f"seed {settings['seed']}, {settings['precision']}"]
+    for stage, name in (("prior", "prior_decoding"), ("pixel decoder", "pixel_decoding")):
+        if (found := settings[name]) is not None:
+            said = [f"{key.replace('_', ' ')} {found[key]}" for key in ("temperature", "top_k", "top_p") if found[key]]
+            scale = found["guidance"]["scale"]
+            parts.append(f"{stage}: {', '.join([*said, f'guidance {scale}'] if scale != 1 else said)}")
+    return f'<p class="note">{escape("; ".join(parts))}</p>'
 
 
 def _curves(out: Path, figures: dict[str, Any]) -> str:
@@ -132,12 +156,17 @@ def _codebook_and_probe(figures: dict[str, Any]) -> str:
     )
 
 
-def _times(figures: dict[str, Any]) -> str:
+def _stages(figures: dict[str, Any]) -> str:
+    """All steps in their order, with time and command."""
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{value:.0f} s</td></tr>" for name, value in figures["seconds"].items()
+        f'<tr><td>{escape(name)}</td><td class="number">{figures["seconds"][name]:.0f} s</td>'
+        f"<td><code>{escape(shlex.join(command))}</code></td></tr>"
+        for name, command in figures["commands"].items()
     )
     total = (
-        f"{figures['total_seconds'] / 60:.1f} minutes in all, at most {figures['peak_memory_gib']:.1f} GiB in a process"
+        f"{figures['total_seconds'] / 60:.1f} minutes of steps, some of which ran side by side; at most "
+        f"{figures['peak_memory_gib']:.1f} GiB in a process. OUT is the folder of this page, REPOSITORY that of the "
+        "sources. Seeds that a command does not name are its defaults."
     )
     return f"<table>{rows}</table><p>{total}</p>"
 

@@ -9,8 +9,9 @@ import os
 import shlex
 from pathlib import Path
 
+from digit_ds.config import load_recipe
 from digit_ds.demo.settings import DemoSettings
-from digit_ds.demo.stages import FULL, SMALL, Scale, Stages
+from digit_ds.demo.stages import FULL, RECIPES, SMALL, Scale, Stages
 from digit_ds.demo.steps import Step, claim, run_steps
 
 
@@ -36,6 +37,8 @@ def steps(out: Path, scale: Scale) -> list[Step]:
     stages = Stages(out, scale)
     prior, pixel_decoder = out / "models" / "prior", out / "models" / "pixel_ar"
     pixel_sampling = ("--decoder", pixel_decoder, "--decoder-top-p", 0.8)
+    prior_sampling = ("--prior", prior, "--temperature", 0.9, "--guidance", 2.5)
+    half = load_recipe(RECIPES / "prior.yaml").model.max_positions // 2
     return [
         *stages.shared(),
         stages.train("prior", "prior", out / "prior"),
@@ -43,11 +46,16 @@ def steps(out: Path, scale: Scale) -> list[Step]:
         stages.verb("export_prior", "export", out / "prior", prior, needs=("prior",)),
         stages.verb("export_pixel_ar", "export", out / "pixel_ar", pixel_decoder, needs=("pixel_ar",)),
         stages.sample(
-            *("sample", out / "samples", "--prior", prior, *pixel_sampling, "--temperature", 0.9, "--guidance", 2.5),
+            *("sample", out / "samples", *prior_sampling, *pixel_sampling),
             needs=("export_prior", "export_pixel_ar"),
         ),
         stages.rebuild("reconstruct", out / "reconstructions", *pixel_sampling, needs=("export_pixel_ar",)),
+        stages.rebuild(
+            *("complete", out / "completions", *prior_sampling, *pixel_sampling, "--keep", half),
+            needs=("export_prior", "export_pixel_ar"),
+        ),
+        stages.evaluate("evaluate_real", stages.held_out_images, out / "fidelity_real.json", needs=("judge",)),
         stages.evaluate("evaluate", out / "samples" / "images", out / "fidelity.json", needs=("sample",)),
         stages.probe("probe", prior, out / "probe", needs=("export_prior",)),
-        stages.module("report", "report", out, needs=("reconstruct", "evaluate", "probe", "judge")),
+        stages.module("report", "report", out, needs=("reconstruct", "complete", "evaluate", "evaluate_real", "probe")),
     ]
