@@ -68,8 +68,9 @@ class ScheduleConfig(Section):
 
     name: Literal["inverse_sqrt", "cosine", "warmup_stable_decay", "constant"] = "inverse_sqrt"
     """Shape after the warm-up; published priors use ``inverse_sqrt``."""
-    warmup_steps: int = Field(6250, ge=0)
-    """Steps of linear warm-up."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of linear warm-up; unset: a twentieth of the run, at most the published 6250. A run that is continued keeps
+    its number."""
     warmup_start: float = Field(1e-7, ge=0)
     """Learning rate at step 0."""
     minimum: float = Field(0.0, ge=0)

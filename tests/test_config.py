@@ -6,6 +6,8 @@ import pytest
 
 from digit_ds.config import load_recipe
 from digit_ds.errors import UserError
+from digit_ds.training.runs import settle_warmup, write_recipe
+from digit_ds.training.schedule import default_warmup
 
 MINIMAL = "run: runs/x\ndata: {shards: shards}\ntraining: {steps: 10}\n"
 
@@ -24,8 +26,18 @@ def test_defaults_are_the_published_base_prior(recipe_file):
     modern = (recipe.model.normalization, recipe.model.positions, recipe.model.activation, recipe.model.qk_norm)
     assert modern == ("layer", "learned", "gelu", False)
     assert recipe.optimizer.betas == (0.9, 0.98)
-    assert recipe.schedule.warmup_steps == 6250
+    assert recipe.schedule.warmup_steps is None and default_warmup(250228) == 6250
     assert recipe.training.label_smoothing == 0.1
+
+
+def test_warm_up_is_a_share_of_the_run_and_stays_that_of_a_run_that_goes_on(recipe_file, tmp_path):
+    def settled(*overrides: str) -> int | None:
+        recipe = settle_warmup(load_recipe(recipe_file, [f"run={tmp_path / 'run'}", *overrides]))
+        write_recipe(tmp_path / "run", recipe)
+        return recipe.schedule.warmup_steps
+
+    assert settled("training.steps=200") == settled("training.steps=4000") == 10
+    assert settled("training.steps=4000", "schedule.warmup_steps=0") == settled("training.steps=8000") == 0
 
 
 @pytest.mark.parametrize(

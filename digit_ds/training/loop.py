@@ -57,7 +57,7 @@ def train(
     """
     protect_resource_tracker()
     try:
-        place = _join(recipe)
+        recipe, place = _join(recipe)
     except BaseException:
         topology.abandon()
         raise
@@ -81,14 +81,20 @@ def train(
         raise SystemExit(STATUS)
 
 
-def _join(recipe: Recipe) -> topology.Topology:
-    """Join the other processes, once all have read the same recipe and DeepSpeed file."""
+def _join(recipe: Recipe) -> tuple[Recipe, topology.Topology]:
+    """Join the other processes, once all have read the same recipe and DeepSpeed file.
+
+    Returns:
+        The recipe with the warm-up of the run, and this process's place.
+    """
     launch.initialize(timedelta(seconds=recipe.training.timeout_seconds))
+    with together():
+        recipe = runs.settle_warmup(recipe)
     agree(recipe.model_dump(mode="json"), "the recipe")
     with together():
         deepspeed = read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
     agree(deepspeed, str(recipe.deepspeed))
-    return topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
+    return recipe, topology.initialize(recipe.parallel.tensor, recipe.training.timeout_seconds)
 
 
 class _Run:
@@ -138,7 +144,7 @@ class _Run:
             self.report.say(f"{self.folder}: already at step {progress.step} of {steps}, nothing to do")
             return False
         self.report.say(self._headline())
-        if (warm_up := recipe.schedule.warmup_steps) >= steps:
+        if (warm_up := recipe.schedule.warmup_steps or 0) >= steps:
             self.report.say(
                 f"warning: schedule.warmup_steps {warm_up} is not less than training.steps {steps}: the learning rate "
                 "never reaches optimizer.learning_rate"
@@ -296,14 +302,23 @@ class _Run:
         save(self.engine, self.spec, self.progress, {"provenance": self.provenance})
 
     def _headline(self) -> str:
-        """What runs, in one line."""
-        place, manifest = self.place, self.stream.manifest
-        layout = f"tensor {place.tensor_size} x data {place.data_size}, ZeRO {self.engine.stage}"
-        return (
-            f"{self.folder.name}: {self.spec.kind}, {parameter_count(self.spec):,} parameters, "
-            f"{manifest.images:,} images x {manifest.views} views; {layout}, {self.recipe.training.precision}; "
-            f"{self.engine.kernels}; from step {self.progress.step}"
-        )
+        """What runs and where, in five lines."""
+        place, manifest, spec, training = self.place, self.stream.manifest, self.spec, self.recipe.training
+        tokens = "{}x{}".format(*spec.grid)
+        named = {
+            "run": f"{self.folder}, from step {self.progress.step} of {training.steps}",
+            "model": f"{spec.kind}, {parameter_count(spec):,} parameters: {spec.layers} layers of width {spec.width}",
+            "data": f"{self.stream.shards}: {manifest.images:,} images x {manifest.views} views of {tokens} tokens",
+            "batch": f"{training.global_batch} images, {self.chunks.per_step} micro-batches of "
+            f"{self.chunks.micro_batch} on each of {place.data_size} data-parallel ranks",
+            "layout": f"tensor {place.tensor_size} x data {place.data_size}, ZeRO {self.engine.stage}, "
+            f"{training.precision} on {self._device_name()}; {self.engine.kernels}",
+        }
+        return "\n".join(f"{name:7} {text}" for name, text in named.items())
+
+    def _device_name(self) -> str:
+        """What the devices are, for people."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def _profiled(self, step: int):
         """A profiler around the steps that the recipe asks for."""

@@ -14,6 +14,7 @@ from digit_ds.files import write_atomically
 from digit_ds.identity import TOKENS, VQ, check_agreement, check_classes
 from digit_ds.lock import is_empty
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.training.schedule import default_warmup
 
 _MAY_CHANGE = (
     "run",
@@ -100,6 +101,17 @@ def check_run_directory(run: Path, recipe: Recipe, changes: Sequence[str] = ()) 
             f"training.steps={steps[1]} does so all the same"
         )
     return differences
+
+
+def settle_warmup(recipe: Recipe) -> Recipe:
+    """The recipe with a number for ``schedule.warmup_steps``: its own, that of the run it continues, or the default."""
+    if recipe.schedule.warmup_steps is not None:
+        return recipe
+    stored = Path(recipe.run) / "recipe.yaml"
+    number = load_recipe(stored).schedule.warmup_steps if stored.is_file() else None
+    if number is None:
+        number = default_warmup(recipe.training.steps)
+    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"warmup_steps": number})})
 
 
 def _is_among(key: str, names: Sequence[str]) -> bool:

@@ -4,6 +4,13 @@ import math
 
 from digit_ds.config import Recipe
 
+PUBLISHED_WARMUP = 6250
+
+
+def default_warmup(steps: int) -> int:
+    """Warm-up of a run of ``steps`` whose recipe does not say it: a twentieth, at most that of the published runs."""
+    return min(PUBLISHED_WARMUP, -(-steps // 20))
+
 
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Learning rate of the update after ``step`` updates (0 for the first).
@@ -17,6 +24,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     """
     schedule, peak, last = recipe.schedule, recipe.optimizer.learning_rate, recipe.training.steps
     warmup, minimum = schedule.warmup_steps, schedule.minimum
+    if warmup is None:
+        warmup = default_warmup(last)
     if step < warmup:
         return schedule.warmup_start + (peak - schedule.warmup_start) * step / warmup
     match schedule.name:
