@@ -146,7 +146,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, ge=1)
     """How many of the newest stay."""
     keep_every: int = Field(0, ge=0)
-    """Checkpoints at multiples of this stay for ever; 0: none."""
+    """Checkpoints at multiples of this are never removed; 0: none."""
 
 
 class MonitorConfig(Section):

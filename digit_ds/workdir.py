@@ -68,7 +68,7 @@ class WorkDirectory(Generic[Found]):
         self._lock = DirectoryLock(self.path)
         try:
             found = look()
-            remove_unfinished(self.path)  # nobody else writes there now
+            remove_unfinished(self.path)  # no other process writes there now
             return found
         except BaseException:
             self.release()

@@ -119,7 +119,7 @@ def check_index(cache: Path, index_sha256: str, shards: str) -> None:
 
 
 def remove_orphans(owner: str, keep: Path) -> None:
-    """Remove default caches that nobody can use again: of runs that are gone, and of this owner's former shards."""
+    """Remove default caches that no run can use again: of runs that are gone, and of this owner's former shards."""
     for cache in _default_caches():
         stamp = read_stamp(cache)
         if stamp is None or cache == keep:

@@ -152,7 +152,7 @@ class SamplingJob:
         write_atomically(self.part(block), lambda temporary: np.savez(temporary, **tokens))
 
     def finish(self, adm_array: bool, originals: Originals | None = None) -> None:
-        """Join the parts, mark the job complete and let others in."""
+        """Join the parts, mark the job complete and release its lock."""
         parts = defaultdict(list)
         for block in range(self.blocks):
             for name, values in load_npz(self.part(block)).items():

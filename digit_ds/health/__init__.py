@@ -1,1 +1,1 @@
-"""Looking before leaping: whether the machines that a job was given can do the work."""
+"""The doctor: whether the machines that a job was given can do the work."""

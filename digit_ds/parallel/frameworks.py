@@ -1,4 +1,4 @@
-"""DeepSpeed and Megatron-core, imported without what they print about packages that this project does not ask for.
+"""DeepSpeed and Megatron-core, imported without their warnings about packages that this project does not use.
 
 Import them from here: whoever imports either of them first sees its warnings.
 """

@@ -205,7 +205,7 @@ class Checkpoints:
             return True
         self._pending.done.wait()
         self.poll(*self._total(self.status))
-        # Nobody leaves before rank 0 has moved it into place.
+        # No rank leaves before rank 0 has moved it into place.
         (failures,) = self._total([int(self._failure is not None)])
         return failures == 0
 
