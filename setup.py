@@ -59,10 +59,13 @@ setup(
             "flask-cors",
             "hypothesis",
             "import-linter",
+            'ipykernel ; python_version >= "3.11"',  # the notebooks, as the site
             'mkdocs-material ; python_version >= "3.11"',  # the documentation site: no release of it for 3.10 is pinned
             'mkdocstrings[python] ; python_version >= "3.11"',
             "moto",
             "mypy",
+            'nbclient ; python_version >= "3.11"',
+            'nbformat ; python_version >= "3.11"',
             "pre-commit",
             "pytest",
             "pytest-timeout",

@@ -1,15 +1,18 @@
 """A complete set of small random models in released form: priors, pixel decoders and a VQGAN that belong together."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
+from preparation_parts import make_codebook, make_encoder, make_vqgan
 
+from digit_ds.files import sha256
 from digit_ds.model.released import save_model
 from digit_ds.model.sequences import start_tokens
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.weights import initial_state
-from digit_ds.tokenizer.vqgan import VqganNetwork
+from digit_ds.tokenizer.vqgan import VqganNetwork, load_vqgan
 
 GRID, CODES, VQ_CODES, CLASSES = (4, 4), 24, 32, 3
 MODERN_LAYERS = {"normalization": "rms", "positions": "rotary2d", "activation": "swiglu", "qk_norm": True}
@@ -48,8 +51,6 @@ def random_ids(
 
 def write_models(directory: Path) -> dict[str, Path]:
     """Write prior/, unconditional/, ar/, nar/, vq/, vqgan.ckpt and vqgan.yaml below ``directory``."""
-    from digit_ds.files import sha256
-
     torch.manual_seed(0)
     ddconfig = {"z_channels": 8, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1}
     network = VqganNetwork(ddconfig, VQ_CODES)
@@ -69,3 +70,19 @@ def write_models(directory: Path) -> dict[str, Path]:
     for seed, (name, (spec, origin)) in enumerate(models.items()):
         save_model(directory / name, spec, initial_state(spec, seed), origin)
     return {name: directory / name for name in (*models, "vqgan.ckpt", "vqgan.yaml")}
+
+
+def write_own(directory: Path) -> dict[str, Path]:
+    """Write prior/ and ar/ of 8 x 8 tokens with the tokeniser of 32-pixel pictures that they belong to: encoder.pth (of
+    two attention heads), km.npy, vqgan.ckpt and vqgan.yaml. By the names of ``load_pipeline``, but for ``ar``.
+    """
+    encoder = make_encoder(directory / "encoder.pth")
+    codebook = make_codebook(directory / "km.npy", encoder, codes=CODES)
+    vqgan, config = make_vqgan(directory / "vqgan.ckpt")
+    origin = {"encoder_sha256": sha256(encoder), "layer": 3, "codebook_sha256": sha256(codebook)}
+    for seed, kind in enumerate(("prior", "ar")):
+        spec = replace(small_spec(kind, CLASSES if kind == "prior" else 0), max_positions=128, grid=(8, 8))
+        spec = replace(spec, vq_codes=load_vqgan(vqgan, config).codes if kind == "ar" else 0)
+        save_model(directory / kind, spec, initial_state(spec, seed), origin | {"classes": ["ant", "bee", "cat"]})
+    models = {"prior": directory / "prior", "ar": directory / "ar"}
+    return {**models, "encoder": encoder, "codebook": codebook, "vqgan": vqgan, "vqgan_config": config}

@@ -1,6 +1,5 @@
 """``digit_ds.load_pipeline`` draws what the command draws, byte for byte."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +7,12 @@ import pytest
 import torch
 from calls import sample
 from PIL import Image
-from preparation_parts import make_codebook, make_encoder, make_images, make_vqgan
-from small_models import small_spec, write_models
+from preparation_parts import make_images
+from small_models import write_models, write_own
 
 import digit_ds
 from digit_ds.data.images import walk
 from digit_ds.errors import UserError
-from digit_ds.files import sha256
-from digit_ds.model.released import save_model
-from digit_ds.model.weights import initial_state
-from digit_ds.tokenizer.vqgan import load_vqgan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,17 +33,8 @@ def parts(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> dict[str, Path]:
     """Models with a real tokeniser: 32-pixel pictures of 8 x 8 tokens."""
-    home = tmp_path_factory.mktemp("own")
-    encoder = make_encoder(home / "encoder.pth")
-    codebook = make_codebook(home / "km.npy", encoder)
-    vqgan, config = make_vqgan(home / "vqgan.ckpt")
-    origin = {"encoder_sha256": sha256(encoder), "layer": 3, "codebook_sha256": sha256(codebook)}
-    for seed, kind in enumerate(("prior", "ar")):
-        spec = replace(small_spec(kind, 3 if kind == "prior" else 0), max_positions=128, grid=(8, 8))
-        spec = replace(spec, vq_codes=load_vqgan(vqgan, config).codes if kind == "ar" else 0)
-        save_model(home / kind, spec, initial_state(spec, seed), origin | {"classes": ["ant", "bee", "cat"]})
-    tokenizer = {"encoder": encoder, "num_heads": 2, "codebook": codebook, "vqgan": vqgan, "vqgan_config": config}
-    return {"prior": home / "prior", "decoder": home / "ar", **tokenizer}
+    parts = write_own(tmp_path_factory.mktemp("own"))
+    return {"decoder": parts.pop("ar"), "num_heads": 2, **parts}
 
 
 def files(out: Path) -> list[bytes]:

@@ -12,41 +12,21 @@ OUT/parts/             tokens of finished blocks; gone when the job is complete
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from digit_ds.errors import UserError
 from digit_ds.files import make_directory, read_json, write_atomically, write_json
 from digit_ds.generation.drawing import block_images
-from digit_ds.generation.pictures import (
-    GRID_ROWS,
-    draw_grid,
-    grid_rows,
-    hide_after,
-    read_png,
-    write_adm_array,
-    write_png,
-)
+from digit_ds.generation.pictures import Originals, draw_samples, read_png, write_adm_array, write_png
 from digit_ds.generation.pipeline import BLOCK
 from digit_ds.parallel.decide import from_main
 from digit_ds.safe_load import load_npz
 from digit_ds.workdir import WorkDirectory, is_begun
 
 FORMAT = 1
-
-
-class Originals(NamedTuple):
-    """Given pictures, which the grid shows above what was made of them."""
-
-    picture: Callable[[int], np.ndarray]
-    """Image number -> uint8 [H, W, 3]."""
-    grid: tuple[int, int]
-    """Rows and columns of tokens."""
-    keep: int | None
-    """Leading tokens that were kept; None: all."""
 
 
 class SamplingJob:
@@ -190,18 +170,4 @@ class SamplingJob:
         write_json(self.out / "manifest.json", manifest)
 
     def _grid(self, originals: Originals | None) -> Any:
-        """Rows of classes, in order; given pictures and, for a completion, what was kept of them stand above."""
-        drawn = []
-        for name, images in grid_rows(self.labels, self.class_names):
-            made = [read_png(self.picture(image)) for image in images]
-            if originals is None:
-                drawn.append((name, made))
-                continue
-            given = [originals.picture(image) for image in images]
-            drawn.append((f"{name} original".strip(), given))
-            if originals.keep is not None:
-                drawn.append(("kept", [hide_after(picture, originals.grid, originals.keep) for picture in given]))
-            drawn.append(("reconstructed" if originals.keep is None else "completed", made))
-            if len(drawn) >= GRID_ROWS:
-                break
-        return draw_grid(drawn)
+        return draw_samples(self.labels, self.class_names, lambda image: read_png(self.picture(image)), originals)

@@ -26,10 +26,10 @@ from digit_ds.generation.models import (
     needed_stages,
     read_stages,
 )
-from digit_ds.generation.pictures import draw_grid, grid_rows
+from digit_ds.generation.pictures import Originals, draw_samples
 from digit_ds.generation.pipeline import BLOCK, Pipeline, make_sampler
 from digit_ds.generation.settings import DrawSettings, ModelSettings
-from digit_ds.generation.sources import GivenImages, ImageFolder, Source
+from digit_ds.generation.sources import GivenImages, ImageFolder
 from digit_ds.model.transformer import load_model
 
 Given = Tensor | Sequence[Image.Image | Path | str] | Path | str
@@ -50,15 +50,17 @@ class Pictures(NamedTuple):
     class_names: list[str]
     """Names by label; empty where the model has none."""
 
+    originals: Originals | None = None
+    """Given pictures, cut as they were tokenised; None for samples."""
+
     def pil(self) -> list[Image.Image]:
         """The pictures as PIL images."""
         return [Image.fromarray(picture) for picture in self.images.permute(0, 2, 3, 1).numpy()]
 
     def grid(self) -> Image.Image:
-        """``grid.png`` of ``digit-ds sample``: a row for each class, at most 16 rows of 10."""
+        """``grid.png`` of ``digit-ds sample``: a row for each class, at most 16 rows of 10, given pictures above."""
         pictures = self.images.permute(0, 2, 3, 1).numpy()
-        rows = grid_rows(self.labels, self.class_names)
-        return draw_grid([(name, [pictures[image] for image in images]) for name, images in rows])
+        return draw_samples(self.labels, self.class_names, lambda image: pictures[image], self.originals)
 
 
 class LoadedPipeline:
@@ -149,9 +151,11 @@ class LoadedPipeline:
         vq = torch.cat([codes.vq for codes in drawn])
         painted = torch.cat([torch.from_numpy(pipeline.paint(block)) for block in vq.split(BLOCK)])
         images = painted.permute(0, 3, 1, 2).contiguous()
-        return Pictures(images, torch.cat(discriminative) if discriminative else None, vq, labels, names)
+        first_codes = torch.cat(discriminative) if discriminative else None
+        originals = None if source is None else Originals(source.picture, first.spec.grid, settings.keep)
+        return Pictures(images, first_codes, vq, labels, names, originals)
 
-    def _source(self, images: Given) -> Source:
+    def _source(self, images: Given) -> ImageFolder | GivenImages:
         """The given pictures as first-stage codes."""
         folder = isinstance(images, (str, Path))
         if self._encoding is None:

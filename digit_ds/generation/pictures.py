@@ -2,8 +2,9 @@
 
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +19,17 @@ FAST_COMPRESSION = 1
 """zlib level of the PNGs: three times as fast as the default, for files about a tenth larger."""
 
 GRID_ROWS, GRID_COLUMNS = 16, 10
+
+
+class Originals(NamedTuple):
+    """Given pictures, which the grid shows above what was made of them."""
+
+    picture: Callable[[int], np.ndarray]
+    """Image number -> uint8 [H, W, 3]."""
+    grid: tuple[int, int]
+    """Rows and columns of tokens."""
+    keep: int | None
+    """Leading tokens that were kept; None: all."""
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
@@ -77,6 +89,32 @@ def hide_after(picture: np.ndarray, grid: tuple[int, int], keep: int) -> np.ndar
     hidden = np.arange(grid[0] * grid[1]).reshape(grid) >= keep
     height, width = picture.shape[0] // grid[0], picture.shape[1] // grid[1]
     return np.where(hidden.repeat(height, 0).repeat(width, 1)[..., None], np.uint8(GREY), picture)
+
+
+def draw_samples(
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    made: Callable[[int], np.ndarray],
+    originals: Originals | None = None,
+) -> Image.Image:
+    """Rows of classes, in order; given pictures and, for a completion, what was kept of them stand above.
+
+    ``made`` gives uint8 [H, W, 3] of an image number.
+    """
+    drawn = []
+    for name, images in grid_rows(labels, class_names):
+        row = [made(image) for image in images]
+        if originals is None:
+            drawn.append((name, row))
+            continue
+        given = [originals.picture(image) for image in images]
+        drawn.append((f"{name} original".strip(), given))
+        if originals.keep is not None:
+            drawn.append(("kept", [hide_after(picture, originals.grid, originals.keep) for picture in given]))
+        drawn.append(("reconstructed" if originals.keep is None else "completed", row))
+        if len(drawn) >= GRID_ROWS:
+            break
+    return draw_grid(drawn)
 
 
 def draw_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], height: int = 64) -> Image.Image:

@@ -9,7 +9,7 @@ import numpy as np
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
 from digit_ds.generation.drawing import grouped, write_codes
-from digit_ds.generation.job import Originals, SamplingJob
+from digit_ds.generation.job import SamplingJob
 from digit_ds.generation.labels import choose_labels, labels_of
 from digit_ds.generation.models import (
     arithmetic,
@@ -22,6 +22,7 @@ from digit_ds.generation.models import (
     needed_stages,
     read_stages,
 )
+from digit_ds.generation.pictures import Originals
 from digit_ds.generation.pipeline import Pipeline, make_sampler
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.generation.sources import ImageFolder, Source, TokenFile
