@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from digit_ds.demo.stages import FULL, Stages
 from digit_ds.demo.steps import Step, claim, run_steps
-from digit_ds.demo.table import MODELS, ROWS, _over_seeds, as_markdown, steps
+from digit_ds.demo.table import FIRST_STAGE, MODELS, ROWS, Study, _over_seeds, as_markdown
 from digit_ds.errors import UserError
 
 MEET = """
@@ -72,22 +71,30 @@ def test_a_failing_step_stops_the_others_and_is_named(tmp_path):
 
 
 def test_the_tables_steps_wait_for_what_they_read(tmp_path):
-    made = steps(tmp_path, FULL, [0, 2])
+    study = Study(tmp_path)
+    for model in MODELS:
+        for rate, nats in (("1e-3", 3.0), ("2e-3", 1.0), ("4e-3", 2.0)):
+            run = tmp_path / "runs" / f"search-{model}-{rate}"
+            run.mkdir(parents=True)
+            (run / "metrics.jsonl").write_text(f'{{"step": 9, "validation_nll": {nats}}}\n{{"step": 10}}\n')
+    rates = study.rates()
+    assert set(rates.values()) == {"2e-3"}
+    scales = dict.fromkeys(FIRST_STAGE, 2.5)
+    made = [*study.stages.shared(), *study.search(), *study.train(rates, [0, 2]), *study.score(scales, [0, 2])]
     names = [step.name for step in made]
     assert len(set(names)) == len(names)
-    shared = {step.name for step in Stages(tmp_path, FULL).shared()}
-    assert set(names) >= shared | {f"{model}-{seed}" for model in MODELS for seed in (0, 2)}
     reads = {step.name: " ".join(step.command) for step in made}
     for step in made:
         assert set(step.needs) <= set(names[: names.index(step.name)])
-        for model in MODELS:
-            for seed in (0, 2):
-                if f"models/{model}-{seed}" in reads[step.name] and not step.name.startswith("export"):
-                    assert f"export-{model}-{seed}" in step.needs
-    # Two rows differ in guidance alone, two seeds in the seed.
+    for model in FIRST_STAGE:  # chosen with the models of the search, which no row shows
+        assert f"models/search-{model}-2e-3" in reads[f"guidance-{model}"]
+        assert not any("search-" in words for name, words in reads.items() if name.startswith(("sample-", "probe-")))
+    # Two rows differ in guidance alone, two seeds in the seed, the two orders in the order.
     guided = reads["sample-vq-guided-2"].replace("--guidance 2.5", "--guidance 1.0")
     assert reads["sample-vq-unguided-2"] == guided.replace("vq-guided", "vq-unguided")
     assert reads["pixel_nar-2"] == reads["pixel_nar-0"].replace("nar-0", "nar-2").replace("seed=0", "seed=2")
+    order = " training.order=random training.order_anneal=[750,1125]"
+    assert reads["random_prior-0"] == reads["prior-0"].replace("runs/prior", "runs/random_prior") + order
 
 
 def test_mean_and_deviation_over_seeds_as_written():
@@ -101,15 +108,19 @@ def test_mean_and_deviation_over_seeds_as_written():
         {
             "seeds": [1, 2, 6],
             "samples_per_seed": 500,
+            "reference_samples": 4000,
             "temperature": 0.9,
+            "guidance": dict.fromkeys(FIRST_STAGE, 2.5),
+            "nats": {model: {"token": one} for model in MODELS} | {"prior": {"image": one}},
             "models": dict.fromkeys(MODELS, size),
             "rows": {row.name: figures for row in ROWS},
-            "probe": {model: {"accuracy": three} for model in ("prior", "vq_baseline")},
+            "probe": {model: {"accuracy": three} for model in FIRST_STAGE},
             "real_held_out": {"class_accuracy": 0.98, "fid": 3.21, "samples": 360},
         }
     )
-    assert "| prior over discriminative tokens + NAR decoder | none | 3.0 ± 2.6 | 5.0 | 3.0 ± 2.6 |\n" in text
+    assert "| prior over discriminative tokens + NAR decoder | none | 3.0 ± 2.6 | 5.00 |\n" in text
     assert "| VQ baseline | 2.5 | 3.0 ± 2.6 |" in text
-    assert "| held-out digits, rebuilt by the NAR decoder |  | 3.0 ± 2.6 | 5.0 |  |\n" in text
-    assert "| real held-out digits | | 98.0 | 3.2 | |\n" in text
-    assert "| AR decoder | 1,234 | 4 x 128 | 800 x 64 | 0.002 |\n" in text
+    assert "| held-out digits, rebuilt by the NAR decoder |  | 3.0 ± 2.6 | 5.00 |\n" in text
+    assert "| real held-out digits | | 98.0 | 3.21 |\n" in text
+    assert "| prior over discriminative tokens | 1,234 | 4 x 128 | 800 x 64 | 0.002 | 3.0 ± 2.6 | 5.0 |\n" in text
+    assert "| AR decoder | 1,234 | 4 x 128 | 800 x 64 | 0.002 |  |  |\n" in text
