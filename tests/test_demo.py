@@ -170,7 +170,6 @@ def _check_figures(figures: dict) -> None:
     assert 4 <= figures["codebook_perplexity"] <= figures["codes"]
     assert figures["prior_nll"] < 0.8 * figures["unigram_entropy"]
     assert 0 < figures["real_fid"] < figures["fid"]
-    assert next(iter(figures["seconds"])) == "digits"
     assert 1 < figures["inception_score"] <= 10
 
 
