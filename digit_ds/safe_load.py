@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from digit_ds.errors import UserError
 
+MAPPED_BYTES = 1 << 26
+"""Read so much of a mapped file, then close and open it again: pages that were read count as the process's memory."""
 _ZIP_MAGIC = b"PK\x03\x04"
 
 

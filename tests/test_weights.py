@@ -8,7 +8,7 @@ import torch
 from small_models import MODERN_LAYERS
 
 from digit_ds.errors import UserError
-from digit_ds.model.partition import read_partitioned, read_shard, write_partitioned
+from digit_ds.model.partition import ShardReader, read_partitioned, write_partitioned
 from digit_ds.model.released import save_model
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import Transformer
@@ -200,8 +200,10 @@ def test_partitioned_directory_round_trip(tmp_path, tensor_size):
     for source in ("parts", "model"):  # any size can be read from any directory
         for wanted in (1, 2, 4):
             for rank in range(wanted):
-                found_spec, part = read_shard(tmp_path / source, wanted, rank)
-                assert found_spec == spec and same(part, shard(state, spec, wanted, rank))
+                reader = ShardReader(tmp_path / source, wanted, rank)
+                assert reader.spec == spec
+                for _ in range(2):
+                    assert same(dict(reader), shard(state, spec, wanted, rank))
 
 
 def test_partitioned_directory_errors(tmp_path):
@@ -217,7 +219,7 @@ def test_partitioned_directory_errors(tmp_path):
         read_partitioned(tmp_path / "parts")
     part.unlink()
     with pytest.raises(UserError, match=r"tensor_rank_01_of_02.*does not exist"):
-        read_shard(tmp_path / "parts", 2, 1)
+        ShardReader(tmp_path / "parts", 2, 1)
     save_model(tmp_path / "model", spec, initial_state(spec, 1), {})
     with pytest.raises(UserError, match="tensor_parallel is None"):
         read_partitioned(tmp_path / "model")

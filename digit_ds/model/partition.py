@@ -5,8 +5,9 @@ rank 0 of 2 holds in memory, vocabulary padding included. These are weights alon
 fresh optimizer.
 """
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from digit_ds.model.weights import (
     unshard,
     unshard_parameter,
 )
-from digit_ds.safe_load import open_tensors, read_tensors
+from digit_ds.safe_load import MAPPED_BYTES, open_tensors, read_tensors
 
 TENSOR_PARALLEL = "tensor_parallel"
 
@@ -91,28 +92,50 @@ def from_megatron(settings: FromMegatron) -> None:
     save_model(settings.out, *read_partitioned(settings.parts))
 
 
-def read_shard(directory: Path | str, tensor_size: int, rank: int) -> tuple[TransformerSpec, State]:
+class ShardReader:
     """One rank's weights to start training from, out of a released or a partitioned model directory of any size.
 
-    A directory cut for the same size costs this rank only its own file.
+    Each iteration reads the parameters again, one whole parameter at a time: pairs of a name and a tensor of
+    ``shard_shape``, dtypes as stored. A directory cut for the same size costs this rank only its own file.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model, or the size does not divide the model. All of this
+            is found before the first iteration.
     """
-    directory = Path(directory)
-    spec, _, config = read_config(directory)
-    check_tensor_size(spec, tensor_size)
-    if config.get(TENSOR_PARALLEL) == tensor_size:
-        return spec, _read_part(directory, spec, tensor_size, rank)
-    paths = weight_files(directory)
-    with ExitStack() as stack:
-        files = [stack.enter_context(open_tensors(path)) for path in paths]
-        for path, file in zip(paths, files):
-            names = file.keys()
-            _check_shapes(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, spec, config)
-        state: State = {}
-        for parameter in parameters(spec):  # one whole parameter at a time
-            pieces = [file.get_tensor(parameter.name) for file in files]
-            whole = unshard_parameter(pieces, parameter)
-            state[parameter.name] = shard_parameter(whole, parameter, tensor_size, rank).clone()
-    return spec, state
+
+    def __init__(self, directory: Path | str, tensor_size: int, rank: int) -> None:
+        directory = Path(directory)
+        self.spec, _, config = read_config(directory)
+        check_tensor_size(self.spec, tensor_size)
+        self._tensor_size, self._rank = tensor_size, rank
+        self._own = config.get(TENSOR_PARALLEL) == tensor_size
+        self._paths = [directory / rank_file(rank, tensor_size)] if self._own else weight_files(directory)
+        with self._opened() as files:
+            for path, file in zip(self._paths, files):
+                names = file.keys()
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+                _check_shapes(path, shapes, self.spec, config)
+
+    @contextmanager
+    def _opened(self) -> Iterator[list[Any]]:
+        with ExitStack() as stack:
+            yield [stack.enter_context(open_tensors(path)) for path in self._paths]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        remaining = deque(parameters(self.spec))
+        while remaining:
+            with self._opened() as files:
+                read = 0
+                while remaining and read < MAPPED_BYTES:
+                    parameter = remaining.popleft()
+                    pieces = [file.get_tensor(parameter.name) for file in files]
+                    read += sum(piece.nbytes for piece in pieces)
+                    if self._own:
+                        yield parameter.name, pieces[0]
+                    else:
+                        whole = unshard_parameter(pieces, parameter)
+                        yield parameter.name, shard_parameter(whole, parameter, self._tensor_size, self._rank)
+                    del pieces
 
 
 def weight_files(directory: Path | str) -> list[Path]:

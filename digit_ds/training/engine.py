@@ -11,14 +11,17 @@ from digit_ds.config import Recipe
 from digit_ds.errors import UserError
 from digit_ds.model import weights
 from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer, TransformerLayer, check_reductions
-from digit_ds.model.partition import read_shard
+from digit_ds.model.partition import ShardReader
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.parallel.decide import fail_together, together
 from digit_ds.parallel.frameworks import deepspeed
 from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.optimizer import GuardedAdamW
-from digit_ds.training.zero import STATES
+from digit_ds.training.zero import STATES, Partitioner
+
+FINGERPRINT_PART = 1 << 22
+"""Elements that :func:`fingerprint` widens to 64 bits at a time."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +53,26 @@ class Engine:
         self.topology = topology
         self.device = device
         self.stage: int = config.get("zero_optimization", {}).get("stage", 0)
-        model = MegatronTransformer(
-            spec,
-            recipe.model.dropout,
-            recipe.training.recompute,
-            recipe.training.label_smoothing,
-            recipe.parallel.sequence,
-        )
-        first: weights.State | None = None  # kept until the masters are there
-        if resumes:
-            _fill(model, _placeholders(model, topology))
-        elif recipe.training.start_from is None:
-            drawn = weights.initial_shard(spec, recipe.training.seed, topology.tensor_size, topology.tensor_rank)
-            _fill(model, drawn)
-        else:
-            with together():
-                first = _first_weights(recipe, spec, topology)
-            _fill(model, first.items())
         dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         kind = STATES[self.stage]
+        with torch.device("meta"):  # no rank holds more than it needs, not even at first
+            model = MegatronTransformer(
+                spec,
+                recipe.model.dropout,
+                recipe.training.recompute,
+                recipe.training.label_smoothing,
+                recipe.parallel.sequence,
+            )
+        first: ShardReader | None = None
+        values: Iterable[tuple[str, Tensor]]
+        if resumes:
+            values = _placeholders(model, topology)
+        elif recipe.training.start_from is None:
+            values = weights.initial_shard(spec, recipe.training.seed, topology.tensor_size, topology.tensor_rank)
+        else:
+            with together():
+                values = first = _first_weights(recipe, spec, topology)
+        _fill(model, values, dtype, device, Partitioner(config) if kind.partitions_weights else None)
         before = fingerprint(model, dtype) if topology.world_size > 1 and not kind.partitions_weights else None
         if kind.partitions_weights:
             # Weights are gathered a layer at a time: fewer and larger messages, and no hook inside a compiled layer.
@@ -146,12 +150,15 @@ class Engine:
                 yield Fragment(name, start, {kind: view(kind) for kind in names})
 
     @torch.no_grad()
-    def _set_master_weights(self, state: weights.State) -> None:
+    def _set_master_weights(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Give the masters the float32 values of which DeepSpeed only saw those in the compute precision."""
-        for fragment in self.fragments():
+        fragments = {fragment.name: fragment for fragment in self.fragments()}
+        for name, value in values:
+            if (fragment := fragments.get(name)) is None:
+                continue
             for kind in {"weight", "average"} & fragment.tensors.keys():
                 tensor = fragment.tensors[kind]
-                tensor.copy_(state[fragment.name].reshape(-1)[fragment.start : fragment.start + tensor.numel()])
+                tensor.copy_(value.reshape(-1)[fragment.start : fragment.start + tensor.numel()])
         self.refresh_model()
 
     @torch.no_grad()
@@ -180,14 +187,14 @@ class Engine:
         return int(states[0]["step"]) if states else 0
 
 
-def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) -> weights.State:
-    """This rank's part of the weights of the model that training starts from, float32."""
+def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) -> ShardReader:
+    """This rank's part of the weights of the model that training starts from."""
     source = str(recipe.training.start_from)
-    found, state = read_shard(source, topology.tensor_size, topology.tensor_rank)
+    reader = ShardReader(source, topology.tensor_size, topology.tensor_rank)
     for name, value in spec.to_dict().items():
-        if (other := found.to_dict()[name]) != value:
+        if (other := reader.spec.to_dict()[name]) != value:
             raise UserError(f"{source}: its model has {name} {other}, but the recipe and its shards make {value}")
-    return {name: value.float() for name, value in state.items()}
+    return reader
 
 
 def _placeholders(model: MegatronTransformer, topology: Topology) -> Iterator[tuple[str, Tensor]]:
@@ -197,12 +204,32 @@ def _placeholders(model: MegatronTransformer, topology: Topology) -> Iterator[tu
 
 
 @torch.no_grad()
-def _fill(model: MegatronTransformer, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Set all parameters, one after the other."""
-    parameters = dict(model.named_parameters())
+def _fill(
+    model: MegatronTransformer,
+    values: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    partition: Callable[[torch.nn.Parameter], None] | None,
+) -> None:
+    """Give the parameters, which are on the meta device, memory and values, one after the other.
+
+    ``partition`` cuts each one before the next is made (ZeRO stage 3).
+    """
+    places = {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
     for name, value in values:
-        parameters.pop(name).copy_(value)
-    assert not parameters, f"not set: {list(parameters)}"
+        module, key = places.pop(name)
+        described = getattr(module, key)
+        parameter = torch.nn.Parameter(torch.empty(described.shape, dtype=dtype, device=device))
+        parameter.copy_(value)
+        vars(parameter).update(vars(described))  # Megatron's marks
+        setattr(module, key, parameter)
+        if partition is not None:
+            partition(parameter)
+    assert not places, f"not set: {list(places)}"
 
 
 def fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> list[int]:
@@ -213,8 +240,11 @@ def fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> list[int]:
     pattern = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
     sums = []
     for parameter in model.parameters():
-        bits = parameter.detach().to(dtype).contiguous().view(pattern).long()
-        sums += [int(bits.sum()), int((bits * bits).sum())]  # products beyond 64 bits wrap around, equally everywhere
+        total = torch.zeros(2, dtype=torch.int64, device=parameter.device)
+        for part in parameter.detach().reshape(-1).split(FINGERPRINT_PART):
+            bits = part.to(dtype).view(pattern).long()
+            total += torch.stack([bits.sum(), (bits * bits).sum()])  # beyond 64 bits they wrap, equally everywhere
+        sums += total.tolist()
     return sums
 
 

@@ -18,6 +18,7 @@ from digit_ds.errors import UserError
 from digit_ds.files import is_whole, read_json, sha256
 from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.safe_load import MAPPED_BYTES
 from digit_ds.settings import brief
 
 MANIFEST = "manifest.json"
@@ -174,6 +175,7 @@ class StoredState:
     def __init__(self, checkpoint: Path) -> None:
         self.path = checkpoint
         self._opened: dict[str, Any] = {}
+        self._mapped = 0  # bytes read from them
         try:
             self.manifest: dict[str, Any] = read_json(checkpoint / MANIFEST)
             checked = _Manifest.model_validate_json(json.dumps(self.manifest))
@@ -239,16 +241,14 @@ class StoredState:
     ) -> Tensor:
         """Elements ``start`` to ``end`` of a tensor-parallel rank's flattened slice, whatever the stored layout.
 
-        Only what overlaps is read; a parameter that is cut along its rows is read whole when the tensor-parallel size
-        differs.
+        Only what overlaps is read.
         """
         if parameter.split_dim is None:
             return self._agreed(kind, parameter, start, end)
         length = math.prod(weights.shard_shape(parameter, tensor_size))
         if parameter.split_dim == 0 or tensor_size == self.tensor_size:  # contiguous in the whole tensor, or stored so
             return self._contiguous(kind, parameter, rank * length + start, rank * length + end)
-        whole = self._whole(kind, parameter)
-        return whole.chunk(tensor_size, parameter.split_dim)[rank].reshape(-1)[start:end]
+        return self._columns(kind, parameter, length // parameter.shape[0], rank, start, end)
 
     def _whole(self, kind: str, parameter: weights.Parameter) -> Tensor:
         """A whole parameter, vocabulary padding included."""
@@ -268,8 +268,24 @@ class StoredState:
             parts.append(self._flat(kind, parameter.name, rank, *inside))
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
+    def _columns(self, kind: str, parameter: weights.Parameter, width: int, rank: int, start: int, end: int) -> Tensor:
+        """Elements of the flattened slice that has ``width`` columns from ``rank * width`` on, of a matrix whose
+        columns the stored ranks share."""
+        stored = weights.shard_shape(parameter, self.tensor_size)[1]
+        first, last = start // width, -(-end // width)  # rows
+        left, right = rank * width, (rank + 1) * width
+        parts = []
+        for other in range(left // stored, -(-right // stored)):
+            rows = self._flat(kind, parameter.name, other, first * stored, last * stored).view(-1, stored)
+            parts.append(rows[:, max(left - other * stored, 0) : min(right - other * stored, stored)])
+        return torch.cat(parts, dim=1).reshape(-1)[start - first * width : end - first * width]
+
     def _flat(self, kind: str, name: str, rank: int, start: int, end: int) -> Tensor:
         """Elements ``start`` to ``end`` of one stored rank's flattened slice."""
+        if self._mapped > MAPPED_BYTES:
+            self._opened.clear()
+            self._mapped = 0
+        self._mapped += 4 * (end - start)
         try:
             parts = [
                 self._open(piece.file).get_slice(f"{kind}/{name}")[

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from digit_ds.errors import UserError
 from digit_ds.parallel.frameworks import deepspeed, parallel_state
-from digit_ds.parallel.topology import Topology
+from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.optimizer import GuardedAdamW
 
 View = Callable[[str], Tensor]
@@ -46,6 +46,33 @@ def _check(owner: object, *names: str) -> None:
 # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, for minutes; gloo needs no compiler.
 _check(deepspeed.ops, "__compatible_ops__")
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Partitioner:
+    """Cuts single parameters over the data-parallel ranks as stage 3 keeps them, before ``deepspeed.initialize``.
+
+    DeepSpeed's ``zero.Init`` as a context would cut them in the constructors of their modules, without values. Every
+    rank calls it for the same parameters in the same order; data rank 0's values count.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """``config`` is the one for ``deepspeed.initialize``."""
+        self._config = config
+        self._first: Any = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        """Leave this rank's part of ``parameter``; its own data is empty from then on."""
+        if self._first is None:
+            group = parallel_state.get_data_parallel_group()
+            # As deepspeed.initialize begins; without it the configuration would be read as one process's.
+            backend = deepspeed.get_accelerator().communication_backend_name()
+            deepspeed.init_distributed(backend, dist_init_required=False)
+            holder = nn.ParameterList([parameter])
+            deepspeed.zero.Init(holder, data_parallel_group=group, config_dict_or_path=self._config, mpu=Mpu())
+            _check(parameter, "convert_to_zero_parameters")
+            self._first = parameter
+        else:
+            self._first.convert_to_zero_parameters(param_list=[parameter])
 
 
 class ZeroState(Protocol):
