@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from digit_ds import shipped
 from digit_ds.errors import UserError
@@ -39,10 +39,22 @@ class DataConfig(Section):
     """Local directory for shards of a remote ``shards``."""
     validation: PathText | None = None
     """Directory or URL of validation shards; unset: no validation."""
+    cache_limit: float | None = Field(None, gt=0)
+    """GiB of decompressed shards that a node keeps; shards are then fetched again in each epoch, and images are
+    shuffled between as many shards as half of it holds. Unset: all shards are kept."""
+    order: Literal["auto", "keyed", "permutation"] = "auto"
+    """How an epoch's order is made. ``keyed``: computed, a few numbers a shard; ``permutation``: stored, a number for
+    each image, that of runs begun by version 0.2. ``auto``: what the run began with, ``keyed`` for a new one."""
     shuffle_seed: int = 0
     """Seed of the sample order; keep it when resuming."""
     workers: int = Field(1, ge=0)
     """Loader processes per rank."""
+
+    @model_validator(mode="after")
+    def _limit_needs_windows(self) -> "DataConfig":
+        if self.cache_limit is not None and self.order == "permutation":
+            raise ValueError("data.cache_limit is set and data.order is permutation, expected data.order keyed")
+        return self
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]

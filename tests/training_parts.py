@@ -29,8 +29,8 @@ if not torch.cuda.is_available():
     _CONTEXT.set_forkserver_preload(["digit_ds.training.loop", "digit_ds.model.transformer"])
 
 
-def write_shards(directory: Path, images: int = 40, views: int = 2) -> Path:
-    """Token shards that a model can learn something from, in two blocks."""
+def write_shards(directory: Path, images: int = 40, views: int = 2, blocks: int = 2) -> Path:
+    """Token shards that a model can learn something from, a file a block."""
     generator = np.random.default_rng(0)
     tokens = GRID[0] * GRID[1]
 
@@ -47,8 +47,9 @@ def write_shards(directory: Path, images: int = 40, views: int = 2) -> Path:
                     "view": view,
                 }
 
-    names = ["block-00000", "block-00001"]
-    for name, first, last in zip(names, (0, images // 2), (images // 2, images)):
+    names = [f"block-{number:05d}" for number in range(blocks)]
+    for number, name in enumerate(names):
+        first, last = (images * at // blocks for at in (number, number + 1))
         shards.write_block(directory / name, samples(first, last), shards.COLUMNS)
     shards.ShardManifest(
         images=images,

@@ -132,6 +132,7 @@ def _download(remote: str, local: Path) -> None:
     from streaming.base.storage import CloudDownloader  # knows every object store that StreamingDataset knows
 
     def fetch(temporary: Path) -> None:
+        temporary.unlink()  # the downloaders leave a file that exists as it is
         try:
             CloudDownloader.direct_download(remote, str(temporary))
         except Exception as error:  # each store's client has exceptions of its own

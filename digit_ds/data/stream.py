@@ -1,11 +1,10 @@
 """Token batches for training, from MDS shards on disk or in an object store.
 
-The order of samples is this module's own: epoch ``e`` is a permutation of all images drawn from (seed, e), and image
-``i`` is shown as its view ``(first(i) + e) mod views``. Epochs follow each other without a gap, so a position in this
-endless sequence is all there is to resume from, at any data-parallel size, and every epoch sees every image once: no
-repeats to fill a batch, none left out. StreamingDataset fetches, decompresses and checks the shards; its own iteration
-order is not used, because it pads epochs to the number of ranks, workers and canonical nodes. Token shards are small
-(1 KB a sample), so that samples in any order cost no more than in shard order once a shard is in the local cache.
+The order of samples is :mod:`digit_ds.data.order`'s: a position in an endless sequence of epochs is all there is to
+resume from, at any data-parallel size, and every epoch sees every image once: no repeats to fill a batch, none left
+out. StreamingDataset fetches, decompresses and checks the shards; its own iteration order is not used, because it pads
+epochs to the number of ranks, workers and canonical nodes. Token shards are small (1 KB a sample), so that samples in
+any order cost no more than in shard order once a shard is in the local cache.
 """
 
 import fcntl
@@ -15,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from digit_ds.data.cache import check_index, default_cache, prepare, remove_orphans
+from digit_ds.data.order import InOrder, KeyedOrder, Order, StoredOrder
 from digit_ds.data.shards import HASH, ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch, shared_memory
@@ -92,14 +92,22 @@ class TokenStream:
         cache: local directory for decompressed shards; unset: one in the temporary folder (:mod:`digit_ds.data.cache`).
         seed: of the order and of each image's first view.
         owner: path that distinguishes default caches; two live datasets must not share one.
-        shuffle: False: images in their order, view 0 (validation).
+        order: ``keyed``; ``permutation``, that of runs begun before there was a choice; ``none``: images in their
+            order, view 0 (validation).
+        cache_limit: GiB that the cache of a node may take; None: all shards. With ``keyed`` alone.
 
     Raises:
         UserError: the shards cannot be read, or the cache is another job's or other data.
     """
 
     def __init__(
-        self, shards: str, cache: str | None = None, seed: int = 0, owner: str = "", shuffle: bool = True
+        self,
+        shards: str,
+        cache: str | None = None,
+        seed: int = 0,
+        owner: str = "",
+        order: Literal["keyed", "permutation", "none"] = "keyed",
+        cache_limit: float | None = None,
     ) -> None:
         self.shards, self._held = shards, None
         self.manifest = from_main(lambda: _manifest(shards))
@@ -113,14 +121,15 @@ class TokenStream:
             except UserError as error:
                 problem = str(error)
         fail_together(problem)
-        dataset = _open(shards, str(self.cache))
+        limit = None if cache_limit is None else int(cache_limit * 2**30)
+        dataset = _open(shards, str(self.cache), limit)
         if launch.local_rank() == 0:
             try:
                 check_index(self.cache, content, shards)
             except UserError as error:
                 problem = str(error)
         fail_together(problem)
-        self.dataset = _Samples(dataset, self.manifest, seed, shuffle)
+        self.dataset = _Samples(dataset, self.manifest, _order(order, self.manifest, seed, dataset, limit))
 
     def close(self) -> None:
         """Remove the default cache, after a run's orderly end; every process calls it."""
@@ -166,29 +175,16 @@ def _endless(chunks: Chunks, position: int) -> Iterator[list[int]]:
 class _Samples(Dataset):
     """Position in the endless sequence -> sample."""
 
-    def __init__(self, dataset: StreamingDataset, manifest: ShardManifest, seed: int, shuffle: bool) -> None:
-        self.dataset = dataset
-        self.images, self.views = manifest.images, manifest.views
-        self.seed, self.shuffle = seed, shuffle
+    def __init__(self, dataset: StreamingDataset, manifest: ShardManifest, order: Order) -> None:
+        self.dataset, self.views, self.order = dataset, manifest.views, order
         self.last: int | None = None
-        self._orders: dict[int, np.ndarray] = {}
-        self._first_view = _narrow(_permutation(seed, -1, self.images) % self.views, self.views) if shuffle else None
 
-    def place(self, position: int) -> tuple[int, int]:
-        """Image number and view at a position of the sequence."""
-        epoch, offset = divmod(position, self.images)
-        if self._first_view is None:
-            return offset, 0
-        if epoch not in self._orders:
-            order = _narrow(_permutation(self.seed, epoch, self.images), self.images)
-            self._orders = {epoch: order} | {
-                known: order for known, order in self._orders.items() if known == epoch - 1
-            }
-        image = int(self._orders[epoch][offset])
-        return image, (int(self._first_view[image]) + epoch) % self.views
+    def __getitems__(self, positions: list[int]) -> list[dict]:
+        """Samples of a batch, as DataLoader asks for them: their order is computed together."""
+        images, views = self.order.places(positions)
+        return [self._sample(*place) for place in zip(positions, images.tolist(), views.tolist())]
 
-    def __getitem__(self, position: int) -> dict:
-        image, view = self.place(position)
+    def _sample(self, position: int, image: int, view: int) -> dict:
         try:
             sample = dict(self.dataset[image * self.views + view])
         except (ValueError, RuntimeError, OSError) as error:
@@ -204,14 +200,20 @@ class _Samples(Dataset):
         return sample
 
 
-def _permutation(seed: int, epoch: int, images: int) -> np.ndarray:
-    """The order of the images in an epoch (epoch -1: what the first views are drawn from)."""
-    return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), epoch + 1])).permutation(images)
-
-
-def _narrow(numbers: np.ndarray, end: int) -> np.ndarray:
-    """Numbers below ``end`` in as few bytes as they need: every loading process holds them for all images."""
-    return numbers.astype(np.min_scalar_type(end - 1))
+def _order(kind: str, manifest: ShardManifest, seed: int, dataset: StreamingDataset, cache_limit: int | None) -> Order:
+    if kind == "none":
+        return InOrder(manifest.images)
+    if kind == "permutation":
+        return StoredOrder(manifest.images, manifest.views, seed)
+    window = None
+    if cache_limit is not None:
+        # Two windows are in use where one ends, and a shard that comes needs room before another one goes.
+        room = cache_limit - sum(stream.get_index_size() for stream in dataset.streams)
+        fitting = room // max(shard.get_max_size() for shard in dataset.shards)
+        if fitting < 4:
+            raise _too_low(cache_limit, dataset.streams[0].remote)
+        window = (fitting - 1) // 2
+    return KeyedOrder(manifest.images, manifest.views, seed, dataset.samples_per_shard.tolist(), window)
 
 
 def _collate(samples: list[dict]) -> dict[str, np.ndarray | list[str]]:
@@ -245,7 +247,7 @@ def _manifest(shards: str) -> ShardManifest:
         return read_manifest(shards, folder)
 
 
-def _open(shards: str, cache: str) -> StreamingDataset:
+def _open(shards: str, cache: str, cache_limit: int | None = None) -> StreamingDataset:
     """The dataset, with each shard's hash checked when it enters the cache.
 
     A local directory is read through the cache too: shards are compressed, and the directory may be read-only.
@@ -258,9 +260,25 @@ def _open(shards: str, cache: str) -> StreamingDataset:
     fail_together(shared_memory.shortage(shared_memory.LEAST))
     try:
         with _one_job_at_a_time():
-            return StreamingDataset(remote=remote, local=cache, shuffle=False, validate_hash=HASH, batch_size=1)
+            return StreamingDataset(
+                remote=remote,
+                local=cache,
+                shuffle=False,
+                validate_hash=HASH,
+                batch_size=1,
+                cache_limit=cache_limit,
+            )
     except (ValueError, RuntimeError, OSError) as error:
+        if cache_limit is not None and "cache limit" in str(error).lower():
+            raise _too_low(cache_limit, shards) from error
         raise UserError(f"{shards}: cannot be opened as token shards ({' '.join(str(error).split())})") from error
+
+
+def _too_low(cache_limit: int, shards: str | None) -> UserError:
+    return UserError(
+        f"data.cache_limit is {cache_limit:,} bytes, expected at least the index of {shards} and four of its "
+        "largest shards, compressed and decompressed"
+    )
 
 
 @contextmanager

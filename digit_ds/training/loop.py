@@ -17,7 +17,7 @@ from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
-from digit_ds.parallel.decide import agree, together
+from digit_ds.parallel.decide import agree, from_main, together
 from digit_ds.parallel.frameworks import parallel_state
 from digit_ds.parallel.workers import protect_resource_tracker, worker_errors_in_one_line
 from digit_ds.training import micro_batch, resume, runs
@@ -111,10 +111,14 @@ class _Run:
     ) -> None:
         self.place = place
         self.folder, self.device = Path(recipe.run), launch.device()
+        recipe = recipe.model_copy(update={"data": from_main(lambda: runs.settle_order(recipe).data)})
         data = recipe.data
-        self.stream = TokenStream(data.shards, data.cache, data.shuffle_seed, owner=f"{recipe.run}/train")
+        assert data.order != "auto"  # settled above
+        self.stream = TokenStream(
+            data.shards, data.cache, data.shuffle_seed, f"{recipe.run}/train", data.order, data.cache_limit
+        )
         self.validation = (
-            TokenStream(data.validation, owner=f"{recipe.run}/validation", shuffle=False) if data.validation else None
+            TokenStream(data.validation, owner=f"{recipe.run}/validation", order="none") if data.validation else None
         )
         runs.check_shards(recipe, self.stream.manifest, self.validation.manifest if self.validation else None)
         self.spec = runs.model_spec(recipe, self.stream.manifest)

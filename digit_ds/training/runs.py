@@ -77,11 +77,11 @@ def check_run_directory(run: Path, recipe: Recipe, changes: Sequence[str] = ()) 
         if run.exists() and not (run.is_dir() and is_empty(run)):
             raise UserError(f"{run}: exists and holds no recipe.yaml, expected a new directory or a run to continue")
         return []
-    before = load_recipe(stored)  # a key that is younger than the run takes its default, which is what the run did
+    before = begun_with(load_recipe(stored))
     old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     differences = []
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "model.kind", key)):
-        if old.get(key) == new.get(key):
+        if old.get(key) == new.get(key) or (key == "data.order" and new[key] == "auto"):  # which takes the run's
             continue
         differences.append(Difference(key, old.get(key), new.get(key)))
         if _is_among(key, _MAY_CHANGE):
@@ -112,6 +112,25 @@ def settle_warmup(recipe: Recipe) -> Recipe:
     if number is None:
         number = default_warmup(recipe.training.steps)
     return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"warmup_steps": number})})
+
+
+def begun_with(stored: Recipe) -> Recipe:
+    """A run's recipe as it stands in its directory: a key that is younger than the run means what the run did.
+
+    Defaults are that, but for ``data.order``, which a run since then never leaves at ``auto``.
+    """
+    if stored.data.order != "auto":
+        return stored
+    return stored.model_copy(update={"data": stored.data.model_copy(update={"order": "permutation"})})
+
+
+def settle_order(recipe: Recipe) -> Recipe:
+    """The recipe with the order that its run began with, ``keyed`` for a new run. Rank 0 alone reads."""
+    if recipe.data.order != "auto":
+        return recipe
+    stored = Path(recipe.run) / "recipe.yaml"
+    order = begun_with(load_recipe(stored)).data.order if stored.exists() else "keyed"
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"order": order})})
 
 
 def _is_among(key: str, names: Sequence[str]) -> bool:
