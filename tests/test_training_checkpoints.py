@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from training_parts import launch, metrics, recipe, start, train, write_shards
 from digit_ds.config import Recipe
 from digit_ds.data.shards import read_manifest
 from digit_ds.errors import UserError, run_command
-from digit_ds.files import sha256
+from digit_ds.files import sha256, write_atomically
 from digit_ds.model.released import read_model, save_model
 from digit_ds.training.resume import Changes
 from digit_ds.training.stored import StoredState, is_complete, newest_checkpoint
@@ -66,13 +64,7 @@ def train_with_failing_commits(values: Recipe, how: str, step: int) -> None:
     def limited(path, value):
         if Path(path).name != "manifest.json" or Path(path).parent.name != name:
             return write_json(path, value)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-        try:
-            return write_json(path, value)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return write_atomically(path, lambda _temporary: Path("/dev/full").write_text("more than there is room for"))
 
     def refused(self, target):
         if self.name == name:
@@ -101,7 +93,8 @@ def train_with_failing_commits(values: Recipe, how: str, step: int) -> None:
     lost="that checkpoint",
 )
 @pytest.mark.parametrize(
-    ("how", "reason"), [("full", "File too large"), ("rename", "Input/output error"), ("lost", "tensor-0.data-1.json")]
+    ("how", "reason"),
+    [("full", "No space left"), ("rename", "Input/output error"), ("lost", "tensor-0.data-1.json")],
 )
 def test_a_commit_that_fails_leaves_the_last_good_checkpoint_and_training_goes_on(how, reason, token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=6, checkpoint__every=2, checkpoint__keep_last=9)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from digit_ds.errors import UserError
 from digit_ds.parallel import decide, launch
 from digit_ds.parallel.frameworks import parallel_state
+from digit_ds.parallel.mailbox import total
 
 LEAVE_SECONDS = 30.0
 """How long a process may take to say why it failed and to end."""
@@ -58,11 +59,7 @@ class Topology:
 
     def sum(self, values: list[int]) -> list[int]:
         """Whole numbers, summed over all processes."""
-        if self.world_size == 1:
-            return values
-        box = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(box, group=self.mailbox)
-        return box.tolist()
+        return values if self.world_size == 1 else total(self.mailbox, values)
 
 
 def initialize(tensor_size: int, timeout_seconds: float) -> Topology:

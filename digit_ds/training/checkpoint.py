@@ -10,7 +10,8 @@ RUN/checkpoints/.step_00001000.partial/          being written; ignored, and rem
 The commit protocol:
 
 1. Each rank copies its state to host memory; a thread writes and hashes it in the partial folder; training goes on.
-2. The ranks' next exchange carries who has written and who has failed. Rank 0 acts once all have done either.
+2. The ranks' exchanges carry who has written and who has failed. Once all have done either, a thread of rank 0 acts, in
+   3 to 7, while training goes on. The next save waits for it.
 3. Any failure on any rank: the partial folder is removed, a warning says what failed, training goes on.
 4. Rank 0 counts a part of every rank, each of the size written, and writes the manifest with their hashes.
 5. The manifest names the parent: the checkpoint saved before this one in the same branch, or the one resumed from.
@@ -39,7 +40,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,8 +86,10 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self.keep_last, self.keep_every, self.world_size, self._total = keep_last, keep_every, world_size, total
         self.parent: int | None = None
-        """Step of the checkpoint that the next one follows."""
+        """Step of the checkpoint that the next one follows; kept up to date on rank 0."""
         self._pending: _Pending | None = None
+        self._unknown = False  # a save was begun, and the ranks have not agreed on how it ended
+        self._commit_thread: threading.Thread | None = None  # on rank 0
         self._failure: str | None = None  # of the last commit, on rank 0
         self._new: list[Path] = []
 
@@ -105,7 +107,8 @@ class Checkpoints:
 
     def start(self, engine: Engine, spec: TransformerSpec, progress: Progress, extra: dict[str, Any]) -> None:
         """Copy this rank's state to host memory and begin to write it; no other save may be under way."""
-        assert self._pending is None, "finish the save that is under way first"
+        assert not self._unknown, "finish the save that is under way first"
+        self._unknown = True
         topology = engine.topology
         tensors: dict[str, Tensor] = {}
         pieces: dict[str, tuple[int, int]] = {}  # first element and length
@@ -155,22 +158,28 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending.error is not None:
             print(f"warning: rank {launch.rank()} could not write its part ({pending.error})", flush=True)
-        self._failure = f"could not be written on {failed} ranks" if failed else None
         if launch.is_main():
-            if not failed:
-                try:
-                    self._new.append(self._commit(pending))
-                except (OSError, UserError, SafetensorError) as error:
-                    self._failure = f"could not be completed ({error})"
-            if self._failure:  # all ranks are past their writing
-                shutil.rmtree(pending.folder, ignore_errors=True)
-                print(
-                    f"warning: the checkpoint of step {pending.step} {self._failure}; training goes on and the last "
-                    "complete checkpoint stays",
-                    flush=True,
-                )
-        if self._failure is None:
-            self.parent = pending.step
+            self._commit_thread = threading.Thread(
+                target=self._finish, args=(pending, failed), name="commit", daemon=True
+            )
+            self._commit_thread.start()
+
+    def _finish(self, pending: _Pending, failed: int) -> None:
+        """Rank 0, in a thread: make the parts a checkpoint, or say why there is none."""
+        self._failure = f"could not be written on {failed} ranks" if failed else None
+        if not failed:
+            try:
+                self._new.append(self._commit(pending))
+                self.parent = pending.step
+            except Exception as error:  # this thread has no caller
+                self._failure = f"could not be completed ({str(error) or type(error).__name__})"
+        if self._failure:  # all ranks are past their writing
+            shutil.rmtree(pending.folder, ignore_errors=True)
+            print(
+                f"warning: the checkpoint of step {pending.step} {self._failure}; training goes on and the last "
+                "complete checkpoint stays",
+                flush=True,
+            )
 
     def _commit(self, pending: _Pending) -> Path:
         """Rank 0: count the parts, manifest, rename, ``latest``, then removal of what need not be kept."""
@@ -201,18 +210,26 @@ class Checkpoints:
 
     def wait(self) -> bool:
         """Finish the save under way, if any. Whether it succeeded."""
-        if self._pending is None:
+        if not self._unknown:
             return True
-        self._pending.done.wait()
-        self.poll(*self._total(self.status))
+        if self._pending is not None:
+            self._pending.done.wait()
+            self.poll(*self._total(self.status))
+        self.settle()
+        self._unknown = False
         # No rank leaves before rank 0 has moved it into place.
         (failures,) = self._total([int(self._failure is not None)])
         return failures == 0
 
+    def settle(self) -> None:
+        """Wait for what rank 0 makes of the parts that were written, if anything; other ranks are not asked."""
+        if self._commit_thread is not None:
+            self._commit_thread.join()
+            self._commit_thread = None
+
     def take_new(self) -> list[Path]:
         """Checkpoints completed since the last call, on rank 0."""
-        new, self._new = self._new, []
-        return new
+        return [self._new.pop(0) for _ in range(len(self._new))]  # a thread appends
 
 
 def write_latest(folder: Path, name: str) -> None:

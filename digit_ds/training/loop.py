@@ -19,6 +19,7 @@ from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
 from digit_ds.parallel.decide import agree, from_main, together
 from digit_ds.parallel.frameworks import parallel_state
+from digit_ds.parallel.mailbox import Mailbox
 from digit_ds.parallel.workers import protect_resource_tracker, worker_errors_in_one_line
 from digit_ds.training import micro_batch, resume, runs
 from digit_ds.training.checkpoint import Checkpoints
@@ -131,6 +132,7 @@ class _Run:
         self.engine, self.progress, self.provenance = begin.engine, begin.progress, begin.provenance
         self.checkpoints.parent = begin.parent
         self.replicas = ReplicaCheck(self.engine)
+        self.mailbox = Mailbox(place.mailbox)
         self.preview = Preview(self.folder, recipe.training.ema_decay > 0, sample_grid, figures)
         training = recipe.training
         assert training.micro_batch != "auto"  # settled above
@@ -181,6 +183,7 @@ class _Run:
             warn(*error.messages)
             raise
         finally:
+            self.checkpoints.settle()
             self.report.close()
         if stopped:
             print(f"stopped by signal at step {progress.step}", file=sys.stderr, flush=True)
@@ -233,16 +236,34 @@ class _Run:
         return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout, random_share=random_share)
 
     def _exchange(self, stop: StopSignal, samples: int) -> bool:
-        """Once a step, between hosts: is a stop requested, whose save is done, which samples, hashes of copies."""
+        """Once a step, between hosts: is a stop requested, whose save is done, which samples, hashes of copies.
+
+        What was sent is read at the end of the next step, when it has long arrived. Where the step is logged or saved,
+        which all ranks wait for in any case, it is read at once: the line and the checkpoint hold its samples. All
+        ranks read at the same steps, so all come to the same decision.
+        """
+        stopped = self._read_mail()  # of the step before
         own = samples if self.place.tensor_rank == 0 else 0
-        stopped, written, failed, samples, *hashes = self.place.sum(
-            [int(stop.requested()), *self.checkpoints.status, own, *self.replicas.status]
-        )
+        self.mailbox.send([int(stop.requested()), *self.checkpoints.status, own, *self.replicas.status])
+        self.replicas.note(self.progress.step)
+        if stopped or self._waits_at(self.progress.step):
+            stopped |= self._read_mail()
+        return stopped
+
+    def _read_mail(self) -> bool:
+        """Act on the sums of the last message, if one is under way; whether a stop was requested."""
+        if (sums := self.mailbox.receive()) is None:
+            return False
+        stopped, written, failed, samples, *hashes = sums
         self.checkpoints.poll(written, failed)
         self.replicas.poll(self.progress.step, hashes)
-        self.replicas.note(self.progress.step)
         self.progress.samples_hash = (self.progress.samples_hash * 6364136223846793005 + samples) % 2**64
         return stopped > 0
+
+    def _waits_at(self, step: int) -> bool:
+        """Whether ranks wait for each other after ``step``: it is logged or saved."""
+        recipe = self.recipe
+        return step == recipe.training.steps or not (step % recipe.monitor.log_every and step % recipe.checkpoint.every)
 
     def _log(self, loss: Tensor, nll: Tensor, clock: Clock) -> None:
         """One line of metrics; the one place of a step where the host waits for the device."""
