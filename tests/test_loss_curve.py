@@ -29,6 +29,7 @@ def train_prior(folder: Path) -> dict[str, list[float]]:
         f"data.shards={shards / 'train'}",
         f"data.validation={shards / 'val'}",
         f"training.steps={STEPS}",
+        "data.order=permutation",  # that of version 0.2, with which the curve was made
         "monitor.validate_every=40",
     ]
     launch(train, (load_recipe(RECIPE, overrides),), 1, folder / "log")
