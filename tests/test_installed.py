@@ -1,6 +1,7 @@
 """The wheel, installed into an environment without a checkout and used from another directory."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -116,8 +117,10 @@ def test_a_chain_is_submitted_and_a_job_runs_without_a_checkout(environment, tmp
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    steps = run(environment, tmp_path, "digit-ds", "submit", "slurm/digits.yaml", "--dry-run").splitlines()
-    assert [line.split()[0] for line in steps[:2]] == ["features", "kmeans"] and len(steps) == 9
+    printed = run(environment, tmp_path, "digit-ds", "submit", "slurm/digits.yaml", "--dry-run")
+    costs, *steps = re.split(r"^# ", printed, flags=re.MULTILINE)
+    assert [text.split()[0] for text in steps[:2]] == ["features", "kmeans"] and len(steps) == 9
+    assert [line.split()[0] for line in costs.splitlines()[1:3]] == ["features", "kmeans"]
     words = shlex.split(steps[0])
     variables = dict(word.split("=", 1) for word in words if word.startswith("DIGIT_"))
     (script,) = (word for word in words if word.endswith(".sbatch"))

@@ -1,5 +1,6 @@
 """What the steps of a chain cost, roughly: hours on H100 at measured rates, and what they leave on disk."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ SAMPLES = {"fp32": 49.0, "fp16": 150.0, "bf16": 122.0}
 TRAINING_FLOPS = 989e12 * 0.43
 KMEANS_SECONDS = 0.051 / (2_097_152 * 8192)
 """An iteration, a point and cluster."""
+GRID = 16
+"""Rows of the token grid, at most."""
 WIDTH = 768
 """Of DINOv2-B's features: the encoder is not read here."""
 PICTURE_BYTES = 110_000
@@ -89,12 +92,14 @@ def _training(step: Step, chain: Chain, images: int) -> tuple[float, float]:
     training = getattr(chain, step.name)
     overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
     recipe = load_recipe(training_recipe(training.recipe), ["run=x", "data.shards=x", *overrides])
+    # As many tokens as the model has positions for: the encoder and the images are not read here.
+    side = min(GRID, math.isqrt(recipe.model.max_positions - 1))
     shards = ShardManifest(
         images=images,
         views=1,
         classes=[str(number) for number in range(1000)],
-        grid=[16, 16],
-        image_size=256,
+        grid=[side, side],
+        image_size=16 * side,
         discriminative_codes=int(_number(chain.kmeans, "clusters")),
         vq_codes=1024,
         crops="training",
@@ -128,5 +133,5 @@ def table(chain: Chain, site: Site, chain_steps: list[Step], images: int) -> lis
         lines.append(f"{step.name:20} {wanted['nodes']:5} {gpus:5} {hours:>8} {total:>9} {size:>9}")
     all_hours, all_sizes = (sum(value or 0.0 for value in column) for column in zip(*found.values()))
     lines.append(f"{'all':20} {'':5} {'':5} {'':8} {all_hours:9.1f} {all_sizes:9.1f}")
-    lines.append(f"for {images:,} images and a 16 x 16 grid, at rates measured on H100; -: not estimated")
+    lines.append(f"for {images:,} images, at rates measured on H100; -: not estimated")
     return lines
