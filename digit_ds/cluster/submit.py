@@ -260,7 +260,7 @@ def _shell(command: list[str], variables: dict[str, str]) -> str:
     lines = [""]
     for word in ["env", *(f"{name}={value}" for name, value in variables.items()), *command]:
         quoted = shlex.quote(word)
-        if lines[-1] and len(lines[-1]) + len(quoted) > WIDTH:
+        if word == command[0] or len(lines[-1]) + len(quoted) > WIDTH:
             lines.append("   ")
         lines[-1] += f" {quoted}" if lines[-1] else quoted
     return " \\\n".join(lines)
