@@ -41,7 +41,8 @@ class DataConfig(Section):
     """Directory or URL of validation shards; unset: no validation."""
     cache_limit: float | None = Field(None, gt=0)
     """GiB of decompressed shards that a node keeps; shards are then fetched again in each epoch, and images are
-    shuffled between as many shards as half of it holds. Unset: all shards are kept."""
+    shuffled between as many shards as half of it holds, which should be more than all ranks read ahead. Unset: all
+    shards are kept."""
     order: Literal["auto", "keyed", "permutation"] = "auto"
     """How an epoch's order is made. ``keyed``: computed, a few numbers a shard; ``permutation``: stored, a number for
     each image, that of runs begun by version 0.2. ``auto``: what the run began with, ``keyed`` for a new one."""

@@ -6,7 +6,7 @@ import pytest
 
 from digit_ds.config import load_recipe
 from digit_ds.errors import UserError
-from digit_ds.training.runs import settle_warmup, write_recipe
+from digit_ds.training.runs import settle, write_recipe
 from digit_ds.training.schedule import default_warmup
 
 MINIMAL = "run: runs/x\ndata: {shards: shards}\ntraining: {steps: 10}\n"
@@ -32,7 +32,7 @@ def test_defaults_are_the_published_base_prior(recipe_file):
 
 def test_warm_up_is_a_share_of_the_run_and_stays_that_of_a_run_that_goes_on(recipe_file, tmp_path):
     def settled(*overrides: str) -> int | None:
-        recipe = settle_warmup(load_recipe(recipe_file, [f"run={tmp_path / 'run'}", *overrides]))
+        recipe = settle(load_recipe(recipe_file, [f"run={tmp_path / 'run'}", *overrides]))
         write_recipe(tmp_path / "run", recipe)
         return recipe.schedule.warmup_steps
 

@@ -19,7 +19,7 @@ from digit_ds.config import load_recipe
 from digit_ds.data.order import Bijection, InOrder, KeyedOrder, Order, StoredOrder
 from digit_ds.data.stream import Chunks, TokenStream
 from digit_ds.errors import UserError
-from digit_ds.training.runs import settle_order
+from digit_ds.training.runs import settle
 
 SIZES = (*range(1, 70), 127, 128, 129, 1000, 4095, 4097, 20_011)
 
@@ -237,7 +237,7 @@ def test_a_run_goes_on_with_the_order_that_it_began_with(tmp_path):
     assert run("begun", 6) == whole
     assert "data.order" not in (tmp_path / "begun" / "history.jsonl").read_text()  # nothing was changed
     assert yaml.safe_load(path.read_text())["data"]["order"] == "permutation"
-    kept = settle_order(recipe(tmp_path / "keyed", shards)).data.order
+    kept = settle(recipe(tmp_path / "keyed", shards)).data.order
     assert kept == "keyed" and "auto" not in (tmp_path / "keyed" / "recipe.yaml").read_text().split("micro")[0]
     values = recipe(tmp_path / "keyed", shards, training__steps=8, data__order="permutation")
     with pytest.raises(AssertionError, match=r"data\.order is keyed there and permutation here"):

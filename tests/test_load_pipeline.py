@@ -15,15 +15,6 @@ from digit_ds.data.images import walk
 from digit_ds.errors import UserError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small for more than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict[str, Path]:
     models = write_models(tmp_path_factory.mktemp("models"))

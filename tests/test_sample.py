@@ -31,15 +31,6 @@ from digit_ds.tokenizer.encoder import load_encoder
 from digit_ds.tokenizer.vqgan import load_vqgan
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small for more than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     return write_models(tmp_path_factory.mktemp("models"))

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from digit_ds.cluster.chain import Chain, Site, Step, in_one_line, training_recipe
+from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.config import load_recipe
-from digit_ds.data.shards import ShardManifest
 from digit_ds.model.weights import parameter_count
-from digit_ds.training.metrics import flops_per_image
+from digit_ds.training.estimate import shards_to_come
+from digit_ds.training.metrics import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 
 IMAGENET = 1_281_167
@@ -18,7 +19,7 @@ DECODING = {"cpu": 2000.0, "gpu": 7000.0}
 BOTH_TOKENS = 1400.0
 SAMPLES = {"fp32": 49.0, "fp16": 150.0, "bf16": 122.0}
 """Pictures of the base models, by ``--vqgan-precision``."""
-TRAINING_FLOPS = 989e12 * 0.43
+TRAINING_FLOPS = PEAKS["H100"] * 1e12 * 0.43
 KMEANS_SECONDS = 0.051 / (2_097_152 * 8192)
 """An iteration, a point and cluster."""
 GRID = 16
@@ -77,7 +78,12 @@ def _features(step: Step, images: int) -> tuple[float, float]:
 
 def _kmeans(step: Step, chain: Chain, images: int) -> tuple[float, float]:
     clusters = _number(step.options, "clusters")
-    work = images * _points(chain.features) * clusters * _number(step.options, "iterations", 20)
+    work = (
+        images
+        * _points(chain.features)
+        * clusters
+        * _number(step.options, "iterations", KMeansSettings.model_fields["iterations"].default)
+    )
     return KMEANS_SECONDS * work, clusters * WIDTH * 4
 
 
@@ -94,19 +100,7 @@ def _training(step: Step, chain: Chain, images: int) -> tuple[float, float]:
     recipe = load_recipe(training_recipe(training.recipe), ["run=x", "data.shards=x", *overrides])
     # As many tokens as the model has positions for: the encoder and the images are not read here.
     side = min(GRID, math.isqrt(recipe.model.max_positions - 1))
-    shards = ShardManifest(
-        images=images,
-        views=1,
-        classes=[str(number) for number in range(1000)],
-        grid=[side, side],
-        image_size=16 * side,
-        discriminative_codes=int(_number(chain.kmeans, "clusters")),
-        vq_codes=1024,
-        crops="training",
-        provenance={},
-        index_sha256="",
-        skipped=0,
-    )
+    shards = shards_to_come(images, side, int(_number(chain.kmeans, "clusters")), vq_codes=1024, classes=1000)
     spec = model_spec(recipe, shards)
     work = recipe.training.steps * recipe.training.global_batch * flops_per_image(spec)
     kept, count = recipe.checkpoint, parameter_count(spec)

@@ -96,14 +96,19 @@ def planned_shards(settings: PlannedSettings, recipe: Recipe) -> ShardManifest:
     if settings.images is None:
         return read_manifest(recipe.data.shards, recipe.data.cache)
     assert settings.grid is not None and settings.codes is not None  # its settings saw to it
+    return shards_to_come(settings.images, settings.grid, settings.codes, settings.vq_codes, settings.classes)
+
+
+def shards_to_come(images: int, side: int, codes: int, vq_codes: int, classes: int) -> ShardManifest:
+    """The manifest of shards that are not made yet: ``side`` rows and columns of tokens, one view."""
     return ShardManifest(
-        images=settings.images,
+        images=images,
         views=1,
-        classes=[str(number) for number in range(settings.classes)],
-        grid=[settings.grid, settings.grid],
-        image_size=16 * settings.grid,
-        discriminative_codes=settings.codes,
-        vq_codes=settings.vq_codes,
+        classes=[str(number) for number in range(classes)],
+        grid=[side, side],
+        image_size=16 * side,
+        discriminative_codes=codes,
+        vq_codes=vq_codes,
         crops="training",
         provenance={},
         index_sha256="",

@@ -17,7 +17,7 @@ from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
 from digit_ds.parallel import launch, topology
-from digit_ds.parallel.decide import agree, from_main, together
+from digit_ds.parallel.decide import agree, together
 from digit_ds.parallel.frameworks import parallel_state
 from digit_ds.parallel.mailbox import Mailbox
 from digit_ds.parallel.workers import protect_resource_tracker, worker_errors_in_one_line
@@ -86,11 +86,11 @@ def _join(recipe: Recipe) -> tuple[Recipe, topology.Topology]:
     """Join the other processes, once all have read the same recipe and DeepSpeed file.
 
     Returns:
-        The recipe with the warm-up of the run, and this process's place.
+        The recipe with what it left open, and this process's place.
     """
     launch.initialize(timedelta(seconds=recipe.training.timeout_seconds))
     with together():
-        recipe = runs.settle_warmup(recipe)
+        recipe = runs.settle(recipe)
     agree(recipe.model_dump(mode="json"), "the recipe")
     with together():
         deepspeed = read_deepspeed_config(recipe, max(1, launch.world_size() // recipe.parallel.tensor))
@@ -112,9 +112,8 @@ class _Run:
     ) -> None:
         self.place = place
         self.folder, self.device = Path(recipe.run), launch.device()
-        recipe = recipe.model_copy(update={"data": from_main(lambda: runs.settle_order(recipe).data)})
         data = recipe.data
-        assert data.order != "auto"  # settled above
+        assert data.order != "auto"  # settled before
         self.stream = TokenStream(
             data.shards, data.cache, data.shuffle_seed, f"{recipe.run}/train", data.order, data.cache_limit
         )

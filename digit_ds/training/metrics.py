@@ -16,7 +16,7 @@ from digit_ds.model.spec import TransformerSpec
 from digit_ds.parallel import launch
 from digit_ds.parallel.progress import progress
 
-_PEAKS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "V100": 125.0}
+PEAKS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "V100": 125.0}
 """Dense bf16 (fp16 on V100) TFLOP/s by NVIDIA's data sheets, found by the device's name."""
 
 _BOARD = {
@@ -44,7 +44,7 @@ def peak_tflops(stated: float | None) -> float | None:
     if stated is not None or not torch.cuda.is_available():
         return stated
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def flops_per_image(spec: TransformerSpec) -> float:

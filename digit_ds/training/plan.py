@@ -11,7 +11,7 @@ from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.estimate import SHARE, memory_by_part, planned_shards, with_micro_batch, zero_of
-from digit_ds.training.metrics import flops_per_image
+from digit_ds.training.metrics import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import PlanSettings
 from digit_ds.training.traffic import data_traffic, tensor_traffic
@@ -41,10 +41,10 @@ class Gpu:
 
 
 GPUS = {
-    "h100": Gpu(79.2, 989.0, 292.0),
-    "h200": Gpu(139.8, 989.0, 292.0),
-    "a100-80": Gpu(79.2, 312.0, 200.0),
-    "a100-40": Gpu(39.4, 312.0, 200.0),
+    "h100": Gpu(79.2, PEAKS["H100"], 292.0),
+    "h200": Gpu(139.8, PEAKS["H200"], 292.0),
+    "a100-80": Gpu(79.2, PEAKS["A100"], 200.0),
+    "a100-40": Gpu(39.4, PEAKS["A100"], 200.0),
 }
 
 

@@ -103,15 +103,21 @@ def check_run_directory(run: Path, recipe: Recipe, changes: Sequence[str] = ()) 
     return differences
 
 
-def settle_warmup(recipe: Recipe) -> Recipe:
-    """The recipe with a number for ``schedule.warmup_steps``: its own, that of the run it continues, or the default."""
-    if recipe.schedule.warmup_steps is not None:
-        return recipe
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves open: as the run that it continues began, else the default of a new run.
+
+    These are ``schedule.warmup_steps`` and ``data.order``.
+    """
     stored = Path(recipe.run) / "recipe.yaml"
-    number = load_recipe(stored).schedule.warmup_steps if stored.is_file() else None
-    if number is None:
-        number = default_warmup(recipe.training.steps)
-    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"warmup_steps": number})})
+    before = begun_with(load_recipe(stored)) if stored.is_file() else None
+    schedule, data = recipe.schedule, recipe.data
+    if schedule.warmup_steps is None:
+        number = before.schedule.warmup_steps if before else None
+        number = default_warmup(recipe.training.steps) if number is None else number
+        schedule = schedule.model_copy(update={"warmup_steps": number})
+    if data.order == "auto":
+        data = data.model_copy(update={"order": before.data.order if before else "keyed"})
+    return recipe.model_copy(update={"schedule": schedule, "data": data})
 
 
 def begun_with(stored: Recipe) -> Recipe:
@@ -122,15 +128,6 @@ def begun_with(stored: Recipe) -> Recipe:
     if stored.data.order != "auto":
         return stored
     return stored.model_copy(update={"data": stored.data.model_copy(update={"order": "permutation"})})
-
-
-def settle_order(recipe: Recipe) -> Recipe:
-    """The recipe with the order that its run began with, ``keyed`` for a new run. Rank 0 alone reads."""
-    if recipe.data.order != "auto":
-        return recipe
-    stored = Path(recipe.run) / "recipe.yaml"
-    order = begun_with(load_recipe(stored)).data.order if stored.exists() else "keyed"
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"order": order})})
 
 
 def _is_among(key: str, names: Sequence[str]) -> bool:
