@@ -119,9 +119,10 @@ def save_again(values: Recipe) -> None:
     """Restore the newest checkpoint at this layout and save it at once, without a step."""
     from digit_ds.parallel import topology
     from digit_ds.training.loop import _Run
+    from digit_ds.training.runs import settle
 
     place = topology.initialize(values.parallel.tensor, values.training.timeout_seconds)
-    run = _Run(values, place, None, None)
+    run = _Run(settle(values), place, None, None)
     (run.folder / "checkpoints" / "latest").unlink(missing_ok=True)
     run._save(wait=True)
     topology.finish()
