@@ -22,9 +22,7 @@ import argparse
 import bisect
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,9 +33,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from ranks import ROOT, Ranks
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "base": (16, 1024, 16, 8192, 256),
     "large": (24, 1536, 16, 16384, 128),
@@ -113,21 +111,22 @@ def plain_speed(size: str, steps: int, batch: int) -> tuple[float, float]:
     return batch * steps / (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 2**30
 
 
-def write_shards(folder: Path, codes: int, images: int = 2048) -> None:
-    """Random token shards."""
+def write_shards(folder: Path, codes: int, tokens: np.ndarray | None = None) -> None:
+    """Token shards: ``tokens`` int [N, T], by default 2,048 images of random ones."""
     from digit_ds.data import shards
 
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(0, codes, (images, GRID * GRID), dtype=np.uint16)
+    if tokens is None:
+        tokens = np.random.default_rng(0).integers(0, codes, (2048, GRID * GRID))
     samples = (
-        {"discriminative": tokens[i], "label": -1, "image_id": f"{i}.png", "index": i, "view": 0} for i in range(images)
+        {"discriminative": row.astype(np.uint16), "label": -1, "image_id": f"{i}.png", "index": i, "view": 0}
+        for i, row in enumerate(tokens)
     )
     columns = [name for name in shards.COLUMNS if name != "vq"]
     shards.write_block(folder / "block-00000", samples, columns)
     index = shards.merge_blocks(folder, ["block-00000"])
     names = ("encoder_sha256", "layer", "transform", "image_size", "codebook_sha256", "vqgan_sha256")
     shards.ShardManifest(
-        images=images,
+        images=len(tokens),
         views=1,
         classes=[],
         grid=[GRID, GRID],
@@ -141,21 +140,18 @@ def write_shards(folder: Path, codes: int, images: int = 2048) -> None:
     ).write(folder)
 
 
-def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, gpus: int, profile: bool) -> list[dict]:
-    """Run ``digit-ds train`` with ``batch`` images a GPU and read its metrics."""
-    layers, width, heads, codes, _ = SIZES[size]
-    shards = folder / f"shards-{codes}"
-    if not shards.exists():
-        write_shards(shards, codes)
+def recipe_of(run: Path, shards: Path, size: str, variant: str, batch: int, gpus: int) -> dict:
+    """The recipe of a variant, ``batch`` images a GPU; a number of steps is still to be set."""
+    layers, width, heads, *_ = SIZES[size]
     recipe = {
-        "run": str(folder / f"{size}-{gpus}-{re.sub('[^a-z0-9_]', '_', variant)}"),
+        "run": str(run),
         "deepspeed": "zero1.json",
         "model": {"layers": layers, "width": width, "heads": heads, "dropout": DROPOUT},
         "data": {"shards": str(shards), "workers": 2},
         "parallel": {},
-        "training": {"steps": steps + 10, "compile": True},
+        "training": {"compile": True},
         "checkpoint": {"every": 10**6},
-        "monitor": {"log_every": 10, "profile_step": steps + 5 if profile else 0},
+        "monitor": {"log_every": 10},
     }
     for part in variant.split(","):
         if (ROOT / "ds_configs" / f"{part}.json").is_file():
@@ -167,19 +163,31 @@ def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, g
         else:
             key, _, value = part.partition("=")
             section, _, field = key.rpartition(".")
-            recipe[section or "training"][field] = yaml.safe_load(value)
+            recipe.setdefault(section or "training", {})[field] = yaml.safe_load(value)
     groups = gpus // recipe["parallel"].get("tensor", 1)
     batch = recipe["training"].setdefault("micro_batch", batch)
     recipe["training"].setdefault("global_batch", batch * groups)
+    return recipe
+
+
+def run_name(size: str, variant: str, gpus: int) -> str:
+    """A folder's name."""
+    return f"{size}-{gpus}-{re.sub('[^a-z0-9_]', '_', variant)}"
+
+
+def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, gpus: int, profile: bool) -> list[dict]:
+    """Run ``digit-ds train`` with ``batch`` images a GPU and read its metrics."""
+    codes = SIZES[size][3]
+    shards = folder / f"shards-{codes}"
+    if not shards.exists():
+        write_shards(shards, codes)
+    recipe = recipe_of(folder / run_name(size, variant, gpus), shards, size, variant, batch, gpus)
+    recipe["training"].setdefault("steps", steps + 10)
+    recipe["monitor"].setdefault("profile_step", steps + 5 if profile else 0)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    path_entries = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path_entries)}
-    launcher = ["torch.distributed.run", "--nproc-per-node", str(gpus), "-m"] if gpus > 1 else []
-    command = [sys.executable, "-m", *launcher, "digit_ds", "train", str(path)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        sys.exit(f"{' '.join(command)} ended with {finished.returncode}:\n{finished.stderr[-6000:]}")
+    with Ranks(["train", path], gpus, folder / "logs" / run_name(size, variant, gpus)) as ranks:
+        ranks.finish()
     run = Path(recipe["run"])
     if profile:
         for trace in sorted((run / "profile").glob("*.json")):
