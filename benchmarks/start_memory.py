@@ -28,7 +28,9 @@ STARTS = ("new", "start_from", "resume")
 SMALL = (1, 64, 4)
 
 
-def recipe(run: Path, sizes: tuple[int, int, int], stage: int, tensor: int, start_from: Path | None) -> Recipe:
+def recipe(
+    run: Path, sizes: tuple[int, int, int], stage: int, tensor: int, start_from: Path | None, ema: float = 0.0
+) -> Recipe:
     """Layers, width and heads ``sizes``; nothing of its data is read."""
     layers, width, heads = sizes
     values = {
@@ -36,7 +38,7 @@ def recipe(run: Path, sizes: tuple[int, int, int], stage: int, tensor: int, star
         "deepspeed": f"zero{stage}.json",
         "model": {"layers": layers, "width": width, "heads": heads, "max_positions": 300},
         "data": {"shards": "none"},
-        "training": {"steps": 1, "global_batch": 4, "micro_batch": 1, "compile": False},
+        "training": {"steps": 1, "global_batch": 4, "micro_batch": 1, "compile": False, "ema_decay": ema},
         "parallel": {"tensor": tensor},
     }
     if start_from is not None:
@@ -100,7 +102,7 @@ def start(rank: int, world: int, port: int, job: dict) -> None:
     list(Engine(small, runs.model_spec(small, manifest(64)), place, device).fragments())
     run = folder / "run"
     run.mkdir(parents=True, exist_ok=True)
-    values = recipe(run, job["sizes"], job["stage"], job["tensor"], job["start_from"])
+    values = recipe(run, job["sizes"], job["stage"], job["tensor"], job["start_from"], job.get("ema", 0.0))
     tokens = manifest(job["codes"])
     spec = runs.model_spec(values, tokens)
     before = memory("VmRSS")

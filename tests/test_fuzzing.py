@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from preparation_parts import make_encoder, make_vqgan
 from small_models import small_spec
-from training_parts import launch, recipe, train, write_shards
+from training_parts import launch, recipe, train, whole_state, write_shards
 
 from digit_ds.config import load_recipe
 from digit_ds.data.images import Crops, UnreadableImageError, decode
@@ -329,7 +329,7 @@ def test_training_checkpoints(training_checkpoint, data):
                 stored.verify()
             assert all(type(value) in (int, float) for value in vars(stored.progress).values())
             for kind in stored.kinds():
-                stored.full(kind)
+                whole_state(stored, kind)
     finally:
         path.write_bytes(original)
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from calls import export
 from safetensors.torch import load_file, save_file
-from training_parts import launch, metrics, recipe, start, train, write_shards
+from training_parts import launch, metrics, recipe, start, train, whole_state, write_shards
 
 from digit_ds.config import Recipe
 from digit_ds.data.shards import read_manifest
 from digit_ds.errors import UserError, run_command
 from digit_ds.files import sha256, write_atomically
 from digit_ds.model.released import read_model, save_model
+from digit_ds.model.weights import parameters, shard_shape, unshard
 from digit_ds.training.resume import Changes
 from digit_ds.training.stored import StoredState, is_complete, newest_checkpoint
 
@@ -261,6 +262,16 @@ def as_format_1(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
 
 
+def joined(stored: StoredState, path: Path) -> bytes:
+    """The weights of two tensor-parallel ranks in memory, joined and written by safetensors."""
+    spec, parts = stored.spec, []
+    for rank in range(2):
+        flat = load_file(stored.path / f"tensor-{rank}.data-0.safetensors")
+        parts.append({p.name: flat[f"weight/{p.name}"].view(shard_shape(p, 2)) for p in parameters(spec)})
+    save_file({name: value.contiguous() for name, value in unshard(parts, spec).items()}, path, {"format": "pt"})
+    return path.read_bytes()
+
+
 def test_checkpoints_of_format_1_are_resumed_and_exported(token_shards, tmp_path):
     options = {"checkpoint__every": 2, "parallel__tensor": 2}
     launch(train, (recipe(tmp_path / "straight", token_shards, training__steps=6, **options),), 2, tmp_path / "log")
@@ -269,13 +280,17 @@ def test_checkpoints_of_format_1_are_resumed_and_exported(token_shards, tmp_path
     for path in (run / "checkpoints").glob("step_*"):
         as_format_1(path)
     (run / "history.jsonl").unlink()
-    export(run, tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("digit_ds.training.stored.PIECE", 37)  # parameters of this size would be read at once
+        export(run, tmp_path / "model")
     assert read_model(tmp_path / "model").provenance["steps"] == 4
+    stored = StoredState(run / "checkpoints" / "step_00000004")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == joined(stored, tmp_path / "joined")
     launch(train, (recipe(run, token_shards, training__steps=6, **options),), 2, tmp_path / "log-on")
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         ours, theirs = (StoredState(newest_checkpoint(path / "checkpoints")) for path in (run, tmp_path / "straight"))
-        expected = theirs.full(kind)
-        assert all(torch.equal(value, expected[name]) for name, value in ours.full(kind).items())
+        expected = whole_state(theirs, kind)
+        assert all(torch.equal(value, expected[name]) for name, value in whole_state(ours, kind).items())
     assert names(run) == ["latest", "step_00000004", "step_00000006"]
 
 
@@ -306,7 +321,7 @@ def test_copies_that_differ_within_rounding_are_accepted_and_larger_differences_
     run = tmp_path / "run"
     options = {"parallel__tensor": 2, "checkpoint__every": 2, "checkpoint__keep_last": 9}
     launch(train, (recipe(run, token_shards, training__steps=2, **options),), 2, tmp_path / "log")
-    first = StoredState(run / "checkpoints" / "step_00000002").full("weight")["layers.0.attention.out.bias"]
+    first = whole_state(StoredState(run / "checkpoints" / "step_00000002"), "weight")["layers.0.attention.out.bias"]
     nudge(run / "checkpoints" / "step_00000002", 1e-6)
     values = recipe(run, token_shards, training__steps=4, **options)
     output = launch(train, (values,), 2, tmp_path / "log-on")

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from training_parts import launch, metrics, recipe, start, train, write_shards
+from training_parts import launch, metrics, recipe, start, train, whole_state, write_shards
 
 from digit_ds.config import Recipe
 from digit_ds.errors import run_command
@@ -111,8 +111,8 @@ def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path
     launch(train, (values,), 2, tmp_path / "log")
     same_course(run, tmp_path / "straight")
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
-        expected = stored(tmp_path / "straight").full(kind)
-        assert all(torch.equal(value, expected[name]) for name, value in stored(run).full(kind).items())
+        expected = whole_state(stored(tmp_path / "straight"), kind)
+        assert all(torch.equal(value, expected[name]) for name, value in whole_state(stored(run), kind).items())
 
 
 def save_again(values: Recipe) -> None:
@@ -138,11 +138,11 @@ def test_layout_may_change_between_runs(token_shards, tmp_path):
             run, token_shards, training__steps=steps, parallel__tensor=tensor, deepspeed=f"zero{stage}.json", **options
         )
         if steps > 6:  # the state survives the reshape bit for bit
-            before = {kind: stored(run).full(kind) for kind in ("weight", "exp_avg", "exp_avg_sq", "average")}
+            before = {kind: whole_state(stored(run), kind) for kind in ("weight", "exp_avg", "exp_avg_sq", "average")}
             launch(save_again, (values,), world, tmp_path / f"log-again-{steps}")
             assert stored(run).manifest["layout"] == {"tensor": tensor, "data": world // tensor, "zero": stage}
             for kind, state in before.items():
-                after = stored(run).full(kind)
+                after = whole_state(stored(run), kind)
                 assert all(torch.equal(value, after[name]) for name, value in state.items()), kind
         launch(train, (values,), world, tmp_path / f"log-{steps}")
     for line, expected in zip(metrics(run), metrics(tmp_path / "straight"), strict=True):
@@ -389,7 +389,7 @@ def test_nan_on_one_rank_skips_the_update_on_all(precision, stage, token_shards,
     states = [StoredState(tmp_path / "run" / "checkpoints" / f"step_{step:08d}") for step in (2, 3, 4)]
     assert [state.manifest["progress"]["adam_steps"] for state in states] == [2, 2, 3]
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
-        second, third, fourth = (state.full(kind) for state in states)
+        second, third, fourth = (whole_state(state, kind) for state in states)
         assert all(torch.equal(value, third[name]) for name, value in second.items()), kind
         assert any(not torch.equal(value, fourth[name]) for name, value in third.items())
         assert all(value.isfinite().all() for value in fourth.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference_loss import label_smoothed_cross_entropy
-from training_parts import MODERN, launch, metrics, recipe, train, write_shards
+from training_parts import MODERN, launch, metrics, recipe, train, whole_state, write_shards
 
 from digit_ds.config import Recipe
 from digit_ds.data.stream import Chunks, TokenStream
@@ -92,7 +92,7 @@ def compare(run: Path, expected: dict) -> None:
         assert line["nll"] == pytest.approx(nll, rel=TOLERANCE), line["step"]
         assert line["grad_norm"] == pytest.approx(norm, rel=TOLERANCE), line["step"]
     stored = StoredState(newest_checkpoint(run / "checkpoints"))
-    state = stored.full("weight")
+    state = whole_state(stored, "weight")
     for name, value in expected["weights"].items():
         found = state[name]
         if name.endswith("qkv.bias") and stored.spec.positions == "learned":

@@ -19,6 +19,7 @@ from small_models import MODERN_LAYERS
 
 from digit_ds.config import Recipe
 from digit_ds.data import shards
+from digit_ds.training.stored import StoredState
 
 CODES, VQ_CODES, GRID, CLASSES = 27, 11, (4, 4), 3
 MODERN = {"model__norm_position": "pre", **{f"model__{name}": value for name, value in MODERN_LAYERS.items()}}
@@ -179,3 +180,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run, validations left out."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+def whole_state(stored: StoredState, kind: str) -> dict[str, torch.Tensor]:
+    """Whole parameters of one kind in a checkpoint."""
+    contents = stored.contents(kind).items()
+    return {name: torch.cat(list(content.pieces())).view(content.shape) for name, content in contents}

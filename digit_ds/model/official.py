@@ -18,9 +18,10 @@ from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
 from digit_ds.model.fairseq import FairseqCheckpoint, read_checkpoint, write_checkpoint
 from digit_ds.model.published import KINDS, PUBLISHED_OPTIONS, kind_of, published_cfg
-from digit_ds.model.released import read_model, refuse_existing, save_model, write_tensors
+from digit_ds.model.released import read_model, refuse_existing, save_model
 from digit_ds.model.settings import FromOfficial, ToOfficial
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.tensor_file import whole, write_tensors
 from digit_ds.model.weights import POSITION_OFFSET, State, from_official_names, to_official_names
 from digit_ds.safe_load import load_torch, read_tensors
 from digit_ds.tokenizer.codebook import load_codebook, save_codebook
@@ -52,7 +53,7 @@ def from_official(settings: FromOfficial) -> TransformerSpec:
     state = from_official_names(decoder, spec, str(checkpoint))
     _write_carried(carried, settings, _encoder_layer(found))
     if carried and not settings.drop_carried:
-        write_tensors(out_dir / CARRIED, carried)
+        write_tensors(out_dir / CARRIED, {name: whole(value) for name, value in carried.items()})
     provenance: dict[str, Any] = {"official": {"file": checkpoint.name, "cfg": found.cfg, "args": found.args}}
     if (layer := _encoder_layer(found)) is not None:
         provenance["layer"] = layer

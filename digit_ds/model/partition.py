@@ -23,10 +23,10 @@ from digit_ds.model.released import (
     read_model,
     refuse_existing,
     save_model,
-    write_tensors,
 )
 from digit_ds.model.settings import FromMegatron, ToMegatron
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.tensor_file import whole, write_tensors
 from digit_ds.model.weights import (
     State,
     check_tensor_size,
@@ -63,7 +63,8 @@ def write_partitioned(
     refuse_existing(directory)
     check_tensor_size(spec, tensor_size)
     for rank in range(tensor_size):
-        write_tensors(directory / rank_file(rank, tensor_size), shard(state, spec, tensor_size, rank))
+        part = shard(state, spec, tensor_size, rank)
+        write_tensors(directory / rank_file(rank, tensor_size), {name: whole(value) for name, value in part.items()})
     content = {"spec": spec.to_dict(), "provenance": provenance, TENSOR_PARALLEL: tensor_size}
     write_json(directory / CONFIG, content)
 

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from digit_ds import hub
 from digit_ds.errors import UserError
-from digit_ds.files import read_json, write_atomically, write_json
+from digit_ds.files import read_json, write_json
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.tensor_file import Content, whole, write_tensors
 from digit_ds.model.weights import State, check_state
 from digit_ds.safe_load import read_tensors
 
@@ -42,10 +41,22 @@ def save_model(
     Raises:
         UserError: the directory holds a model already, or ``state`` does not fit ``spec``.
     """
+    refuse_existing(Path(directory))
+    check_state(state, spec, str(directory))
+    write_model(directory, spec, {name: whole(value) for name, value in state.items()}, provenance)
+
+
+def write_model(
+    directory: Path | str, spec: TransformerSpec, contents: Mapping[str, Content], provenance: dict[str, Any]
+) -> None:
+    """:func:`save_model` of the parameters of ``spec``, each read when it is written.
+
+    Raises:
+        UserError: the directory holds a model already.
+    """
     directory = Path(directory)
     refuse_existing(directory)
-    check_state(state, spec, str(directory))
-    write_tensors(directory / WEIGHTS, state)
+    write_tensors(directory / WEIGHTS, contents)
     write_json(directory / CONFIG, {"spec": spec.to_dict(), "provenance": provenance})
 
 
@@ -88,12 +99,3 @@ def refuse_existing(directory: Path) -> None:
         raise UserError(f"{directory}: is a file, expected a directory to write the model into")
     if (directory / CONFIG).exists():
         raise UserError(f"{directory}: already holds a model ({CONFIG}), expected a new or empty directory")
-
-
-def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    try:
-        write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error

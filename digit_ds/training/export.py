@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import torch
-
 from digit_ds.errors import UserError
-from digit_ds.model.released import CONFIG, read_model, save_model
+from digit_ds.model.released import CONFIG, WEIGHTS, read_config, write_model
+from digit_ds.model.tensor_file import holds
 from digit_ds.training.settings import ExportSettings
 from digit_ds.training.stored import Damaged, StoredState, is_complete, newest_checkpoint
 
@@ -13,7 +12,8 @@ from digit_ds.training.stored import Damaged, StoredState, is_complete, newest_c
 def export(settings: ExportSettings) -> None:
     """Write the released model of a run (its newest complete checkpoint) or of one checkpoint.
 
-    Weights are the float32 master weights, or with ``ema`` their moving average. Needs no process group and no GPU.
+    Weights are the float32 master weights, or with ``ema`` their moving average. Needs no process group, no GPU and no
+    memory for the model: it goes from file to file in pieces.
     Where ``out`` holds this very model already, nothing is done: a job killed after it had exported runs again.
 
     Raises:
@@ -31,15 +31,12 @@ def export(settings: ExportSettings) -> None:
         raise UserError(f"{error}; name another checkpoint in {path.parent} to export that one") from error
     if settings.ema and "average" not in stored.kinds():
         raise UserError(f"{path}: holds no moving average, since training.ema_decay was 0")
-    state = stored.full("average" if settings.ema else "weight")
+    contents = stored.contents("average" if settings.ema else "weight")
     progress = stored.manifest["progress"]
     provenance = {**stored.manifest["provenance"], "steps": progress["step"], "images": progress["images"]}
-    if (Path(out) / CONFIG).is_file():
-        found = read_model(out)
-        if (found.spec, found.provenance) == (stored.spec, provenance) and all(
-            torch.equal(value, found.state[name]) for name, value in state.items()
-        ):
-            print(f"{out}: holds this model already, nothing to do")
-            return
-    save_model(out, stored.spec, state, provenance)
+    same = (Path(out) / CONFIG).is_file() and read_config(Path(out))[:2] == (stored.spec, provenance)
+    if same and holds(Path(out) / WEIGHTS, contents):
+        print(f"{out}: holds this model already, nothing to do")
+        return
+    write_model(out, stored.spec, contents, provenance)
     print(f"{out}: step {progress['step']} of {source}")

@@ -18,6 +18,7 @@ from digit_ds.errors import UserError
 from digit_ds.files import is_whole, read_json, sha256
 from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.tensor_file import Content
 from digit_ds.safe_load import MAPPED_BYTES
 from digit_ds.settings import brief
 
@@ -26,6 +27,9 @@ LATEST = "latest"
 COPY_TOLERANCE = 1e-5
 """Largest difference between tensor-parallel ranks' copies of one parameter that is taken for rounding, as a share of
 the parameter's largest magnitude."""
+
+PIECE = 1 << 20
+"""Elements that are read at a time where a parameter is handed on in pieces."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -229,12 +233,25 @@ class StoredState:
         first = self._open(next(iter(self._files)))
         return sorted({key.partition("/")[0] for key in first.keys()})  # noqa: SIM118 - not a dict
 
-    def full(self, kind: str) -> weights.State:
-        """Whole tensors of one kind under the schema's names, vocabulary padding removed."""
-        return {
-            parameter.name: self._whole(kind, parameter)[: parameter.shape[0]]
-            for parameter in weights.parameters(self.spec)
-        }
+    def contents(self, kind: str) -> dict[str, Content]:
+        """Whole parameters of one kind under the schema's names, vocabulary padding removed, read when they are used.
+
+        ``PIECE`` elements are held at a time, or all of a parameter that tensor-parallel ranks hold whole.
+        """
+
+        def content(parameter: weights.Parameter) -> Content:
+            count = math.prod(parameter.shape)
+            step = PIECE if parameter.split_dim is not None else max(count, 1)
+            return Content(
+                torch.float32,
+                parameter.shape,
+                lambda: (
+                    self.piece(kind, parameter, 1, 0, start, min(start + step, count))
+                    for start in range(0, count, step)
+                ),
+            )
+
+        return {parameter.name: content(parameter) for parameter in weights.parameters(self.spec)}
 
     def piece(
         self, kind: str, parameter: weights.Parameter, tensor_size: int, rank: int, start: int, end: int
@@ -249,15 +266,6 @@ class StoredState:
         if parameter.split_dim == 0 or tensor_size == self.tensor_size:  # contiguous in the whole tensor, or stored so
             return self._contiguous(kind, parameter, rank * length + start, rank * length + end)
         return self._columns(kind, parameter, length // parameter.shape[0], rank, start, end)
-
-    def _whole(self, kind: str, parameter: weights.Parameter) -> Tensor:
-        """A whole parameter, vocabulary padding included."""
-        shape = weights.shard_shape(parameter, self.tensor_size)
-        length = math.prod(shape)
-        if parameter.split_dim is None:
-            return self._agreed(kind, parameter, 0, length).view(shape)
-        parts = [self._flat(kind, parameter.name, rank, 0, length).view(shape) for rank in range(self.tensor_size)]
-        return torch.cat(parts, parameter.split_dim) if len(parts) > 1 else parts[0]
 
     def _contiguous(self, kind: str, parameter: weights.Parameter, start: int, end: int) -> Tensor:
         """Elements of the stored ranks' flattened slices, one after the other."""
