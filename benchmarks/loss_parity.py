@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import yaml
 from ranks import ROOT, Ranks
-from train_speed import GRID, SIZES, recipe_of, run_name, write_shards
+from train_speed import GRID, SIZES, logged, recipe_of, run_name, write_shards
 
 SMOOTHED = 20
 VARIANTS = ["zero1", "zero3_overlap", "zero1,parallel.tensor=2,parallel.sequence=true"]
@@ -65,15 +65,7 @@ class Results:
 
     def note(self, variant: str, run: Path, state: str) -> dict:
         """Read the metrics of a run and write the file."""
-        lines = {}
-        path = run / "metrics.jsonl"
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # half of a line that is being written
-            if line.get("loss") is not None:
-                lines[line["step"]] = line
+        lines = {line["step"]: line for line in logged(run) if line.get("loss") is not None}
         found = {"state": state, "restarts": self.restarts[variant], "steps": len(lines)}
         found["losses"] = [line["loss"] for line in lines.values()]
         if lines:

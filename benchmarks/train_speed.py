@@ -23,6 +23,7 @@ import bisect
 import itertools
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -175,7 +176,9 @@ def run_name(size: str, variant: str, gpus: int) -> str:
     return f"{size}-{gpus}-{re.sub('[^a-z0-9_]', '_', variant)}"
 
 
-def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, gpus: int, profile: bool) -> list[dict]:
+def our_metrics(
+    folder: Path, size: str, variant: str, steps: int, batch: int, gpus: int, profile: bool, show: bool = True
+) -> list[dict]:
     """Run ``digit-ds train`` with ``batch`` images a GPU and read its metrics."""
     codes = SIZES[size][3]
     shards = folder / f"shards-{codes}"
@@ -186,13 +189,37 @@ def our_metrics(folder: Path, size: str, variant: str, steps: int, batch: int, g
     recipe["monitor"].setdefault("profile_step", steps + 5 if profile else 0)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    with Ranks(["train", path], gpus, folder / "logs" / run_name(size, variant, gpus)) as ranks:
-        ranks.finish()
-    run = Path(recipe["run"])
-    if profile:
+    run, wanted, lines = Path(recipe["run"]), recipe["training"]["steps"], []
+    with Ranks(["train", path], gpus, folder / "logs" / run.name) as ranks:
+        # The checkpoint of the last step, tens of GB of a large model, is not waited for.
+        while None in ranks.wait(0.5) and not any(line["step"] == wanted for line in lines):
+            lines = logged(run)
+        if not any(line["step"] == wanted for line in logged(run)):
+            ranks.finish()
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    if profile and show:
         for trace in sorted((run / "profile").glob("*.json")):
             print_parts(trace)
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return logged(run)
+
+
+def summary(lines: list[dict], steps: int) -> dict[str, float]:
+    """Means over the timed steps: those after the first ten and before the one that is traced."""
+    timed = [line for line in lines if line["step"] > 10 and "loss" in line][: steps // 10]
+    values = {
+        "images_per_second": [line["images_per_second"] for line in timed],
+        "data_wait": [line["data_wait_seconds"] / line["step_seconds"] for line in timed],
+        "mfu": [line["mfu"] or 0 for line in timed],
+    }
+    means = {name: float(np.mean(found)) for name, found in values.items()}
+    return means | {"memory_gib": timed[-1]["memory_gib"], "loss": timed[-1]["loss"]}
+
+
+def logged(run: Path) -> list[dict]:
+    """Whole lines of a run's metrics."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 PARTS = (
@@ -211,7 +238,7 @@ HOST = ("cpu_op", "cuda_runtime", "cuda_driver")
 def print_parts(trace: Path) -> None:
     """Share of one step's device time by kind of kernel, and the largest kernels."""
     events = json.loads(trace.read_text())["traceEvents"]
-    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels = kernels_of(events)
     if not kernels:
         return
     parts, names, counts = Counter(), Counter(), Counter()
@@ -221,7 +248,6 @@ def print_parts(trace: Path) -> None:
         parts[part] += event["dur"]
         names[name] += event["dur"]
         counts[name] += 1
-    kernels.sort(key=lambda event: event["ts"])
     gaps, idle = Counter(), []
     end = kernels[0]["ts"]
     for before, after in itertools.pairwise(kernels):
@@ -243,6 +269,12 @@ def print_parts(trace: Path) -> None:
     print("    while the host is in")
     for name, microseconds in host_during(events, idle).most_common(8):
         print(f"      {microseconds / 1e3:8.2f} ms {name[:110]}")
+
+
+def kernels_of(events: list[dict]) -> list[dict]:
+    """What ran on the device, by its beginning."""
+    found = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return sorted(found, key=lambda event: event["ts"])
 
 
 def host_during(events: list[dict], idle: list[tuple[float, float]]) -> Counter:
@@ -296,14 +328,12 @@ def main() -> None:
                 print(f"{size:6} {'plain':14} {plain:8.1f} images/s {memory:6.1f} GiB", flush=True)
             for variant, gpus in itertools.product(options.variants, options.gpus):
                 lines = our_metrics(Path(folder), size, variant, options.steps, batch, gpus, options.profile)
-                timed = [line for line in lines if line["step"] > 10 and "loss" in line][: options.steps // 10]
-                speed = float(np.mean([line["images_per_second"] for line in timed]))
-                wait = float(np.mean([line["data_wait_seconds"] / line["step_seconds"] for line in timed]))
-                mfu = float(np.mean([line["mfu"] or 0 for line in timed]))
+                found = summary(lines, options.steps)
+                speed = found["images_per_second"]
                 share = f", {speed / plain / gpus:.3f} of plain" if plain else ""
                 print(
-                    f"{size:6} {variant:14} {speed:8.1f} images/s on {gpus}, {timed[-1]['memory_gib']:6.1f} GiB, "
-                    f"MFU {mfu:.1%}, data wait {wait:.2%}{share}, loss {timed[-1]['loss']:.3f}",
+                    f"{size:6} {variant:14} {speed:8.1f} images/s on {gpus}, {found['memory_gib']:6.1f} GiB, "
+                    f"MFU {found['mfu']:.1%}, data wait {found['data_wait']:.2%}{share}, loss {found['loss']:.3f}",
                     flush=True,
                 )
 

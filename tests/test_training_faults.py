@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from training_parts import launch, metrics, recipe, start, train, whole_state, write_shards
+from training_parts import launch, metrics, recipe, start, steps_logged, train, whole_state, write_shards
 
 from digit_ds.config import Recipe
 from digit_ds.errors import run_command
@@ -49,12 +49,6 @@ def wait_for(condition, seconds: float = 150.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.002)
-
-
-def steps_logged(run: Path) -> int:
-    """Lines of metrics so far."""
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 MOMENTS = ("tensor-*.safetensors", "tensor-*.json", "manifest.json", "latest")

@@ -176,6 +176,28 @@ def train(values: Recipe) -> None:
     loop.train(values)
 
 
+def train_all(recipes: list[Recipe], ports: list[int]) -> None:
+    """Several runs in the same processes (a start of PyTorch on a GPU takes its time), each with a store of its own."""
+    for values, port in zip(recipes, ports):
+        os.environ["MASTER_PORT"] = str(port)
+        train(values)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def steps_logged(run: Path) -> int:
+    """Lines of metrics so far."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run, validations left out."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

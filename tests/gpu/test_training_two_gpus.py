@@ -1,9 +1,7 @@
 """Training over NCCL on two GPUs: layouts, signals and dead ranks, as tests/ holds them over gloo."""
 
-import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -12,9 +10,18 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_parts import MODERN, launch, metrics, recipe, start, train, write_shards
-
-from digit_ds.config import Recipe
+from training_parts import (
+    MODERN,
+    free_ports,
+    launch,
+    metrics,
+    recipe,
+    start,
+    steps_logged,
+    train,
+    train_all,
+    write_shards,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,22 +53,6 @@ FAST = {
 @pytest.fixture(scope="module")
 def token_shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"))
-
-
-def train_all(recipes: list[Recipe], ports: list[int]) -> None:
-    """Several runs in the same processes (a start of PyTorch on a GPU takes its time), each with a store of its own."""
-    for values, port in zip(recipes, ports):
-        os.environ["MASTER_PORT"] = str(port)
-        train(values)
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +121,6 @@ def test_compiled_float32_layouts_agree(name, runs):
 def test_bf16_layouts_follow_float32(name, runs):
     found = [line["loss"] for line in runs[f"bf16-{name}"]]
     assert found == pytest.approx([line["loss"] for line in runs["alone"]], rel=0.02)
-
-
-def steps_logged(run: Path) -> int:
-    """Lines of metrics so far."""
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGKILL, signal.SIGSTOP], ids=["USR1", "KILL", "STOP"])
