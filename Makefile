@@ -27,6 +27,7 @@ format: environment ## rewrite the sources in the project's format and draw the 
 	$(BIN)/python docs/draw_faults.py
 	$(BIN)/python docs/draw_reference.py
 	$(BIN)/python docs/draw_costs.py
+	$(BIN)/python docs/draw_scaling.py
 
 site: environment ## the documentation as a web site in site/ (Python 3.11 or newer)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -41,6 +41,14 @@ def test_the_costs_in_the_cluster_page_are_those_of_the_dry_run():
     assert (ROOT / "docs" / "cluster.md").read_text() == drawn, "run python docs/draw_costs.py"
 
 
+def test_the_scaling_page_is_what_the_code_predicts():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_scaling.py"))
+    page, plot = drawn["page"](), drawn["plot"]()
+    assert page.count("\n| 3.7B, `zero3_overlap` |") == 6 and plot.count("<polyline") == 18
+    assert (ROOT / "docs" / "scaling.md").read_text() == page, "run python docs/draw_scaling.py"
+    assert (ROOT / "docs" / "scaling.svg").read_text() == plot, "run python docs/draw_scaling.py"
+
+
 def test_messages_that_the_troubleshooting_page_quotes_are_those_of_the_code():
     code = "".join(path.read_text() for path in sorted((ROOT / "digit_ds").rglob("*.py")))
     page = (ROOT / "docs" / "troubleshooting.md").read_text()

@@ -14,7 +14,7 @@ from digit_ds.training.estimate import SHARE, memory_by_part, planned_shards, wi
 from digit_ds.training.metrics import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import PlanSettings
-from digit_ds.training.traffic import data_traffic, tensor_traffic
+from digit_ds.training.traffic import data_traffic, norm_traffic, tensor_traffic
 
 FILES = ("zero1.json", "zero2_overlap.json", "zero3_overlap.json")
 RECOMPUTE = ("none", "attention", "feed_forward", "layer")
@@ -113,7 +113,7 @@ def layouts(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> li
         data_size = settings.gpus // candidate.parallel.tensor
         parts = memory_by_part(candidate, spec, data_size, *zero_of(candidate))
         if sum(parts.values()) <= SHARE * gpu.memory:
-            seconds = predicted_seconds(settings, candidate, spec)
+            seconds = predicted_step(settings, candidate, spec).seconds
             speed = candidate.training.global_batch / seconds
             mfu = speed * flops_per_image(spec) / (settings.gpus * gpu.peak * 1e12)
             kind = (
@@ -154,8 +154,32 @@ def _candidates(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -
             yield made
 
 
-def predicted_seconds(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> float:
-    """Seconds of a step: computation, collectives that nothing hides, and what hidden ones and ZeRO 3 cost.
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step, by what the device does."""
+
+    computation: float
+    repeated: float
+    """What tensor-parallel ranks all compute."""
+    tensor: float
+    """Collectives between tensor-parallel ranks, which travel alone."""
+    data: float
+    """Collectives between data-parallel ranks that travel alone: none issued beside computation, or no room for it."""
+    beside: float
+    """By how much collectives slow down the computation that hides them."""
+    own: float
+    """What ZeRO 3 costs besides its collectives."""
+    hidden: float
+    """Collectives that computation hides; no part of the step."""
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.computation + self.repeated + self.tensor + self.data + self.beside + self.own
+
+
+def predicted_step(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> Step:
+    """A step: computation, collectives that nothing hides, and what hidden ones and ZeRO 3 cost.
 
     Gradients of ``overlap_comm`` travel beside the backward pass, two thirds of the computation; sums between
     tensor-parallel ranks and ZeRO 1's gradients travel alone.
@@ -166,22 +190,28 @@ def predicted_seconds(settings: PlanSettings, recipe: Recipe, spec: TransformerS
     micro_batches = training.global_batch // (data_size * training.micro_batch)
     work = training.global_batch / settings.gpus * flops_per_image(spec) * (1 + _again(recipe, spec))
     compute = max(work / (gpu.peak * 1e12 * _efficiency(spec.width)), HOST_SECONDS * spec.layers * micro_batches)
-    repeated = REPLICATED[recipe.parallel.sequence] * compute * (tensor - 1)
     between = sum(part.seconds(tensor, gpu.link) for part in tensor_traffic(recipe, spec)) * micro_batches
-    link = (
-        gpu.link if settings.gpus <= settings.per_host else min(gpu.link, settings.per_host // tensor * settings.link)
-    )
-    stage, overlaps = zero_of(recipe)[0], recipe.deepspeed.endswith("_overlap.json")
+    between += sum(part.seconds(tensor, gpu.link) for part in norm_traffic(recipe))
+    hosts = -(-settings.gpus // settings.per_host)
+    link = gpu.link if hosts == 1 else min(gpu.link, settings.per_host // tensor * settings.link)
     alone, beside = 0.0, 0.0
-    for part in data_traffic(recipe, spec, micro_batches):
-        seconds = part.seconds(data_size, link)
-        if overlaps and (stage == 3 or part.operation != "all_gather"):
+    for part in data_traffic(recipe, spec, data_size, micro_batches):
+        seconds = part.seconds(data_size, link, hosts)
+        if part.beside:
             beside += seconds
         else:
             alone += seconds
+    stage = zero_of(recipe)[0]
     exposed = max(0.0, beside - compute * (1.0 if stage == 3 else 2 / 3))
-    own = ZERO3_SECONDS * spec.layers * micro_batches if stage == 3 else 0.0
-    return compute + repeated + between + alone + exposed + BESIDE * beside + own
+    return Step(
+        computation=compute,
+        repeated=REPLICATED[recipe.parallel.sequence] * compute * (tensor - 1),
+        tensor=between,
+        data=alone + exposed,
+        beside=BESIDE * beside,
+        own=ZERO3_SECONDS * spec.layers * micro_batches if stage == 3 else 0.0,
+        hidden=beside - exposed,
+    )
 
 
 def _efficiency(width: int) -> float:
