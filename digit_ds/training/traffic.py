@@ -13,6 +13,7 @@ from digit_ds.config import Recipe
 from digit_ds.files import read_json
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import find_config
+from digit_ds.training.estimate import zero_of
 from digit_ds.training.zero_messages import (
     ZeroOptions,
     flat_elements,
@@ -84,7 +85,7 @@ def tensor_traffic(recipe: Recipe, spec: TransformerSpec) -> list[Collective]:
 
     A layer has two pairs of matrices, each with a sum forward and one backward; with ``parallel.sequence`` each sum is
     a reduce-scatter and a gather. The embedding and the output matrix add one each, the loss two sums of a few numbers
-    a token. What is recomputed travels again: a recomputed branch ends before its last sum.
+    a token. What is recomputed travels again, up to the last sum that the backward pass needs.
     """
     if recipe.parallel.tensor == 1:
         return []
@@ -101,7 +102,8 @@ def tensor_traffic(recipe: Recipe, spec: TransformerSpec) -> list[Collective]:
     ]
     if spec.qk_norm:
         ends.append(Collective("tensor", "all_reduce", layers, 2 * spec.head_width * low))
-    again = {"none": 0, "attention": 0, "feed_forward": 0, "layer": 2}[recompute]
+    last = spec.norm_position == "post" or recipe.model.dropout > 0  # something after a layer's last sum needs it
+    again = 1 + last if recompute == "layer" else 0
     if not recipe.parallel.sequence:
         return [Collective("tensor", "all_reduce", (4 + again) * layers, activations), *ends]
     gathers = {"none": 4, "attention": 5, "feed_forward": 5, "layer": 6}[recompute]
@@ -136,7 +138,7 @@ def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_ba
             *_equal("all_gather", gathers, low, micro_batches, beside),
             *_equal("reduce_scatter", scattered_messages(gradients, options, data_size), 4, micro_batches, beside),
             *_equal("all_gather", persistent(sizes, options, data_size), low),
-            *_equal("all_reduce", [1], 8),
+            *_equal("all_reduce", [1], _norm_bytes(recipe)),
         ]
     gathered = _equal("all_gather", [flat_elements(sizes, data_size)], low)
     if options.stage == 0:
@@ -147,15 +149,20 @@ def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_ba
     summed = _equal(
         "all_reduce", summed_messages(gradients, options, data_size), 4, passes, beside and options.stage == 2
     )
-    return [*summed, *gathered, *_equal("all_reduce", [1], 4)]
+    return [*summed, *gathered, *_equal("all_reduce", [1], _norm_bytes(recipe))]
 
 
 def norm_traffic(recipe: Recipe) -> list[Collective]:
     """The gradient's norm of one step over the tensor-parallel ranks."""
     if recipe.parallel.tensor == 1:
         return []
-    stage = ZeroOptions.read(read_json(find_config(recipe.deepspeed))).stage
-    return [Collective("tensor", "all_reduce", 1, 4 if stage in (1, 2) else 8)]
+    return [Collective("tensor", "all_reduce", 1, _norm_bytes(recipe))]
+
+
+def _norm_bytes(recipe: Recipe) -> int:
+    """DeepSpeed adds up the norm in float64 under ZeRO 3, as we do without ZeRO, but for offloaded states."""
+    stage, offload = zero_of(recipe)
+    return 8 if stage in (0, 3) and not offload else 4
 
 
 def mailbox_messages(ranks: int, tensor_size: int) -> tuple[int, int]:
