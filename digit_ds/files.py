@@ -67,13 +67,19 @@ def write_json(path: Path | str, value: Any) -> None:
 
 def read_json(path: Path | str) -> Any:
     """Read a JSON file; a missing or malformed one is the user's error."""
-    path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), expected a JSON file") from error
+    return parse_json(path, content)
+
+
+def parse_json(place: Path | str, content: bytes) -> Any:
+    """The value in the bytes of a JSON file, which ``place`` names; malformed ones are the user's error."""
+    try:
+        return json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error})") from error
+        raise UserError(f"{place}: is not valid JSON ({error})") from error
 
 
 def is_whole(value: Any, smallest: int, largest: int = 2**31 - 1) -> bool:

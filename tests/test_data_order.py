@@ -1,19 +1,16 @@
 """The order of samples: bijections, windows of shards under a bounded cache, runs that began with the stored order."""
 
 import json
-import threading
 import tracemalloc
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 import yaml
-from moto.server import DomainDispatcherApplication, create_backend_app
+from object_store import Store
 from training_parts import launch, metrics, recipe, train, write_shards
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 from digit_ds.config import load_recipe
 from digit_ds.data.order import Bijection, InOrder, KeyedOrder, Order, StoredOrder
@@ -110,33 +107,6 @@ def test_fetches_of_a_bounded_cache():
         assert fetches / (3 * shards) <= 1.1
 
 
-class Silent(WSGIRequestHandler):
-    """Prints no line for each request."""
-
-    def log(self, type: str, message: str, *args: object) -> None:
-        pass
-
-
-class Store:
-    """An S3-compatible server on the loopback address that counts what is fetched."""
-
-    def __init__(self) -> None:
-        self.gets: Counter[str] = Counter()
-        application = DomainDispatcherApplication(create_backend_app)
-
-        def counted(environ, respond):
-            if environ["REQUEST_METHOD"] == "GET":
-                self.gets[environ["PATH_INFO"]] += 1
-            return application(environ, respond)
-
-        self._server = make_server("127.0.0.1", 0, counted, threaded=True, request_handler=Silent)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-
-
 SHARDS, IMAGES = 20, 600
 
 
@@ -146,18 +116,8 @@ def store(tmp_path_factory) -> Iterator[tuple[Store, Path]]:
     folder = tmp_path_factory.mktemp("tokens")
     local = write_shards(folder / "local", images=IMAGES, views=3, blocks=SHARDS)
     server, patch = Store(), pytest.MonkeyPatch()
-    for name, value in (
-        ("S3_ENDPOINT_URL", server.address),
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        patch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=server.address)
-    client.create_bucket(Bucket="tokens")
-    for path in sorted(local.rglob("*")):
-        if path.is_file():
-            client.upload_file(str(path), "tokens", f"set/{path.relative_to(local)}")
+    server.set_environment(patch)
+    server.upload(local, "tokens", "set")
     yield server, local
     server.stop()
     patch.undo()

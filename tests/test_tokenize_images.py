@@ -195,21 +195,6 @@ def test_wrong_samples_with_right_hashes_are_found(shards, tmp_path, change, mes
             verify_shards(tmp_path / "out", workers)
 
 
-def test_manifest_of_an_object_store(shards, tmp_path, monkeypatch):
-    """The store's client is replaced by a copy from a local folder: none is to be reached from here."""
-    from streaming.base.storage import CloudDownloader
-
-    def copy(remote: str, local: str) -> None:
-        shutil.copy(remote.replace("s3://bucket", str(shards)), local)
-
-    monkeypatch.setattr(CloudDownloader, "direct_download", copy)
-    assert read_manifest("s3://bucket/", tmp_path / "cache") == read_manifest(shards)
-    with pytest.raises(UserError, match=r"s3://bucket/nowhere/manifest\.json: cannot be downloaded"):
-        read_manifest("s3://bucket/nowhere", tmp_path / "cache")
-    with pytest.raises(UserError, match="expected a local cache"):
-        read_manifest("s3://bucket")
-
-
 def test_what_does_not_belong_together_is_refused(parts, tmp_path):
     other = make_encoder(tmp_path / "other.pth", seed=9)
     coarse, config = make_vqgan(tmp_path / "coarse.ckpt", levels=4)

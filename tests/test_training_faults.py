@@ -309,7 +309,7 @@ def test_a_damaged_shard_ends_the_run_with_a_sentence(workers, tmp_path):
     group = start(train_as_a_command, (values,), 1, tmp_path / "log")
     assert group.wait() == [2], group.output()
     (error,) = (line for line in group.output().splitlines() if line.startswith("error: "))
-    assert error.startswith(f"error: {shards}: a shard cannot be read (Checksum failure: ")
+    assert error.startswith(f"error: {damaged}: is damaged, its sha256 is not the ")
     assert "Traceback" not in group.output()
 
 

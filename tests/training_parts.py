@@ -123,7 +123,7 @@ def start(function: Callable, arguments: tuple, world: int, folder: Path) -> Gro
         port = probe.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        _CONTEXT.Process(target=_rank, args=(function, arguments, rank, world, port, str(folder)))
+        _CONTEXT.Process(target=_rank, args=(function, arguments, rank, world, port, str(folder), dict(os.environ)))
         for rank in range(world)
     ]
     for process in processes:
@@ -139,7 +139,10 @@ def launch(function: Callable, arguments: tuple, world: int, folder: Path, timeo
     return group.output()
 
 
-def _rank(function: Callable, arguments: tuple, rank: int, world: int, port: int, folder: str) -> None:
+def _rank(
+    function: Callable, arguments: tuple, rank: int, world: int, port: int, folder: str, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)  # the fork server has that of its start
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

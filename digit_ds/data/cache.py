@@ -27,8 +27,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from digit_ds.data.objects import file_of, read_object
+from digit_ds.data.shards import CONTENT, read_index
 from digit_ds.errors import UserError
-from digit_ds.files import sha256, write_json
+from digit_ds.files import PASSING, sha256, write_atomically, write_json
 
 STAMP = ".digit_ds.json"
 _LOCK = ".lock-"
@@ -104,18 +106,32 @@ def _hold(cache: Path, patience: float = 0.0) -> TextIO:
             ) from None
 
 
-def check_index(cache: Path, index_sha256: str, shards: str) -> None:
-    """Refuse an index that is not the one of the manifest: the shards were changed or only partly copied.
+def complete(cache: Path, index_sha256: str, shards: str) -> None:
+    """Bring the index into a cache and remove what killed processes left half; after :func:`prepare`.
 
     Raises:
-        UserError: the hashes differ.
+        UserError: the index cannot be read or is not the one of the manifest: the shards were changed or only partly
+            copied.
     """
     index = cache / "index.json"
     if not index.is_file() or sha256(index) != index_sha256:
-        raise UserError(
-            f"{shards}: index.json is not the one that manifest.json names (SHA-256 {index_sha256[:12]}...), "
-            "expected a complete directory of token shards"
-        )
+        data = read_object(file_of(shards, "index.json"), CONTENT)
+        if hashlib.sha256(data).hexdigest() != index_sha256:
+            raise UserError(
+                f"{shards}: index.json is not the one that manifest.json names (SHA-256 {index_sha256[:12]}...), "
+                f"expected {CONTENT}"
+            )
+        write_atomically(index, lambda temporary: temporary.write_bytes(data))
+    sizes = {cache / shard["raw_data"]["basename"]: shard["raw_data"]["bytes"] for shard in read_index(cache)}
+    for path in cache.rglob("*"):
+        if path in sizes:
+            half = path.stat().st_size != sizes[path]
+        else:
+            # Being written, by this version or by the stores' clients of an earlier one: NAME.zstd, NAME.zstd.5F3aB1cD.
+            end = path.name.find(".mds")
+            half = bool(PASSING.fullmatch(path.name)) or path.with_name(path.name[: end + 4]) in sizes
+        if half:
+            path.unlink()
 
 
 def remove_orphans(owner: str, keep: Path) -> None:

@@ -9,7 +9,7 @@ SHARDS/block-00000/shard.00000.mds.zstd  samples of the first block of images, i
 
 import json
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +21,9 @@ from streaming.base.compression import decompress
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 
+from digit_ds.data.objects import file_of, is_address, read_object
 from digit_ds.errors import UserError
-from digit_ds.files import is_whole, read_json, sha256, write_atomically, write_json
+from digit_ds.files import is_whole, parse_json, read_json, sha256, write_json
 from digit_ds.identity import Part
 
 COLUMNS = {
@@ -35,6 +36,8 @@ COLUMNS = {
 }
 COMPRESSION = "zstd:3"
 HASH = "sha256"
+CONTENT = "a complete directory of token shards"
+"""What a place of shards should hold, for messages."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +93,18 @@ class ShardManifest:
         write_json(directory / "manifest.json", asdict(self))
 
 
-def read_manifest(shards: Path | str, cache: Path | str | None = None) -> ShardManifest:
-    """Read the manifest of a shard directory or, with ``cache`` as a local folder for it, of an object-store URL."""
-    location = str(shards)
-    if "://" in location:
-        if cache is None:
-            raise UserError(f"{location}: is remote, expected a local cache directory to go with it")
-        path = Path(cache) / "manifest.json"
-        _download(f"{location.rstrip('/')}/manifest.json", path)
-    else:
-        path = Path(location) / "manifest.json"
-        if not path.is_file():
-            raise UserError(f"{location}: holds no manifest.json, expected a complete directory of token shards")
-    values = read_json(path)
+def read_manifest(shards: Path | str) -> ShardManifest:
+    """Read the manifest of a shard directory on disk or in an object store."""
+    place = file_of(shards, "manifest.json")
+    if not is_address(place) and not Path(place).is_file():
+        raise UserError(f"{shards}: holds no manifest.json, expected {CONTENT}")
+    values = parse_json(place, read_object(place, CONTENT))
     known = {field.name for field in fields(ShardManifest)}
     if not isinstance(values, dict) or set(values) != known or values["format"] != 1:
-        raise UserError(f"{path}: is not a manifest of format 1 with the keys {', '.join(sorted(known))}")
+        raise UserError(f"{place}: is not a manifest of format 1 with the keys {', '.join(sorted(known))}")
     manifest = ShardManifest(**values)
     if problem := _problem(manifest):
-        raise UserError(f"{path}: {problem}")
+        raise UserError(f"{place}: {problem}")
     return manifest
 
 
@@ -126,19 +122,6 @@ def _problem(manifest: ShardManifest) -> str | None:
     if not isinstance(manifest.provenance, dict):
         return f"provenance is {reprlib.repr(manifest.provenance)}, expected a mapping"
     return None
-
-
-def _download(remote: str, local: Path) -> None:
-    from streaming.base.storage import CloudDownloader  # knows every object store that StreamingDataset knows
-
-    def fetch(temporary: Path) -> None:
-        temporary.unlink()  # the downloaders leave a file that exists as it is
-        try:
-            CloudDownloader.direct_download(remote, str(temporary))
-        except Exception as error:  # each store's client has exceptions of its own
-            raise UserError(f"{remote}: cannot be downloaded ({' '.join(str(error).split())})") from error
-
-    write_atomically(local, fetch)
 
 
 def write_block(directory: Path, samples: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
@@ -219,23 +202,27 @@ def _read_shard(directory: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), but index.json names this shard") from error
-    _check_hash(path, data, stored)
+    check_bytes(path, data, stored["bytes"], stored["hashes"])
     if shard["zip_data"]:
         data = decompress(shard["compression"], data)
-        _check_hash(path, data, shard["raw_data"])
+        check_bytes(path, data, shard["raw_data"]["bytes"], shard["raw_data"]["hashes"])
     reader = MDSReader.from_json(str(directory), None, json.loads(json.dumps(shard)))
     count = int(np.frombuffer(data, np.uint32, 1)[0])
     offsets = np.frombuffer(data, np.uint32, count + 1, offset=4)
     return [reader.decode_sample(data[begin:end]) for begin, end in pairwise(offsets)]
 
 
-def _check_hash(path: Path, data: bytes, stored: dict[str, Any]) -> None:
-    """Compare a shard's bytes with the length and hashes that were stored when it was written."""
-    if len(data) != stored["bytes"]:
-        raise UserError(f"{path}: has {len(data)} bytes, expected {stored['bytes']} by index.json")
-    for name, expected in stored["hashes"].items():
+def check_bytes(place: Path | str, data: bytes, size: int, hashes: Mapping[str, str]) -> None:
+    """Compare a shard's bytes with the length and hashes that were stored when it was written.
+
+    Raises:
+        UserError: names ``place`` and what differs.
+    """
+    if len(data) != size:
+        raise UserError(f"{place}: has {len(data)} bytes, expected {size} by index.json")
+    for name, expected in hashes.items():
         if get_hash(name, data) != expected:
-            raise UserError(f"{path}: is damaged, its {name} is not the {expected[:12]}... of index.json")
+            raise UserError(f"{place}: is damaged, its {name} is not the {expected[:12]}... of index.json")
 
 
 def iterate(directory: Path | str) -> Iterator[dict[str, Any]]:

@@ -22,9 +22,11 @@ from streaming import StreamingDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from digit_ds.data.cache import check_index, default_cache, prepare, remove_orphans
+from digit_ds.data.cache import complete, default_cache, prepare, remove_orphans
+from digit_ds.data.cached import CachedShards
+from digit_ds.data.objects import is_address
 from digit_ds.data.order import InOrder, KeyedOrder, Order, StoredOrder
-from digit_ds.data.shards import HASH, ShardManifest, read_manifest
+from digit_ds.data.shards import ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch, shared_memory
 from digit_ds.parallel.decide import fail_together, from_main
@@ -110,7 +112,7 @@ class TokenStream:
         cache_limit: float | None = None,
     ) -> None:
         self.shards, self._held = shards, None
-        self.manifest = from_main(lambda: _manifest(shards))
+        self.manifest = from_main(lambda: read_manifest(shards))
         content, owner = self.manifest.index_sha256, str(Path(owner).absolute())
         self.cache, self._named = Path(cache).absolute() if cache else default_cache(content, owner), bool(cache)
         problem = None
@@ -118,17 +120,14 @@ class TokenStream:
             try:
                 self._held = prepare(self.cache, content, owner, self._named)
                 remove_orphans(owner, keep=self.cache)
+                complete(self.cache, content, shards)
             except UserError as error:
                 problem = str(error)
+                if self._held is not None:
+                    self._held.close()
         fail_together(problem)
         limit = None if cache_limit is None else int(cache_limit * 2**30)
         dataset = _open(shards, str(self.cache), limit)
-        if launch.local_rank() == 0:
-            try:
-                check_index(self.cache, content, shards)
-            except UserError as error:
-                problem = str(error)
-        fail_together(problem)
         self.dataset = _Samples(dataset, self.manifest, _order(order, self.manifest, seed, dataset, limit))
 
     def close(self) -> None:
@@ -188,7 +187,6 @@ class _Samples(Dataset):
         try:
             sample = dict(self.dataset[image * self.views + view])
         except (ValueError, RuntimeError, OSError) as error:
-            # The text of a damaged shard's error is the decompressor's or "Checksum failure: FILE".
             raise UserError(f"{self.dataset.streams[0].remote}: a shard cannot be read ({error})") from error
         if sample["view"] != view:
             raise UserError(
@@ -241,34 +239,21 @@ def _batch(stacked: dict[str, Any]) -> TokenBatch:
     )
 
 
-def _manifest(shards: str) -> ShardManifest:
-    """The manifest, fetched anew at each start where it is remote."""
-    with tempfile.TemporaryDirectory(prefix="digit_ds-manifest-") as folder:
-        return read_manifest(shards, folder)
-
-
 def _open(shards: str, cache: str, cache_limit: int | None = None) -> StreamingDataset:
-    """The dataset, with each shard's hash checked when it enters the cache.
+    """The dataset. Each shard's hash is checked when it enters the cache.
 
     A local directory is read through the cache too: shards are compressed, and the directory may be read-only.
     """
     local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), launch.world_size()
     if world % local or (world > 1 and "LOCAL_WORLD_SIZE" not in os.environ):
         raise UserError(f"LOCAL_WORLD_SIZE is {local}, expected the processes of a node out of {world}")
-    remote = shards if "://" in shards else str(Path(shards).absolute())
+    remote = shards if is_address(shards) else str(Path(shards).absolute())
     _forget_killed(cache)
     fail_together(shared_memory.shortage(shared_memory.LEAST))
     try:
         with _one_job_at_a_time():
-            return StreamingDataset(
-                remote=remote,
-                local=cache,
-                shuffle=False,
-                validate_hash=HASH,
-                batch_size=1,
-                cache_limit=cache_limit,
-            )
-    except (ValueError, RuntimeError, OSError) as error:
+            return CachedShards(remote, cache, cache_limit)
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         if cache_limit is not None and "cache limit" in str(error).lower():
             raise _too_low(cache_limit, shards) from error
         raise UserError(f"{shards}: cannot be opened as token shards ({' '.join(str(error).split())})") from error

@@ -51,7 +51,9 @@ def worker_errors_in_one_line() -> Iterator[None]:
     except UserError as error:
         if "in DataLoader worker process" not in str(error):
             raise
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("digit_ds.errors.UserError: ")) from error
+        kind = type(error)
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

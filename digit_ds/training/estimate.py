@@ -94,7 +94,7 @@ def with_micro_batch(recipe: Recipe, number: int) -> Recipe:
 def planned_shards(settings: PlannedSettings, recipe: Recipe) -> ShardManifest:
     """Of the recipe's shards or, where the settings state their numbers, of shards that are not made yet."""
     if settings.images is None:
-        return read_manifest(recipe.data.shards, recipe.data.cache)
+        return read_manifest(recipe.data.shards)
     assert settings.grid is not None and settings.codes is not None  # its settings saw to it
     return shards_to_come(settings.images, settings.grid, settings.codes, settings.vq_codes, settings.classes)
 

@@ -1,25 +1,17 @@
-"""Archives in an S3-compatible object store, read in place by ranges; nothing is copied to this machine.
-
-Credentials and region are those of boto3 (environment, ``~/.aws``); ``S3_ENDPOINT_URL`` names another store than
-Amazon's, as for MosaicML streaming.
-"""
+"""Archives in an S3-compatible object store, read in place by ranges; nothing is copied to this machine."""
 
 import io
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from digit_ds.errors import UserError
+from digit_ds.data.s3 import SCHEME, client, errors, split
 
-SCHEME = "s3://"
 AHEAD = 8 << 20
 """Bytes of a request where a file is read from one end to the other."""
-_clients: dict[int, Any] = {}
-"""By process: a client must not be used after a fork."""
+_ATTEMPTS = 8
 
 
 class _Stat(NamedTuple):
@@ -55,9 +47,9 @@ class RemoteFile:
         length = min(length, self._stat.st_size - offset)
         if length <= 0:
             return b""
-        with _errors(str(self)):
+        with errors(str(self), "the archive that was listed"):
             span = f"bytes={offset}-{offset + length - 1}"
-            return _client().get_object(Bucket=self._bucket, Key=self._key, Range=span)["Body"].read()
+            return client(_ATTEMPTS).get_object(Bucket=self._bucket, Key=self._key, Range=span)["Body"].read()
 
 
 class _Raw(io.RawIOBase):
@@ -98,41 +90,14 @@ def list_files(address: str) -> list[RemoteFile]:
     Raises:
         UserError: it is no such address, or the store cannot be asked.
     """
-    match = re.fullmatch(rf"{SCHEME}([^/]+)/(.+)", address)
-    if match is None:
-        raise UserError(f"{address}: is no address of images, expected a path or {SCHEME}BUCKET/KEY")
-    bucket, key = match[1], match[2]
+    bucket, key = split(address, "images")
     fixed = re.split(r"[*?\[]", key)[0]
     found = []
-    with _errors(address):
-        for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=fixed):
+    with errors(address, "images"):
+        for page in client(_ATTEMPTS).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=fixed):
             for entry in page.get("Contents", []):
                 name = entry["Key"]
                 if name == key or name.startswith(f"{key.rstrip('/')}/") or (fixed != key and fnmatchcase(name, key)):
                     modified = int(entry["LastModified"].timestamp()) * 10**9
                     found.append(RemoteFile(bucket, name, entry["Size"], modified))
     return sorted(found, key=str)
-
-
-def _client() -> Any:
-    if os.getpid() not in _clients:
-        import boto3
-        from botocore.config import Config
-
-        _clients.clear()
-        retries: Any = {"max_attempts": 8, "mode": "standard"}
-        _clients[os.getpid()] = boto3.session.Session().client(
-            "s3", config=Config(retries=retries), endpoint_url=os.environ.get("S3_ENDPOINT_URL")
-        )
-    return _clients[os.getpid()]
-
-
-@contextmanager
-def _errors(address: str) -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError, HTTPClientError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{address}: cannot be read ({reason}), expected an object store that answers") from error
