@@ -343,7 +343,7 @@ def train_with_a_drift(values: Recipe) -> None:
     from digit_ds.parallel import launch as place
     from digit_ds.training import loop, replicas
 
-    replicas.EVERY = 4
+    replicas.EVERY, replicas.PIECE = 4, 7
     save = loop._Run._exchange
 
     def exchange(self, *arguments):

@@ -6,6 +6,8 @@ copies together again. So every ``EVERY`` steps the bits of their weights, momen
 device. The sums go to the host while the next step runs, and to the other ranks in that step's exchange.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,8 @@ from digit_ds.training.metrics import warn
 
 EVERY = 100
 """Steps between two comparisons."""
+PIECE = 1 << 20
+"""Elements that are hashed or sent at a time."""
 _MASK = 2**40 - 1
 """A hash is cut to 40 bits, so that a sum over ranks stays in 64."""
 
@@ -42,9 +46,10 @@ class ReplicaCheck:
                 continue
             for tensor in fragment.tensors.values():
                 number += 1
-                bits = tensor.detach().contiguous().view(torch.int32).to(self._engine.device).long()
-                # Products wrap around, equally everywhere.
-                total += (bits.sum() + (bits * bits).sum()) * (2 * number + 1)
+                for piece in _pieces(tensor):
+                    bits = piece.view(torch.int32).to(self._engine.device).long()
+                    # Products wrap around, equally everywhere.
+                    total += (bits.sum() + (bits * bits).sum()) * (2 * number + 1)
         if total.is_cuda:
             self._hash = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(total, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -87,8 +92,14 @@ class ReplicaCheck:
             )
 
 
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of a contiguous float32 tensor, ``PIECE`` elements each: widened to 64 bits they take little memory."""
+    return tensor.detach().view(-1).split(PIECE)
+
+
 def _broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup, device: torch.device) -> None:
     """Also of a tensor that an offloading configuration keeps on the host."""
-    moved = tensor.detach().to(device).contiguous()
-    dist.broadcast(moved, source, group=group)
-    tensor.copy_(moved)
+    for piece in _pieces(tensor):
+        moved = piece.to(device)
+        dist.broadcast(moved, source, group=group)
+        piece.copy_(moved)
