@@ -1,12 +1,16 @@
-"""Memory of starting and resuming a training, of each rank, on CPUs.
+"""Memory and seconds of starting, saving and resuming a training, of each rank, on CPUs or GPUs.
 
     python benchmarks/start_memory.py [--layers 12 --width 768 --heads 12 --codes 16384] [--layouts zero1-dp2 ...]
+    python benchmarks/start_memory.py --layers 32 --width 3072 --heads 24 --layouts zero1-tp2-dp4 zero3-dp8
+    python benchmarks/start_memory.py --layouts zero1-tp2-dp4 --resume-at zero3-tp4-dp2
 
 Builds the engine as ``digit-ds train`` does, in bf16, for each layout: new weights, weights of a released model
 (``training.start_from``) and a checkpoint. Prints a row for each rank. ``share`` is what the rank needs from then on:
 its part of the weights, gradients, float32 masters and moments, as ``digit-ds estimate`` counts them. ``held`` and
 ``peak`` are the resident sizes after and during the start, less that of a process with a small engine. ``bound`` is the
-share and the largest whole tensor in float32. Pages of mapped files count.
+share and the largest whole tensor in float32. Pages of mapped files count. On GPUs the weights lie elsewhere: ``gpu``
+is the largest device memory allocated. ``start`` is the seconds of the measured start; behind a resume stand those of
+the save that it reads: how long training waited for it, and how long until the checkpoint was complete.
 """
 
 import argparse
@@ -14,8 +18,11 @@ import json
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import socket
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -38,7 +45,7 @@ def recipe(
         "deepspeed": f"zero{stage}.json",
         "model": {"layers": layers, "width": width, "heads": heads, "max_positions": 300},
         "data": {"shards": "none"},
-        "training": {"steps": 1, "global_batch": 4, "micro_batch": 1, "compile": False, "ema_decay": ema},
+        "training": {"steps": 1, "global_batch": 16, "micro_batch": 1, "compile": False, "ema_decay": ema},
         "parallel": {"tensor": tensor},
     }
     if start_from is not None:
@@ -90,14 +97,14 @@ def start(rank: int, world: int, port: int, job: dict) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     from digit_ds.model import weights
-    from digit_ds.parallel import topology
+    from digit_ds.parallel import launch, topology
     from digit_ds.training import resume, runs
     from digit_ds.training.checkpoint import Checkpoints
     from digit_ds.training.engine import Engine
 
     torch.set_num_threads(1)
     place = topology.initialize(job["tensor"], 600.0)
-    folder, device = Path(job["folder"]), torch.device("cpu")
+    folder, device = Path(job["folder"]), launch.device()
     small = recipe(folder / "small", SMALL, job["stage"], job["tensor"], None)
     list(Engine(small, runs.model_spec(small, manifest(64)), place, device).fragments())
     run = folder / "run"
@@ -107,8 +114,15 @@ def start(rank: int, world: int, port: int, job: dict) -> None:
     spec = runs.model_spec(values, tokens)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    launch.barrier()
+    clock = time.perf_counter()
     begun = resume.begin(values, tokens, spec, place, device, resume.NO_CHANGES, [])
+    launch.barrier()
     figures = {
+        "start": time.perf_counter() - clock,
+        "gpu": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "peak": memory("VmHWM") - before,
         "held": memory("VmRSS") - before,
         "share": share_of(values, spec, place.data_size),
@@ -117,7 +131,13 @@ def start(rank: int, world: int, port: int, job: dict) -> None:
     if job["save"]:
         checkpoints = Checkpoints(run, 1, 0, world, place.sum)
         begun.progress.step = 1
-        checkpoints.save(begun.engine, spec, begun.progress, {"provenance": begun.provenance})
+        launch.barrier()
+        clock = time.perf_counter()
+        checkpoints.start(begun.engine, spec, begun.progress, {"provenance": begun.provenance})
+        figures["save_waits"] = time.perf_counter() - clock
+        if not checkpoints.wait():
+            raise SystemExit("the checkpoint could not be written")
+        figures["save"] = time.perf_counter() - clock
     (folder / f"rank{rank}.json").write_text(json.dumps(figures))
     topology.finish()
 
@@ -127,8 +147,10 @@ def measure(world: int, job: dict) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["digit_ds.training.loop"])
+    # A fork of a process that has touched CUDA cannot use it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if not torch.cuda.is_available():
+        context.set_forkserver_preload(["digit_ds.training.loop"])
     Path(job["folder"]).mkdir(parents=True, exist_ok=True)
     processes = [context.Process(target=start, args=(rank, world, port, job)) for rank in range(world)]
     for process in processes:
@@ -159,27 +181,45 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--layouts", nargs="+", default=["zero1-dp2", "zero3-dp2", "zero1-tp2"])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
+    parser.add_argument("--resume-at", help="the layout of the resumes; default: that of the save")
     options = parser.parse_args()
     sizes = options.layers, options.width, options.heads
-    print(f"{'layout':10} {'start':10} rank {'share':>7} {'held':>7} {'peak':>7} MiB  peak / bound")
+    print(f"{'layout':14} {'start':10} rank {'share':>7} {'held':>7} {'peak':>7} {'gpu':>7} MiB  peak / bound  start s")
     with tempfile.TemporaryDirectory() as temporary:
         model = write_model(Path(temporary) / "model", sizes, options.codes)
         for layout in options.layouts:
-            zero, _, kind = layout.partition("-")
-            world = int(kind[2:])
             folder = Path(temporary) / layout
-            job = {"stage": int(zero[4:]), "tensor": world if kind.startswith("tp") else 1, "sizes": sizes,
-                   "codes": options.codes, "save": False, "start_from": None}  # fmt: skip
+            common = {"sizes": sizes, "codes": options.codes, "save": False, "start_from": None}
             for begin in options.starts:
+                job, at, saved = common | {"folder": str(folder / begin)}, layout, None
                 if begin == "resume":
-                    measure(world, job | {"folder": str(folder / begin), "save": True})
+                    world, cut = layout_of(layout)
+                    saved = measure(world, job | cut | {"save": True})
+                    at = options.resume_at or layout
+                world, cut = layout_of(at)
                 origin = model if begin == "start_from" else None
-                ranks = measure(world, job | {"folder": str(folder / begin), "start_from": origin})
-                for rank, found in enumerate(ranks):
-                    figures = [found[name] / MEBIBYTE for name in ("share", "held", "peak")]
-                    bound = found["peak"] / (found["share"] + found["largest"])
-                    print(f"{layout:10} {begin:10} {rank:4} {figures[0]:7.0f} {figures[1]:7.0f} {figures[2]:7.0f}"
-                          f"      {bound:8.2f}", flush=True)  # fmt: skip
+                for rank, found in enumerate(measure(world, job | cut | {"start_from": origin})):
+                    report(at, begin, rank, found)
+                if saved:
+                    waits, whole = (max(found[name] for found in saved) for name in ("save_waits", "save"))
+                    print(f"{layout:14} save: training waits {waits:.2f} s, complete after {whole:.2f} s", flush=True)
+            shutil.rmtree(folder)
+
+
+def layout_of(text: str) -> tuple[int, dict[str, int]]:
+    """Number of ranks, and what a job needs to know of ``zero1-tp2-dp4``."""
+    match = re.fullmatch(r"zero([0-3])(?:-tp(\d+))?(?:-dp(\d+))?", text)
+    if not match:
+        raise SystemExit(f"--layouts: {text!r}, expected for example zero1-tp2-dp4")
+    tensor = int(match[2] or 1)
+    return tensor * int(match[3] or 1), {"stage": int(match[1]), "tensor": tensor}
+
+
+def report(layout: str, begin: str, rank: int, found: dict[str, float]) -> None:
+    """One row."""
+    figures = "".join(f" {found[name] / MEBIBYTE:7.0f}" for name in ("share", "held", "peak", "gpu"))
+    bound = found["peak"] / (found["share"] + found["largest"])
+    print(f"{layout:14} {begin:10} {rank:4}{figures}      {bound:8.2f} {found['start']:8.2f}", flush=True)
 
 
 if __name__ == "__main__":
