@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class Work:
 SMALL = Work(4096, 64, 64, (4, 12), (16, 64), 4, 2, 64, 4, (32, 128), 16, mage=False)
 
 
-def make_parts(folder: Path, work: Work) -> dict[str, Path]:
-    """Points, photographs, and models with random weights that belong together."""
+def make_parts(folder: Path, work: Work, stages: Sequence[str] = STAGES) -> dict[str, Path]:
+    """What ``stages`` need of points, photographs, and models with random weights that belong together."""
     from digit_ds.files import sha256
     from digit_ds.model.released import save_model
     from digit_ds.model.spec import TransformerSpec
@@ -65,7 +65,8 @@ def make_parts(folder: Path, work: Work) -> dict[str, Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    np.save(folder / "points.npy", torch.randn(work.points, work.width).numpy())
+    if "kmeans" in stages:
+        np.save(folder / "points.npy", torch.randn(work.points, work.width).numpy())
     names = ("points.npy", "encoder.pth", "codebook.npy", "vqgan.ckpt", "vqgan.yaml", "prior", "nar", "some", "all")
     parts = {name.partition(".")[0]: folder / name for name in names if name != "vqgan.yaml"}
     parts["config"] = folder / "vqgan.yaml"
@@ -79,14 +80,16 @@ def make_parts(folder: Path, work: Work) -> dict[str, Path]:
         config = {"embed_dim": 8, "n_embed": 64, "ddconfig": small}
     torch.save({"state_dict": VqganNetwork(config["ddconfig"], config["n_embed"]).state_dict()}, parts["vqgan"])
     parts["config"].write_text(yaml.safe_dump({"model": {"params": config}}))
-    spec = TransformerSpec(
-        "prior", work.layers, work.model_width, work.heads, 4 * work.model_width, "post", 1024, work.clusters, 0, 0
-    )
-    save_model(parts["prior"], spec, initial_state(spec, 0), origin)
-    spec = replace(spec, kind="nar", norm_position="pre", vq_codes=config["n_embed"])
-    save_model(parts["nar"], spec, initial_state(spec, 1), origin | {"vqgan_sha256": sha256(parts["vqgan"])})
-    for name, count in zip(("some", "all"), work.images):
-        photographs(parts[name], count)
+    if "sample" in stages:
+        spec = TransformerSpec(
+            "prior", work.layers, work.model_width, work.heads, 4 * work.model_width, "post", 1024, work.clusters, 0, 0
+        )
+        save_model(parts["prior"], spec, initial_state(spec, 0), origin)
+        spec = replace(spec, kind="nar", norm_position="pre", vq_codes=config["n_embed"])
+        save_model(parts["nar"], spec, initial_state(spec, 1), origin | {"vqgan_sha256": sha256(parts["vqgan"])})
+    if "tokenize" in stages:
+        for name, count in zip(("some", "all"), work.images):
+            photographs(parts[name], count)
     return parts
 
 
@@ -167,7 +170,7 @@ UNITS = {"kmeans": "iterations/s", "tokenize": "images/s", "sample": "pictures/s
 def measure_all(options: argparse.Namespace, folder: Path, note: Callable[[list[dict]], None]) -> list[dict]:
     """A row for every stage and number of GPUs; ``note`` gets what there is after each."""
     work, rows = SMALL if options.small else Work(), []
-    parts = make_parts(folder / "parts", work)
+    parts = make_parts(folder / "parts", work, options.stages)
     for stage in options.stages:
         first = None
         for gpus in options.gpus:
