@@ -166,7 +166,9 @@ def key_of(section: type[Section], name: str) -> str:
 
 def first_problem(error: ValidationError, section: type[Section], flags: bool = False) -> str:
     """The first thing that is wrong as a phrase: key (with ``flags`` the option), what was found, what was expected."""
-    problem = error.errors()[0]
+    problems = error.errors()
+    # A misspelt required key is unknown and missing at once: its spelling is what the user can look for.
+    problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
     where = [part for part in problem["loc"] if part != "[key]"]
     fields: Any = section
     for number, part in enumerate(where):  # a list's positions and a union's members are no sections
@@ -247,7 +249,8 @@ def read_yaml(path: Path, expected: str = "expected a YAML file") -> dict[str, A
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}), {expected} in UTF-8") from error
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: holds {type(values).__name__}, expected a mapping of sections")
+        held = "is empty" if values is None else f"holds {type(values).__name__}"
+        raise UserError(f"{path}: {held}, expected a mapping of sections")
     return values
 
 

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from digit_ds import shipped
+from digit_ds.cli import run
 from digit_ds.errors import UserError, run_command
 from digit_ds.files import write_atomically, write_json
 
@@ -89,3 +91,20 @@ def test_writing_is_atomic(tmp_path):
         write_atomically(target, dies)
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_misspelt_required_key_is_named_and_not_the_one_that_it_leaves_missing(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run: r\ndata: {shards: s}\ntraining: {stepz: 10}\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml: unknown key 'training\.stepz', expected one of steps, "):
+        run(["train", str(recipe)])
+    recipe.write_text("")
+    with pytest.raises(UserError, match=r"recipe\.yaml: is empty, expected a mapping of sections"):
+        run(["train", str(recipe)])
+
+
+def test_without_a_site_file_the_example_to_copy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "ROOT", tmp_path)
+    wanted = r"slurm/site\.yaml: does not exist, .* copy .*/slurm/site\.example\.yaml there and edit it"
+    with pytest.raises(UserError, match=wanted):
+        run(["submit", "slurm/digits.yaml", "--dry-run"])

@@ -199,7 +199,8 @@ def refused(match, checkpoint=CHECKPOINT, config=CONFIG):
 def test_configuration_and_checkpoint_that_disagree(tmp_path):
     refused(
         r"vqgan\.ckpt, read with MAGE's configuration: tensor encoder\.conv_in\.weight is of shape \[32, 3, 3, 3\], "
-        r"expected of shape \[128, 3, 3, 3\] \(and \d+ more tensors differ\)",
+        r"expected of shape \[128, 3, 3, 3\] \(and \d+ more tensors differ\); "
+        r"a VQGAN other than MAGE's needs its configuration \(--vqgan-config\)",
         config=None,
     )
     config = yaml.safe_load(CONFIG.read_text())

@@ -55,7 +55,7 @@ def submit(settings: SubmitSettings) -> None:
     folder = absolute(chain.out)
     if settings.status:
         raise SystemExit(_status(steps(chain), folder))
-    site = load(Path(settings.site) if settings.site else shipped.ROOT / "slurm" / "site.yaml", Site)
+    site = load(_site(settings), Site)
     if settings.doctor:
         raise SystemExit(_doctor(site, folder))
     _check(chain, site, path, settings.dry_run)
@@ -64,6 +64,21 @@ def submit(settings: SubmitSettings) -> None:
 
         print("\n".join(table(chain, site, steps(chain), settings.images)))
     _submit(steps(chain), site, folder, settings)
+
+
+def _site(settings: SubmitSettings) -> Path:
+    """The site file that is meant.
+
+    Raises:
+        UserError: none was named, and there is none at the default place yet.
+    """
+    if settings.site:
+        return Path(settings.site)
+    path = shipped.ROOT / "slurm" / "site.yaml"
+    if not path.exists():
+        example = shipped.HOME / "slurm" / "site.example.yaml"
+        raise UserError(f"{path}: does not exist, expected your cluster's site file: copy {example} there and edit it")
+    return path
 
 
 def _check(chain: Chain, site: Site, path: Path, every: bool) -> None:

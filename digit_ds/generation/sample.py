@@ -113,7 +113,7 @@ def sample(settings: SampleSettings) -> None:
             originals = Originals(source.picture, first.spec.grid, settings.keep)
         from_main(lambda: job.finish(settings.adm_array, originals))
     if launch.is_main():
-        print(f"{settings.out}: {job.count} pictures")
+        print(f"{settings.out}: {job.count} pictures, an overview in grid.png")
 
 
 def _dtype_name(dtype: object) -> str:

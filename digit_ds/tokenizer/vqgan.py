@@ -119,7 +119,12 @@ def load_vqgan(
     }
     with torch.device("meta"):
         network = VqganNetwork(parameters["ddconfig"], parameters["n_embed"])
-    load_strictly(network, state, f"{checkpoint}, read with {config_name}")
+    try:
+        load_strictly(network, state, f"{checkpoint}, read with {config_name}")
+    except UserError as error:
+        if config is not None:
+            raise
+        raise UserError(f"{error}; a VQGAN other than MAGE's needs its configuration (--vqgan-config)") from error
     vqgan = Vqgan(network, sha256(checkpoint))
     return vqgan.to(device).eval().requires_grad_(False)
 
