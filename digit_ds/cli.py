@@ -55,7 +55,12 @@ def _preview(recipe):
     from digit_ds.evaluation.fidelity import OnlineFid
 
     fid = OnlineFid(wanted.fid_reference, inception_weights=wanted.fid_inception_weights, features=wanted.fid_features)
-    return grid, lambda model: fid.figures(preview.pictures(model, wanted.fid_samples))
+    return grid, partial(_online_fid, preview, fid, wanted.fid_samples)
+
+
+def _online_fid(preview, fid, count, model):
+    """Pickled to the process that draws, as is all that it needs."""
+    return fid.figures(preview.pictures(model, count))
 
 
 def _estimate(settings: EstimateSettings) -> None:

@@ -176,8 +176,8 @@ class MonitorConfig(Section):
 
 
 class PreviewConfig(Section):
-    """Pictures of a model in training, drawn on rank 0 at each checkpoint while the other ranks wait: a grid for
-    TensorBoard, and an FID of few samples. A preview that fails is a warning; the run continues.
+    """Pictures of a model in training, drawn by a process of rank 0's own at each checkpoint while training goes on: a
+    grid for TensorBoard, and an FID of few samples. A preview that fails is a warning; the run continues.
     """
 
     vqgan: PathText | None = None

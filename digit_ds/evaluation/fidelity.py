@@ -112,6 +112,8 @@ def save_statistics(settings: StatisticsSettings) -> None:
 class OnlineFid:
     """FID of pictures of a model in training against one reference, whose statistics are computed once.
 
+    The files are read where figures are asked for, which may be a process that this was pickled to.
+
     Args:
         reference: folder or ``.npz`` of pictures, or ``.npz`` of statistics (``mu``, ``sigma``).
         inception_weights: local file of torch-fidelity's Inception weights; or
@@ -128,20 +130,26 @@ class OnlineFid:
         inception_weights: Path | str | None = None,
         features: Path | str | None = None,
     ):
-        self._reference = open_pictures(reference)
-        self._extractor = open_extractor(inception_weights, features)
-        self._statistics: dict[str, np.ndarray] | None = None
+        self._files = reference, inception_weights, features
+        self._opened: tuple[Pictures | Statistics, Extractor, dict[str, np.ndarray]] | None = None
+        self._open()  # what cannot be used is refused before training starts
 
     def figures(self, pictures: np.ndarray) -> dict[str, float]:
         """``online_fid_N`` of N pictures uint8 [N, H, W, 3]: the number is in the name, since FID grows as N falls."""
         samples = Array(pictures, "pictures of a model in training")
-        _check_comparable(samples, self._reference)
-        if self._statistics is None:
+        if self._opened is None:
+            reference, extractor = self._open()
+            _check_comparable(samples, reference)
             with worker_errors_in_one_line():
-                self._statistics = _reference_statistics(self._reference, self._extractor, BATCH)
-        found = _features(samples, self._extractor, ["fid"], None, BATCH)
-        fid = _fid(found, self._statistics, self._reference.name, self._extractor)
-        return {f"online_fid_{len(samples)}": fid}
+                self._opened = reference, extractor, _reference_statistics(reference, extractor, BATCH)
+        reference, extractor, statistics = self._opened
+        _check_comparable(samples, reference)
+        found = _features(samples, extractor, ["fid"], None, BATCH)
+        return {f"online_fid_{len(samples)}": _fid(found, statistics, reference.name, extractor)}
+
+    def _open(self) -> tuple[Pictures | Statistics, Extractor]:
+        reference, inception_weights, features = self._files
+        return open_pictures(reference), open_extractor(inception_weights, features)
 
 
 def _check_comparable(samples: Pictures, against: Pictures | Statistics, precision_recall: bool = False) -> None:

@@ -87,6 +87,8 @@ class Checkpoints:
         self.keep_last, self.keep_every, self.world_size, self._total = keep_last, keep_every, world_size, total
         self.parent: int | None = None
         """Step of the checkpoint that the next one follows; kept up to date on rank 0."""
+        self.in_use: Callable[[], set[str]] = set
+        """Names of checkpoints that something else reads and that must stay meanwhile."""
         self._pending: _Pending | None = None
         self._unknown = False  # a save was begun, and the ranks have not agreed on how it ended
         self._commit_thread: threading.Thread | None = None  # on rank 0
@@ -196,13 +198,14 @@ class Checkpoints:
         with _moved_aside(final):
             pending.folder.replace(final)
             write_latest(self.folder, final.name)
-        self._prune()
+        self.remove_old()
         return final
 
-    def _prune(self) -> None:
-        """Keep ``keep_last`` of the newest checkpoint's lineage and every ``keep_every``-th step in it."""
+    def remove_old(self) -> None:
+        """Rank 0: keep what is in use, and of the newest's lineage ``keep_last`` and each ``keep_every``-th step."""
         line = list(lineage(self.folder))
         kept = {path.name for path in line[: self.keep_last]}
+        kept |= self.in_use()
         kept |= {path.name for path in line if self.keep_every and checkpoint_step(path) % self.keep_every == 0}
         for path in self.folder.glob("step_*"):
             if path.name not in kept:

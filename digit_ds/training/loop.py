@@ -48,9 +48,9 @@ def train(
     """Train, from the newest complete checkpoint if the run directory has one.
 
     Works alone and under torchrun, the deepspeed launcher and srun; every process calls it. ``sample_grid`` and
-    ``figures`` are called on rank 0 after each checkpoint; the picture goes to TensorBoard, the figures there and to
-    ``metrics.jsonl``. They change nothing of the run, and when they fail it goes on. ``changes`` says what is to differ
-    from before when a run goes on.
+    ``figures`` are called after each checkpoint in a process of rank 0's own, to which they are pickled; the picture
+    goes to TensorBoard, the figures there and to ``metrics.jsonl``. They change nothing of the run, which does not wait
+    for them, and when they fail it goes on. ``changes`` says what is to differ from before when a run goes on.
 
     Raises:
         UserError: the recipe, the shards or the run directory cannot be used, or the run diverged.
@@ -69,15 +69,21 @@ def train(
             check_start()
             with worker_errors_in_one_line():
                 job = _Run(recipe, place, sample_grid, figures, changes.once(), directory.found)
-                stopped = job.run(watchdog, stop)
-                job.close()
+                try:
+                    stopped = job.run(watchdog, stop)
+                    job.close()
+                    watchdog.stop()
+                    topology.finish()  # the other ranks leave
+                    if not stopped:
+                        job.show_last_previews(stop)
+                finally:
+                    job.end_report()
     except BaseException:
         topology.abandon()
         raise
     finally:
         watchdog.stop()
         stop.restore()
-    topology.finish()
     if stopped:
         raise SystemExit(STATUS)
 
@@ -132,7 +138,9 @@ class _Run:
         self.checkpoints.parent = begin.parent
         self.replicas = ReplicaCheck(self.engine)
         self.mailbox = Mailbox(place.mailbox)
-        self.preview = Preview(self.folder, recipe.training.ema_decay > 0, sample_grid, figures)
+        patience = recipe.training.timeout_seconds
+        self.preview = Preview(self.folder, recipe.training.ema_decay > 0, sample_grid, figures, patience)
+        self.checkpoints.in_use = self.preview.in_use
         training = recipe.training
         assert training.micro_batch != "auto"  # settled above
         self.chunks = Chunks(training.global_batch, training.micro_batch, place.data_rank, place.data_size)
@@ -140,11 +148,11 @@ class _Run:
         self.pace = Pace(place, self.device, self.chunks.per_step)
         self.used_tokens = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
         self.peak = peak_tflops(recipe.monitor.peak_tflops)
+        self.report = Reporter(self.folder, self.progress.step, training.steps, runs.recipe_text(recipe))
 
     def run(self, watchdog: Watchdog, stop: StopSignal) -> bool:
         """All steps that are left; whether a signal ended them before."""
         recipe, progress, steps = self.recipe, self.progress, self.recipe.training.steps
-        self.report = Reporter(self.folder, progress.step, steps, runs.recipe_text(recipe))
         if progress.step >= steps:
             self.report.say(f"{self.folder}: already at step {progress.step} of {steps}, nothing to do")
             return False
@@ -173,9 +181,9 @@ class _Run:
                     self._validate()
                 if last or progress.step % recipe.checkpoint.every == 0:
                     self._save(wait=last)
-                new_checkpoints = self.checkpoints.take_new()
                 if not stopped:  # after a signal there is no time left
-                    self.preview.show(new_checkpoints, self.report)
+                    self.preview.begin(self.checkpoints.take_new())
+                    self.preview.collect(self.report)
                 clock.pause()
                 watchdog.reset()
         except Diverged as error:
@@ -183,7 +191,6 @@ class _Run:
             raise
         finally:
             self.checkpoints.settle()
-            self.report.close()
         if stopped:
             print(f"stopped by signal at step {progress.step}", file=sys.stderr, flush=True)
         return stopped
@@ -193,6 +200,18 @@ class _Run:
         for stream in (self.stream, self.validation):
             if stream is not None:
                 stream.close()
+
+    def show_last_previews(self, stop: StopSignal) -> None:
+        """On rank 0, when the others have left: wait for what is still being drawn, unless told to stop."""
+        while not stop.requested() and self.preview.collect(self.report, seconds=1.0):
+            pass
+
+    def end_report(self) -> None:
+        """Nothing more is drawn or written."""
+        self.preview.close("the run has ended")
+        self.report.close()
+        if self.preview.begun:  # what was kept for it
+            self.checkpoints.remove_old()
 
     def _step(self, batches: Iterator[TokenBatch], clock: Clock) -> tuple[Tensor, Tensor, int]:
         """One optimizer step: mean loss and nll of this rank's micro-batches, hash of its samples."""
@@ -322,6 +341,7 @@ class _Run:
         """Begin a checkpoint of this step; ``wait``: until it is complete."""
         warn(*self.guard.read(keep=0))
         self.checkpoints.wait()  # for the one before
+        self.preview.begin(self.checkpoints.take_new())  # before this save removes it
         save = self.checkpoints.save if wait else self.checkpoints.start
         save(self.engine, self.spec, self.progress, {"provenance": self.provenance})
 
