@@ -60,9 +60,10 @@ def file_error(error: OSError, path: Path | str | None = None) -> UserError | No
 def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> None:
     """Run a command-line ``main(arguments)`` and leave the process with its exit status.
 
-    A ``UserError``, or a file that cannot be read or written, becomes one line on stderr and exit status 2, Ctrl-C a
-    word and 130, and a collective that failed because another process of the job is gone a remark and 1: that process
-    says why. ``--debug``, accepted by every command, lets the traceback through instead.
+    A ``UserError``, or a file that cannot be read or written, becomes one line on stderr and exit status 2. Ctrl-C
+    prints "interrupted" and gives 130. A collective that failed because another process of the job has ended prints
+    one line and gives 1; the process that ended first prints the cause. ``--debug``, accepted by every command, shows
+    the traceback instead.
     """
     _use_utf8()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -96,7 +97,7 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
 
 
 def report_lost_peer() -> None:
-    """Print on stderr that this rank exits because another one did; the error itself is printed there."""
+    """Print on stderr that this rank exits because another one did; that rank prints the error itself."""
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     rank = os.environ.get("RANK", "0")
     print(f"rank {rank} on {host}: leaves, another process of this job has ended", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary)`` and move its result to ``path``: readers see the old file or the whole new one.
 
     The file gets the mode of the umask, whatever the writer sets. A folder that cannot be made or written
-    to, or a full disk, is the user's error.
+    to, or a full disk, raises ``UserError``.
     """
     path = Path(path)
     try:
@@ -29,7 +29,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, unless it is there; a link to nothing is the user's error."""
+    """Make a directory and those above it, unless it is there; a dangling link raises ``UserError``."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -66,7 +66,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file; a missing or malformed one is the user's error."""
+    """Read a JSON file; a missing or malformed one raises ``UserError``."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -83,7 +83,7 @@ def parse_json(place: Path | str, content: bytes) -> Any:
 
 
 def is_whole(value: Any, smallest: int, largest: int = 2**31 - 1) -> bool:
-    """Whether a value read from JSON or YAML is a whole number in a range; true and false are none."""
+    """Whether a value read from JSON or YAML is a whole number in a range; booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
 
 

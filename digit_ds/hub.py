@@ -21,7 +21,7 @@ def parse(address: str) -> tuple[str, str | None]:
     """Repository ``OWNER/NAME`` and revision of ``hf://OWNER/NAME[@REVISION]``.
 
     Raises:
-        UserError: it is no such address.
+        UserError: the address does not have this form.
     """
     if (found := _ADDRESS.fullmatch(address)) is None:
         raise UserError(f"{address}: is no address of a model repository, expected hf://OWNER/NAME or ...@REVISION")

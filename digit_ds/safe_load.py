@@ -42,7 +42,7 @@ def load_torch(path: Path | str, allow: Sequence[type | Callable | tuple[Any, st
         raise UserError(f"{path}: cannot be read ({error.strerror}), expected a PyTorch checkpoint") from error
     try:
         with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles that are none of its own before it refuses them
+            warnings.simplefilter("ignore")  # torch warns about foreign pickles before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True, mmap=head == _ZIP_MAGIC)
     except Exception as error:  # a damaged pickle raises anything, from EOFError to AttributeError
         raise UserError(f"{path}: {_reason(error)}") from error
@@ -66,14 +66,14 @@ def is_safetensors(path: Path | str) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file onto the CPU; a missing or damaged one is the user's error."""
+    """Read a safetensors file onto the CPU; a missing or damaged one raises ``UserError``."""
     with open_tensors(path):
         return load_file(path)
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, to read single tensors of; a missing or damaged one is the user's error."""
+    """A safetensors file, to read single tensors of; a missing or damaged one raises ``UserError``."""
     if not path.is_file():
         raise UserError(f"{path}: does not exist, expected a safetensors file")
     try:
@@ -100,7 +100,7 @@ def load_npz(path: Path | str, *names: str) -> dict[str, np.ndarray]:
     """Read the arrays ``names`` (none named: all) of an ``.npz``; never a pickle.
 
     Raises:
-        UserError: the file cannot be read, is damaged or no ``.npz``, or lacks one of them.
+        UserError: the file cannot be read, is damaged or not an ``.npz``, or lacks one of them.
     """
 
     def read(found: Any) -> dict[str, np.ndarray]:

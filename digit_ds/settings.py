@@ -44,7 +44,7 @@ class Option:
 
 
 def _path(value: Any) -> Any:
-    """A path as text, with ``~`` expanded; what is none is refused by the field's type."""
+    """A path as text, with ``~`` expanded; other types are left for the field's type to refuse."""
     if not isinstance(value, (str, Path)):
         return value
     if not str(value):
@@ -67,7 +67,7 @@ Settings = TypeVar("Settings", bound="Section")
 
 
 class Section(BaseModel):
-    """Base of all settings: unknown keys are errors, texts are not taken for numbers, numbers are finite."""
+    """Base of all settings: unknown keys are errors, strings are not converted to numbers, numbers are finite."""
 
     NOT_RECORDED: ClassVar[frozenset[str]] = frozenset()
     """Fields that ``record`` leaves out: paths, what changes no result, and what the job records by its content."""
@@ -89,8 +89,8 @@ class Section(BaseModel):
     def record(self) -> dict[str, Any]:
         """The fields that decide a job's output, as JSON gives them back: what its directory keeps and compares.
 
-        A new field is recorded unless ``NOT_RECORDED`` names it. At its default it is left out, so that a job that was
-        begun before there was the field continues.
+        A new field is recorded unless ``NOT_RECORDED`` names it. A field at its default is left out, so that a job
+        that was started before the field existed can continue.
         """
         return {
             name: value
@@ -126,12 +126,12 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def _option(field: FieldInfo) -> Option:
-    """A field's ``Option``, or one that says nothing."""
+    """A field's ``Option``, or an empty one."""
     return next((part for part in field.metadata if isinstance(part, Option)), Option())
 
 
 def _names(section: type[Section]) -> Iterator[tuple[str, str, bool]]:
-    """All that a field of a section can be called: name, field, and whether that name means its contrary."""
+    """All that a field of a section can be called: name, field, and whether that name negates it (``no_flip``)."""
     for name, field in section.model_fields.items():
         option = _option(field)
         for other in (name, option.name, *option.aliases):
@@ -171,7 +171,7 @@ def first_problem(error: ValidationError, section: type[Section], flags: bool = 
     problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
     where = [part for part in problem["loc"] if part != "[key]"]
     fields: Any = section
-    for number, part in enumerate(where):  # a list's positions and a union's members are no sections
+    for number, part in enumerate(where):  # list positions and union members are not sections
         if not (isinstance(fields, type) and issubclass(fields, Section)) or part not in fields.model_fields:
             break
         where[number], fields = key_of(fields, part), fields.model_fields[part].annotation
@@ -190,7 +190,7 @@ def first_problem(error: ValidationError, section: type[Section], flags: bool = 
 
 
 def brief(value: Any) -> str:
-    """A value in one line of bounded length: aliases of YAML make a short file's value as large as they please."""
+    """A value in one line of bounded length: YAML aliases can expand a short file to a value of any size."""
     shortened = reprlib.Repr()
     shortened.maxlevel, shortened.maxstring, shortened.maxother, shortened.maxlong = 2, 80, 80, 80
     return shortened.repr(value)
@@ -201,7 +201,7 @@ def _small(text: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``3e-4`` is a number, as in YAML 1.2 (PyYAML's 1.1 reads a string), and a key stands once."""
+    """Safe YAML in which ``3e-4`` is a number, as in YAML 1.2 (PyYAML: a string), and duplicate keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a second key of one name, of which PyYAML would silently keep the last."""
@@ -227,11 +227,15 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value that a YAML text stands for.
 
     Raises:
-        UserError: it is not valid YAML, or a key stands twice.
+        UserError: it is not valid YAML, or a key is given twice.
     """
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2020-13-45 is a date that is none
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # 2020-13-45 is not a valid date
         raise UserError(f"{source}: is not valid YAML ({' '.join(str(error).split())})") from error
 
 

@@ -119,7 +119,7 @@ def class_name(identity: str) -> str | None:
 
 
 class UnreadableImageError(Exception):
-    """Why a file gives no picture; the message is a short reason without the file's name."""
+    """A file that cannot be decoded; the message is a short reason without the file's name."""
 
 
 def open_image(source: Path | str | BinaryIO) -> Image.Image:
@@ -144,7 +144,7 @@ def decode(source: Path | str | bytes) -> Image.Image:
                 return upright_rgb(image)
     except UnreadableImageError:
         raise
-    except Exception as error:  # decoders of foreign files raise anything: each means that there is no picture
+    except Exception as error:  # decoders raise arbitrary exceptions on malformed files
         raise UnreadableImageError(_reason(source, error)) from error
 
 

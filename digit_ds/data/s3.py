@@ -78,7 +78,7 @@ def split(address: str, content: str) -> tuple[str, str]:
     """Bucket and key of ``s3://BUCKET/KEY``; ``content`` is what should be there.
 
     Raises:
-        UserError: it is no such address.
+        UserError: the address does not have this form.
     """
     match = re.fullmatch(rf"{SCHEME}([^/]+)/(.+)", address)
     if match is None:

@@ -101,7 +101,7 @@ class LoadedPipeline:
         return self._draw(_read(options, without=("keep",)), None)
 
     def reconstruct(self, images: Given, **options: Any) -> Pictures:
-        """Paint given pictures anew from their discriminative tokens.
+        """Reconstruct given pictures from their discriminative tokens.
 
         Args:
             images: see :data:`Given`; each is cut to a square in its centre.

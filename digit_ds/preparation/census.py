@@ -1,4 +1,4 @@
-"""How many images each class has: shown before a long job starts, so that a wrong folder is seen at once."""
+"""How many images each class has, printed before a long job starts, so that a wrong folder is noticed."""
 
 from collections import Counter
 from pathlib import Path
@@ -39,7 +39,7 @@ class Census:
         """Class names in the order of their labels: ``known`` by the source, else by ``order``.
 
         Raises:
-            UserError: numeric order is asked for names that are no numbers, or where the source has labels of its own.
+            UserError: numeric order is asked for names that are not numbers, or where the source has labels of its own.
         """
         if order == "lexicographic":
             return self.classes if known is None else known

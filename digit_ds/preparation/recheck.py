@@ -1,4 +1,4 @@
-"""Tokenising a sample of images again, against what the shards hold, and a picture of it for the eye."""
+"""Tokenising a sample of images again, against what the shards hold, and an image sheet for visual inspection."""
 
 import colorsys
 from collections import Counter, defaultdict

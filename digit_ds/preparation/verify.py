@@ -164,7 +164,7 @@ def _check_order(name: Path, before: tuple[int, int], place: tuple[int, int], vi
 
 
 def describe(report: Report) -> str:
-    """The report in a few lines for people."""
+    """The report in a few human-readable lines."""
     manifest = report.manifest
     lines = [
         f"{manifest.images} images x {manifest.views} views ({manifest.crops}), {manifest.skipped} skipped, "

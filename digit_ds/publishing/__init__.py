@@ -1,1 +1,1 @@
-"""Models as others have them: published weights fetched, own ones published."""
+"""Exchange of models: fetching published weights and publishing your own."""

@@ -13,7 +13,7 @@ from digit_ds.publishing.settings import PublishSettings
 def publish(settings: PublishSettings) -> None:
     """Upload model and card in one commit: readers of the repository see all of it or nothing.
 
-    What a published checkpoint carried besides (``carried.safetensors``) stays here: it is other people's work.
+    What a published checkpoint carried besides (``carried.safetensors``) is not uploaded: it is the work of others.
 
     Raises:
         UserError: the directory holds no model, a file is damaged, or the hub refuses or cannot be reached.

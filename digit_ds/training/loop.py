@@ -361,7 +361,7 @@ class _Run:
         return "\n".join(f"{name:7} {text}" for name, text in named.items())
 
     def _device_name(self) -> str:
-        """What the devices are, for people."""
+        """Human-readable names of the devices."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def _profiled(self, step: int):

@@ -114,7 +114,7 @@ class Reporter:
             self._board.add_image(name, pixels, step)
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
+        """A human-readable line above the progress bar."""
         if self.active:
             self._bar.write(text)
 

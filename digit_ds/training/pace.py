@@ -20,9 +20,9 @@ from digit_ds.parallel.topology import Topology
 SLOW = 1.3
 """A rank is slow when it needs this many times the usual,"""
 LEAST_SECONDS = 0.02
-"""and this much more a step: what is less comes and goes with the scheduler, and hardly costs anything."""
+"""and at least this many more seconds a step: smaller differences come from the scheduler and cost little."""
 WINDOWS = 2
-"""It is named after so many logged windows in a row: one alone may be a compiler's or a file system's mood."""
+"""It is named after so many logged windows in a row: a single one may be a compilation or a slow file system."""
 
 
 class Pace:
@@ -39,11 +39,11 @@ class Pace:
         self._windows = 0  # in how many of them in a row
 
     def begin(self) -> None:
-        """This rank turns to a micro-batch."""
+        """This rank starts a micro-batch."""
         self._begun = self._now()
 
     def end(self) -> None:
-        """The next thing is done together with other ranks."""
+        """The next operation is a collective with other ranks."""
         self._marks.append((self._begun, self._now()))
 
     def _now(self) -> "float | torch.cuda.Event":
@@ -54,7 +54,7 @@ class Pace:
         return event
 
     def summary(self) -> tuple[dict[str, float | int], str | None]:
-        """Own seconds a step since the last call, over all ranks; a message when one begins to hold the others up.
+        """Own seconds a step since the last call, over all ranks; a message when one rank starts to delay the others.
 
         Every rank calls it, after the device has done the steps that it is about. The median is the lower one of two,
         so that of two ranks the faster is the usual one.

@@ -48,6 +48,6 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

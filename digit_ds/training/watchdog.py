@@ -24,7 +24,7 @@ class Watchdog:
         self._last = time.monotonic()
 
     def stop(self) -> None:
-        """Nothing more is expected."""
+        """Stop watching: no further step is expected."""
         self._end.set()
 
     def _watch(self) -> None:

@@ -109,7 +109,7 @@ class Index:
             connection.commit()
 
     def _checked(self, entry: Entry) -> Entry:
-        """Refuse names of strangers that are no names."""
+        """Refuse member names of an untrusted archive that are not relative UTF-8 paths."""
         parts = entry.path.split("/")
         try:
             entry.path.encode("utf-8")

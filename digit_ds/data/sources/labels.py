@@ -70,7 +70,7 @@ class Labels:
             return {f"ILSVRC2012_val_{at:08d}": folders[int(number)] for at, number in enumerate(numbers, 1)}
         except UserError:
             raise
-        except Exception as error:  # readers of foreign files raise anything
+        except Exception as error:  # readers raise arbitrary exceptions on malformed files
             raise UserError(f"{self.path}: cannot be read ({error!r}), expected ImageNet's devkit") from error
 
     def _part(self, name: str) -> bytes:

@@ -56,7 +56,7 @@ def _labels(file: ArchiveFile, archive: zipfile.ZipFile) -> dict[str, int] | Non
     try:
         pairs = json.loads(archive.read("dataset.json"))["labels"]
         return None if pairs is None else {str(path): int(label) for path, label in pairs}
-    except Exception as error:  # readers of foreign files raise anything
+    except Exception as error:  # readers raise arbitrary exceptions on malformed files
         raise UserError(
             f"{file}: its dataset.json cannot be read ({error!r}), expected pairs of path and label under 'labels'"
         ) from error
