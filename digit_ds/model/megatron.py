@@ -4,8 +4,8 @@ State-dict names are the schema's (``weights.SCHEMA``); a rank holds the slices 
 are [B, T, D]; between the column- and the row-parallel matrices each rank has its share of the heads or of the
 feed-forward width, elsewhere all ranks of a tensor-parallel group hold the same values.
 
-Dropout falls on replicated activations only (embeddings and both residual branches, as published), so it is drawn from
-the default generator, which Megatron's scheme keeps equal over a tensor-parallel group; :func:`seed_dropout` sets it.
+Dropout falls on the embeddings and both residual branches, as published. Its masks are functions of keys
+(:mod:`digit_ds.model.dropout`) that come from the CPU's default generator; :func:`seed_dropout` sets it.
 """
 
 import math
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from digit_ds.model import tensor_parallel
+from digit_ds.model.dropout import draw_keys
+from digit_ds.model.dropout import dropout as hashed_dropout
 from digit_ds.model.rotary import rotate, rotation
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.vocabulary_loss import vocabulary_parallel_loss
@@ -204,8 +206,11 @@ class TransformerLayer(nn.Module):
         self.recompute = recompute
         self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: Tensor, shape: tuple[int, int], turn: Tensor | None) -> Tensor:
-        """Rows [N, D] of ``shape`` B, T: N = B T, or this rank's share of them with sequence parallelism."""
+    def forward(self, x: Tensor, shape: tuple[int, int], turn: Tensor | None, keys: Tensor | None) -> Tensor:
+        """Rows [N, D] of ``shape`` B, T: N = B T, or this rank's share of them with sequence parallelism.
+
+        ``keys`` int32 [2, 2] are those of the dropout masks of both branches; None: no dropout.
+        """
         norms = (self.attention_norm, self.ffn_norm)
         whole = [self.attention.out.bias, self.ffn.down.bias, *(p for norm in norms for p in norm.parameters())]
         if self.sequence_parallel:
@@ -216,10 +221,10 @@ class TransformerLayer(nn.Module):
         attention = self._branch("attention", self.attention, out_bias, shape, turn)
         ffn = self._branch("feed_forward", self.ffn, down_bias)
         if self.pre_norm:
-            x = x + self._drop(attention(_apply(norms[0], x, scales[:half])))
-            return x + self._drop(ffn(_apply(norms[1], x, scales[half:])))
-        x = _apply(norms[0], x + self._drop(attention(x)), scales[:half])
-        return _apply(norms[1], x + self._drop(ffn(x)), scales[half:])
+            x = x + self._drop(attention(_apply(norms[0], x, scales[:half])), keys, 0)
+            return x + self._drop(ffn(_apply(norms[1], x, scales[half:])), keys, 1)
+        x = _apply(norms[0], x + self._drop(attention(x), keys, 0), scales[:half])
+        return _apply(norms[1], x + self._drop(ffn(x), keys, 1), scales[half:])
 
     def _branch(self, name: Recompute, function: nn.Module, *arguments: Any) -> Callable[[Tensor], Tensor]:
         """A residual branch of its rows, recomputed in the backward pass where configured."""
@@ -227,15 +232,12 @@ class TransformerLayer(nn.Module):
             return lambda x: checkpoint(function, x, *arguments, use_reentrant=False, preserve_rng_state=False)
         return lambda x: function(x, *arguments)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        if not self.sequence_parallel:
-            return F.dropout(x, self.dropout, self.training)
-        if not self.training or self.dropout == 0.0:
+    def _drop(self, x: Tensor, keys: Tensor | None, branch: int) -> Tensor:
+        if keys is None:
             return x
-        # All ranks draw the mask of all rows, so that it is the mask of any other layout.
-        rows = tensor_parallel.size() * x.shape[0]
-        kept = tensor_parallel.own_rows(F.dropout(x.new_ones(rows, x.shape[1]), self.dropout)) != 0
-        return torch.where(kept, x * (1.0 / (1.0 - self.dropout)), 0.0)
+        return hashed_dropout(
+            x, self.dropout, keys[branch], tensor_parallel.first_row(x) if self.sequence_parallel else 0
+        )
 
 
 def _apply(norm: nn.Module, x: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -273,6 +275,7 @@ class MegatronTransformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.dropout = dropout
+        self._drop: Callable[..., Tensor] = hashed_dropout
         self.recompute = recompute
         self.smoothing = smoothing
         tensor_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -344,13 +347,17 @@ class MegatronTransformer(nn.Module):
         turn = rotation(self.spec, positions, x.dtype)
         shape = x.shape[0], x.shape[1]
         x = x.flatten(0, 1)  # [B T, D]
+        keys: list[Tensor | None] = [None] * len(self.layers)
+        if self.training and self.dropout:
+            own, *keys = draw_keys(2 * (1 + len(self.layers)), x.device).split(2)
+            x = self._drop(x, self.dropout, own[0])
         if self.sequence_parallel:
             x = tensor_parallel.scatter(x)
-        for layer in self.layers:
+        for layer, key in zip(self.layers, keys):
             if self.recompute == "layer" and self.training:
-                x = checkpoint(layer, x, shape, turn, use_reentrant=False)
+                x = checkpoint(layer, x, shape, turn, key, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, shape, turn)
+                x = layer(x, shape, turn, key)
         if self.sequence_parallel:
             x = tensor_parallel.join(x)
         x = x.unflatten(0, shape)
@@ -369,7 +376,7 @@ class MegatronTransformer(nn.Module):
             x = x + self._learned_positions(positions)
         if self.target_positions is not None:
             x = x + self._target(positions)
-        return F.dropout(x, self.dropout, self.training)
+        return x
 
     def _learned_positions(self, positions: Tensor) -> Tensor:
         """[T, D] or [B, T, D] for ``positions`` [T] or [B, T]."""
@@ -402,6 +409,7 @@ class MegatronTransformer(nn.Module):
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 2 * limit)
         for layer in self.layers:
             layer.forward = torch.compile(layer.forward, options=options)
+        self._drop = torch.compile(hashed_dropout)
 
 
 def seed_dropout(seed: int, step: int, chunk: int) -> None:

@@ -132,6 +132,11 @@ def own_rows(x: Tensor) -> Tensor:
     return x.narrow(0, parallel_state.get_tensor_model_parallel_rank() * count, count)
 
 
+def first_row(x: Tensor) -> int:
+    """Which of all ranks' rows the first of this rank's rows ``x`` is."""
+    return parallel_state.get_tensor_model_parallel_rank() * x.shape[0]
+
+
 def copy(x: Tensor) -> Tensor:
     """A tensor that each rank then uses in its own way: the gradient is the sum over the ranks."""
     return _Copy.apply(x, _name())
