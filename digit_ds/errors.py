@@ -100,7 +100,7 @@ def report_lost_peer() -> None:
     """Print on stderr that this rank exits because another one did; that rank prints the error itself."""
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     rank = os.environ.get("RANK", "0")
-    print(f"rank {rank} on {host}: leaves, another process of this job has ended", file=sys.stderr, flush=True)
+    print(f"rank {rank} on {host}: exiting because another process of this job has ended", file=sys.stderr, flush=True)
 
 
 def _use_utf8() -> None:

@@ -24,7 +24,9 @@ def parse(address: str) -> tuple[str, str | None]:
         UserError: the address does not have this form.
     """
     if (found := _ADDRESS.fullmatch(address)) is None:
-        raise UserError(f"{address}: is no address of a model repository, expected hf://OWNER/NAME or ...@REVISION")
+        raise UserError(
+            f"{address}: is not the address of a model repository, expected hf://OWNER/NAME or ...@REVISION"
+        )
     return found[1], found[2]
 
 

@@ -91,7 +91,7 @@ class DirectoryLock:
             who = f"process {holder['pid']} on {holder['host']}"
         except (ValueError, KeyError, TypeError):  # it holds the lock but has not written its name yet
             who = "another process"
-        return f"{self._directory}: {who} is writing there, expected it to end first or another directory"
+        return f"{self._directory}: {who} is writing there, wait until it has ended or use another directory"
 
 
 def remove_unfinished(directory: Path) -> None:

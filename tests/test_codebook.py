@@ -189,6 +189,6 @@ def test_a_sidecar_of_another_codebook(tmp_path):
     (tmp_path / "a.json").write_bytes((tmp_path / "b.json").read_bytes())
     refused(tmp_path / "a.npy", r"a\.json: describes a file with SHA-256 \w+, expected \w+, that of a\.npy")
     (tmp_path / "a.json").write_text("[1]")
-    refused(tmp_path / "a.npy", r"a\.json: holds no JSON object")
+    refused(tmp_path / "a.npy", r"a\.json: does not hold a JSON object")
     (tmp_path / "a.json").write_text("{")
     refused(tmp_path / "a.npy", r"a\.json: is not valid JSON")

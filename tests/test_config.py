@@ -89,7 +89,7 @@ def test_overrides_reach_their_field_with_yaml_types(recipe_file):
         (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate", "nan", "finite number"]),
         (["optimizer.betas=[0.9, 1.5]"], ["optimizer.betas.1", "1.5", "less than 1"]),
         (["run=~no_such_user/run"], ["run", "no_such_user", "home folder"]),
-        (["training.seed={a: 1, a: 2}"], ["training.seed", "'a' stands twice"]),
+        (["training.seed={a: 1, a: 2}"], ["training.seed", "'a' is given twice"]),
         (["training.global_batch=100"], ["training.global_batch 100", "training.micro_batch 64"]),
     ],
 )
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named_in_one_sentence(recipe_file, overrides, words):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        (MINIMAL + "training: {global_batch: 64}\n", "key 'training' stands twice .*line 4"),
+        (MINIMAL + "training: {global_batch: 64}\n", "key 'training' is given twice .*line 4"),
         ("run: 2020-13-45\n", "not valid YAML"),
         ("1: 2\n", "mapping of sections"),
         ("run: x\n", "'data' is missing"),

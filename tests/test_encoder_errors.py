@@ -46,7 +46,7 @@ def test_head_counts_that_do_not_divide_the_width(heads):
 
 
 def test_a_width_without_a_default_head_count():
-    refused(r"width 16 is no multiple of 64, expected the head count as num_heads \(--num-heads\)")
+    refused(r"width 16 is not a multiple of 64, expected the head count as num_heads \(--num-heads\)")
 
 
 @pytest.mark.parametrize(

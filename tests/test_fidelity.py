@@ -219,7 +219,7 @@ def test_what_is_missing_is_one_sentence(parts, tmp_path):
     with pytest.raises(UserError, match="Inception weights: no file was given"):
         evaluate(root / "one", root / "two", out)
     (tmp_path / "code.pth").write_bytes(b"\x80\x04cos\nsystem\n.")
-    with pytest.raises(UserError, match="is no file of tensors alone"):
+    with pytest.raises(UserError, match="holds objects other than tensors"):
         evaluate(root / "one", root / "two", out, inception_weights=tmp_path / "code.pth")
     with pytest.raises(UserError, match="is neither a folder of images"):
         evaluate(tmp_path / "nothing", root / "two", out, features=judge)
@@ -229,7 +229,7 @@ def test_what_is_missing_is_one_sentence(parts, tmp_path):
     (tmp_path / "odd").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "odd/a.png")
     (tmp_path / "odd/b.png").write_bytes((tmp_path / "odd/a.png").read_bytes()[:40])
-    with pytest.raises(UserError, match=r"odd/b\.png: is no readable image"):
+    with pytest.raises(UserError, match=r"odd/b\.png: is not a readable image"):
         evaluate(tmp_path / "odd", root / "two", out, features=judge)
     assert not out.exists()
 
@@ -248,7 +248,7 @@ def test_what_a_loader_process_refuses_is_one_sentence(parts, tmp_path, monkeypa
     ):
         with pytest.raises(UserError) as refused:
             work()
-        assert str(refused.value).startswith(f"{folder / 'broken.png'}: is no readable image")
+        assert str(refused.value).startswith(f"{folder / 'broken.png'}: is not a readable image")
     assert not (tmp_path / "out.npz").exists()
 
 

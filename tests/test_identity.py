@@ -119,7 +119,7 @@ def test_a_cache_of_an_older_version_is_adopted_or_refused(tmp_path):
     (tmp_path / "cache" / caches.STAMP).unlink()
     assert max(codes_of(before, tmp_path / "cache", tmp_path / "a")) > 8
     (tmp_path / "cache" / caches.STAMP).unlink()
-    with pytest.raises(UserError, match=r"cache: holds files that are no cache of these shards"):
+    with pytest.raises(UserError, match=r"cache: holds files that are not a cache of these shards"):
         codes_of(after, tmp_path / "cache", tmp_path / "a")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("kept")
@@ -306,7 +306,7 @@ def test_a_wrong_folder_is_seen_before_the_work_starts(tmp_path):
     assert numbers.classes == ["10", "2"]
     assert numbers.summary(tmp_path, ["10", "2"]) == f"{tmp_path}: 3 images, 2 classes of 1 to 2 images: 10, 2"
     empty, order = numbers.warnings(tmp_path, ["10", "2"], True)
-    assert "1 folders without images are no classes and have no label: 3" in empty
+    assert "1 folders without images are not classes and have no label: 3" in empty
     assert "label 0 is class '10'" in order
     shutil.rmtree(tmp_path / "3")
     splits = census("train/a.png", "val/b.png")

@@ -232,7 +232,7 @@ def test_an_eps_file_starts_no_ghostscript_wherever_pictures_are_read(tmp_path, 
     (folder / "a.jpg").write_bytes(EPS)
     with pytest.raises(UnreadableImageError, match="not an image"):
         decode(folder / "a.jpg")
-    with pytest.raises(UserError, match="is no readable image"):
+    with pytest.raises(UserError, match="is not a readable image"):
         save_statistics(folder, tmp_path / "out.npz", features="unread")
     with pytest.raises(Image.UnidentifiedImageError):
         read_png(folder / "a.jpg")
@@ -256,7 +256,7 @@ def test_files_of_other_formats_are_counted(tmp_path, capsys):
     (images / "b").mkdir(parents=True)
     for name in ("a.avif", "b/b.AVIF", "b/c.heic", "README", ".hidden"):
         (images / name).touch()
-    said = "passed over 4 files: 2 .avif, 1 .heic, 1 without a suffix"
+    said = "ignored 4 files: 2 .avif, 1 .heic, 1 without a suffix"
     with pytest.raises(UserError, match=rf"holds no images \({said}\)"):
         list_source(open_source(images))
     with pytest.raises(UserError, match=rf"holds no images \({said}\)"):

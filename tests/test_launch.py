@@ -160,7 +160,7 @@ def test_environment(environment, expected):
             "LOCAL_WORLD_SIZE is 4 but LOCAL_SIZE is 2",
         ),
         ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "LOCAL_RANK is 2"),
-        (SRUN | {"RANK": "0", "WORLD_SIZE": "2"}, "contradict srun, which made this task 3 of 4"),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "2"}, "contradict srun, which started this task as 3 of 4"),
         (
             SRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"},
             "srun started 4 torchruns but 1 joined this one's world of 1",

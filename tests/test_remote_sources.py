@@ -88,14 +88,14 @@ def test_what_a_store_cannot_give_is_one_line(store, tmp_path, monkeypatch):
     for address, words in (
         ("s3://sets/nowhere/*.tar", "holds 0 objects, none of them"),
         ("s3://nobody/in/set.zip", "nobody/in/set.zip: cannot be read .there is no bucket 'nobody': NoSuchBucket"),
-        ("gs://sets/in/set.zip", "is no address of images, expected a path or s3://BUCKET/KEY"),
+        ("gs://sets/in/set.zip", "is not an address of images, expected a path or s3://BUCKET/KEY"),
     ):
         with pytest.raises(UserError, match=words) as refused:
             open_source(address, tmp_path / "index")
         assert "\n" not in str(refused.value)
     body = Path(store["packed"]["zip"][0]).read_bytes()
     store["client"].put_object(Bucket="sets", Key="cut/set.zip", Body=body[:20_000])
-    with pytest.raises(UserError, match="expected a whole zip"):
+    with pytest.raises(UserError, match="expected a complete zip"):
         list(open_source("s3://sets/cut/set.zip", tmp_path / "index").names(Counter()))
     source = open_source(ADDRESSES["zip"], tmp_path / "index")
     names = list(source.names(Counter()))

@@ -222,7 +222,7 @@ def test_pictures_are_reconstructed_or_completed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"belongs to codebook .*, but codebook .*other\.npy to"):
         sample(tmp_path / "new", **{**common, "codebook": other})
     (images / "cat/broken.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"broken\.png: is no readable image"):
+    with pytest.raises(UserError, match=r"broken\.png: is not a readable image"):
         sample(tmp_path / "broken", **common)
 
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(models, tmp_path, 
 def test_foreign_folder_and_foreign_parts_are_refused(models, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("")
-    with pytest.raises(UserError, match="is no sampling job"):
+    with pytest.raises(UserError, match="is not a sampling job"):
         run(models, tmp_path / "out", count=4)
     config = json.loads((models["ar"] / "config.json").read_text())
     for key, what in (("codebook_sha256", "codebook"), ("vqgan_sha256", "VQGAN")):

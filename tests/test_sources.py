@@ -195,7 +195,7 @@ def test_archives_that_cannot_be_used_are_refused_in_one_line(parts: dict, tmp_p
         assert refusal(cut, tmp_path).startswith(f"{cut}: ")
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(next((parts["packed"]["parquet"][0] / "data").iterdir()).read_bytes()[:5000])
-    assert "expected a whole parquet file" in refusal(cut, tmp_path)
+    assert "expected a complete parquet file" in refusal(cut, tmp_path)
     pq.write_table(pa.table({"picture": [b"x"], "label": [0]}), tmp_path / "other.parquet")
     assert "has the columns picture, label, expected image" in refusal(tmp_path / "other.parquet", tmp_path)
     pixels = next(parts["images"].rglob("*.jpg")).read_bytes()

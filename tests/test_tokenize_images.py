@@ -148,7 +148,7 @@ def test_missing_shard_is_found(shards, tmp_path):
 
 
 def killed(*_arguments) -> None:
-    """What a process is that the kernel ends for want of memory."""
+    """Ends as a process does that the out-of-memory killer ends."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

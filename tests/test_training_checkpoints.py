@@ -414,7 +414,7 @@ def test_the_advice_after_divergence_works_as_printed(token_shards, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[-1]["lr"] == pytest.approx(0.001)
     group = start(train_by_command, (path, [], ()), 1, tmp_path / "log-forgotten")
     assert group.wait() == [2]
-    assert "continue with --change optimizer.learning_rate=0.02 if that is meant" in group.output()
+    assert "continue with --change optimizer.learning_rate=0.02 to accept the change" in group.output()
     group = start(train_by_command, (path, ["--change", "model.width=32"], ()), 1, tmp_path / "log-width")
     assert group.wait() == [2] and "model.width is 16 there and 32 here" in group.output()
 
@@ -442,7 +442,7 @@ def test_a_run_goes_on_with_the_tokens_that_it_was_begun_with(token_shards, tmp_
     group = start(train_with, (longer, Changes()), 2, tmp_path / "log-more")
     assert group.wait() == [2, 2]
     (error,) = error_lines(group.output())
-    assert f"if that is meant, continue with --change data.shards={more}" in error
+    assert f"to accept them, continue with --change data.shards={more}" in error
     group = start(train_with, (longer, Changes(("data.shards",))), 1, tmp_path / "log-said")
     assert group.wait() == [0], group.output()
     assert {line["key"] for line in history(run) if line["event"] == "change"} >= {"data.shards", "training.steps"}

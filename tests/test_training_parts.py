@@ -59,7 +59,7 @@ print(signal.getsignal(signal.SIGINT) == signal.{handler})
         command = [sys.executable, "-c", script.replace("{handler}", handler)]
         finished = subprocess.run(command, capture_output=True, text=True)
         found[handler] = finished.stdout.split(), finished.stderr.strip()
-    told = "Ctrl-C: saving and leaving; again leaves at once"
+    told = "Ctrl-C: saving before exit; press it again to exit at once"
     assert found == {
         "default_int_handler": (["True", "leaves", "True"], told),
         "SIG_IGN": (["False", "stays", "True"], ""),

@@ -269,5 +269,7 @@ def test_images_and_ids_that_do_not_fit(vqgan):
         vqgan.encode(torch.zeros(1, 3, 250, 256))
     with pytest.raises(UserError, match=r"images are torch\.uint8, expected floating point in \[0, 1\]"):
         vqgan.encode(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
-    with pytest.raises(UserError, match=r"12 VQ tokens make no square grid, expected them as \[B, rows, columns\]"):
+    with pytest.raises(
+        UserError, match=r"12 VQ tokens do not form a square grid, expected them as \[B, rows, columns\]"
+    ):
         vqgan.decode(torch.zeros(1, 12, dtype=torch.int64))

@@ -116,7 +116,7 @@ def test_ranks_that_read_different_files_end(views, capfd):
         (folder / "seed").write_text(str(number))
     assert ranks(views, lambda: agree({"seed": Path("seed").read_text()}, "recipe")) == [2, 2]
     (line,) = lines(capfd.readouterr().err)
-    assert line.startswith("error: recipe: rank 1 reads something else than rank 0 (seed: 1 and 0)")
+    assert line.startswith("error: recipe: rank 1 reads something other than rank 0 (seed: 1 and 0)")
 
 
 @pytest.mark.parametrize("tool", ["extract_features", "tokenize_images"])
@@ -223,7 +223,7 @@ def test_sampling_whose_ranks_see_different_files(models, views, capfd):
     assert ranks(views, partial(sampling, models, prior=Path("prior"))) == [2, 2]
     captured = capfd.readouterr().err
     (line,) = lines(captured)
-    assert "rank 1 reads something else than rank 0" in line and "Traceback" not in captured
+    assert "rank 1 reads something other than rank 0" in line and "Traceback" not in captured
 
     shutil.rmtree(views[1] / "out")
     (views[1] / "out").symlink_to(views[0] / "real")
@@ -293,7 +293,9 @@ def test_training_whose_ranks_see_different_files(views, capfd, tmp_path):
     assert statuses() == [2, 2]
     captured = capfd.readouterr().err
     (line,) = lines(captured)
-    assert line.startswith("error: the recipe: rank 1 reads something else than rank 0") and "Traceback" not in captured
+    assert (
+        line.startswith("error: the recipe: rank 1 reads something other than rank 0") and "Traceback" not in captured
+    )
     (views[1] / "rate").write_text("0.02")
     assert statuses() == [2, 2]
     captured = capfd.readouterr().err

@@ -331,7 +331,7 @@ def _waiting(reason: str) -> str:
         "Resources": "for free nodes",
         "Priority": "for jobs before it in the queue",
         "BeginTime": "Slurm starts requeued jobs after a pause",
-        "PartitionTimeLimit": "for ever, its time is over the partition's limit",
+        "PartitionTimeLimit": "forever, its time limit exceeds the partition's",
     }
     return known.get(reason, reason)
 

@@ -148,9 +148,7 @@ def _survey(points: Points, shard: Shard) -> tuple[np.ndarray, float]:
             extreme = float(np.abs(rows).max())
             if not extreme < 1e15:  # also where it is NaN; squares of larger numbers leave fp32
                 bad = int(np.flatnonzero(~(np.abs(rows) < 1e15).all(1))[0])
-                problem = (
-                    f"{points.describe(number, bad)} holds NaN, infinity or a huge number, expected finite numbers"
-                )
+                problem = f"{points.describe(number, bad)} holds NaN, infinity or huge numbers, expected finite ones"
                 break
             total += rows.sum(0, dtype=np.float64)
             magnitude = max(magnitude, extreme)

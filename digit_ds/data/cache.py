@@ -70,7 +70,7 @@ def prepare(cache: Path, index_sha256: str, owner: str, named: bool = True) -> T
         if unknown and named:
             (cache / f"{_LOCK}{socket.gethostname()}").unlink()
             raise UserError(
-                f"{cache}: holds files that are no cache of these shards (index {index_sha256[:12]}), "
+                f"{cache}: holds files that are not a cache of these shards (index {index_sha256[:12]}), "
                 "expected an empty folder or their cache; delete it or name another data.cache"
             )
         fresh = {"index_sha256": index_sha256, "owner": owner, "ready": True}

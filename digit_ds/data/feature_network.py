@@ -126,6 +126,6 @@ def load_feature_network(path: Path | str) -> FeatureNetwork:
         raise UserError(f"{path}: its shapes do not fit each other and an input of {channels} x {side} x {side}")
     network = FeatureNetwork(side, channels, weights, biases, mean, scale).eval().requires_grad_(False)
     if names is not None and (not isinstance(names, list) or len(names) != network.classes):
-        raise UserError(f"{path}: its names of classes are no list of {network.classes}, as many as there are logits")
+        raise UserError(f"{path}: its class names are not a list of {network.classes} names, one for each logit")
     network.class_names = names and [str(name) for name in names]
     return network

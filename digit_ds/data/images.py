@@ -70,12 +70,12 @@ def warn_of_passed_over(root: Path | str, passed_over: Counter[str]) -> None:
 
 
 def describe_passed_over(passed_over: Counter[str]) -> str:
-    """``passed over 12 files: 10 .avif, 2 .heic``."""
+    """``ignored 12 files: 10 .avif, 2 .heic``."""
     by_count = sorted(passed_over.items(), key=lambda item: (-item[1], not item[0], item[0]))
     kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in by_count[:5]]
     if rest := sum(count for _, count in by_count[5:]):
         kinds.append(f"{rest:,} others")
-    return f"passed over {passed_over.total():,} files: {', '.join(kinds)}"
+    return f"ignored {passed_over.total():,} files: {', '.join(kinds)}"
 
 
 def _inode(path: str) -> tuple[int, int]:

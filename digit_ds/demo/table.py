@@ -272,7 +272,7 @@ def make_table(out: Path | str, seeds: list[int], jobs: int, small: bool = False
         shared = study.stages.shared()
         run_steps(shared, jobs)
         if prepare:
-            print(f"{out}: prepared; the same command without --prepare goes on from here, on any machine")
+            print(f"{out}: prepared; the same command without --prepare continues from here, on any machine")
             return
         made = [*shared, *study.search()]
         run_steps(made, jobs)

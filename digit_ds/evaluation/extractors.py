@@ -52,7 +52,7 @@ def inception(weights: Path | str | None) -> Extractor:
         load_torch(weights)
     except UserError as error:
         raise UserError(
-            f"{weights}: is no file of tensors alone, expected torch-fidelity's Inception weights"
+            f"{weights}: holds objects other than tensors, expected torch-fidelity's Inception weights"
         ) from error
     layers = {"fid": "2048", "prc": "2048", "isc": "logits_unbiased"}
     arguments = {"feature_extractor": INCEPTION, "feature_extractor_weights_path": str(weights)}

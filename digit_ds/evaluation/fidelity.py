@@ -92,7 +92,7 @@ def save_statistics(settings: StatisticsSettings) -> None:
         UserError: the reference is none of pictures, the network is missing, or ``out`` does not end in ``.npz``.
     """
     if Path(settings.out).suffix != ".npz":
-        raise UserError(f"{settings.out}: is no name for statistics, expected one that ends in .npz")
+        raise UserError(f"{settings.out}: is not a valid name for statistics, expected a name that ends in .npz")
     pictures = open_pictures(settings.reference, settings.preparation, settings.size)
     if isinstance(pictures, Statistics):
         raise UserError(f"{settings.reference}: holds statistics already, expected pictures")
@@ -285,7 +285,7 @@ def _classifier(path: Path | str, labels: Path | str | None, count: int) -> tupl
             sampling job, or stand in another order.
     """
     if labels is None:
-        raise UserError(f"{path}: is to judge classes, but no labels were given to judge by")
+        raise UserError(f"{path}: scores class accuracy, but no labels were given to compare with")
     manifest: Any
     if Path(labels).suffix == ".npz":
         manifest = {"labels": load_npz(labels, "arr_1")["arr_1"]}

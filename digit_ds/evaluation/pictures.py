@@ -74,7 +74,7 @@ class Folder(Dataset):
         try:
             return decode(self._source.read(self.files[index]))
         except UnreadableImageError as error:
-            raise UserError(f"{self.root}/{self.files[index]}: is no readable image ({error})") from error
+            raise UserError(f"{self.root}/{self.files[index]}: is not a readable image ({error})") from error
 
     def __getitem__(self, index: int) -> Tensor:
         image = self._read(index)

@@ -84,7 +84,7 @@ class SamplingJob:
             manifest.get("settings", {}) if manifest else None,
             self.settings,
             another="holds a job",
-            foreign="exists but is no sampling job (no manifest.json)",
+            foreign="exists but is not a sampling job (no manifest.json)",
         )
         if not manifest.get("complete"):
             return False

@@ -204,7 +204,7 @@ def _read(options: dict[str, Any], without: tuple[str, ...]) -> DrawSettings:
     for name in without:
         if name in options:
             raise UserError(
-                f"{name}: is no option here, expected the options of drawing without {' and '.join(without)}"
+                f"{name}: is not an option here, expected the options of drawing without {' and '.join(without)}"
             )
     classes = options.get("classes")
     return DrawSettings.read(options | ({"classes": list(classes)} if isinstance(classes, (tuple, range)) else {}))
@@ -214,13 +214,13 @@ def _opened(images: Tensor | Sequence[Image.Image | Path | str]) -> Sequence[Ima
     """Given pictures as PIL images or files."""
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(f"images: are {images.dtype} {list(images.shape)}, expected uint8 [N, 3, H, W]")
+            raise UserError(f"images: found {images.dtype} {list(images.shape)}, expected uint8 [N, 3, H, W]")
         images = [Image.fromarray(picture) for picture in images.permute(0, 2, 3, 1).cpu().numpy()]
     if not isinstance(images, (list, tuple)) or not all(isinstance(one, (Image.Image, Path, str)) for one in images):
         raise UserError(
-            f"images: are {type(images).__name__}, expected uint8 [N, 3, H, W], a folder, or a list of PIL images or "
+            f"images: found {type(images).__name__}, expected uint8 [N, 3, H, W], a folder, or a list of PIL images or "
             "image files"
         )
     if not len(images):
-        raise UserError("images: are none, expected at least one")
+        raise UserError("images: the list is empty, expected at least one image")
     return images

@@ -104,7 +104,7 @@ def needed_stages(stages: Stages, given: bool, keep: int | None) -> Stages:
         UserError: a model is missing, or one does not fit.
     """
     if keep is not None and not given:
-        raise UserError("keep is given, but no pictures or tokens to keep anything of")
+        raise UserError("keep is given, but no pictures or tokens are given")
     if keep is not None and keep < 0:
         raise UserError(f"keep is {keep}, expected 0 or more leading tokens")
     if given and keep is None:

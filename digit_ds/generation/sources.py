@@ -127,7 +127,7 @@ class ImageFolder(_Pictures):
         try:
             return self._crops.cut(decode(self._source.read(name)), name)[0]
         except UnreadableImageError as error:
-            raise UserError(f"{self._source.root}/{name}: is no readable image ({error})") from error
+            raise UserError(f"{self._source.root}/{name}: is not a readable image ({error})") from error
 
 
 class GivenImages(_Pictures):
@@ -151,5 +151,5 @@ class GivenImages(_Pictures):
             picture = upright_rgb(given) if isinstance(given, Image.Image) else decode(given)
         except UnreadableImageError as error:
             name = f"image {image}" if isinstance(given, Image.Image) else given
-            raise UserError(f"{name}: is no readable image ({error})") from error
+            raise UserError(f"{name}: is not a readable image ({error})") from error
         return self._crops.cut(picture, str(image))[0]

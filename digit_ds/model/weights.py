@@ -167,7 +167,7 @@ def check_state(state: Mapping[str, Tensor], spec: TransformerSpec, source: str)
     if missing := sorted(set(expected) - set(state)):
         raise UserError(f"{source}: tensor {missing[0]!r} is missing ({len(missing)} missing in all)")
     if extra := sorted(set(state) - set(expected)):
-        raise UserError(f"{source}: tensor {extra[0]!r} belongs to no such model ({len(extra)} unexpected in all)")
+        raise UserError(f"{source}: tensor {extra[0]!r} does not belong to this model ({len(extra)} unexpected in all)")
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
             found = list(state[name].shape)

@@ -147,7 +147,7 @@ def agree(value: T, what: str) -> T:
                 key = min(key for key in keys if other.get(key) != values[0].get(key))
                 detail = f" ({key}: {other.get(key)} and {values[0].get(key)})"
             fail_together(
-                f"{what}: rank {number} reads something else than rank 0{detail}, "
+                f"{what}: rank {number} reads something other than rank 0{detail}, "
                 "expected files that all processes share"
             )
     return value

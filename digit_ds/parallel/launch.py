@@ -98,8 +98,8 @@ def _named_inside_srun(environment: Mapping[str, str], rank: int | None, world: 
     assert task is not None  # SLURM_STEP_NUM_TASKS was found
     if world != task.world_size or rank not in (None, task.rank):
         raise UserError(
-            f"RANK={rank} WORLD_SIZE={world} contradict srun, which made this task {task.rank} of {task.world_size}: "
-            "unset them, or start one task a node and the ranks by torchrun"
+            f"RANK={rank} WORLD_SIZE={world} contradict srun, which started this task as {task.rank} of "
+            f"{task.world_size}: unset them, or start one task a node and the ranks by torchrun"
         )
     return task
 

@@ -58,8 +58,8 @@ def worker_errors_in_one_line() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a process that loads data ended ({str(error).partition('. ')[0]}), perhaps for want of memory; "
-            "expected it to stay; the same call again goes on"
+            f"a process that loads data ended ({str(error).partition('. ')[0]}), perhaps by the out-of-memory killer; "
+            "run the same command again to continue"
         ) from error
 
 

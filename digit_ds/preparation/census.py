@@ -46,7 +46,7 @@ class Census:
         if known is not None:
             raise UserError(f"{root}: has labels of its own, expected class order 'lexicographic', which keeps them")
         if other := next((name for name in self.classes if not name.isdecimal()), None):
-            raise UserError(f"{root}: class {other!r} is no number, expected numbers alone for class order 'numeric'")
+            raise UserError(f"{root}: class {other!r} is not a number, expected only numbers for class order 'numeric'")
         return sorted(self.classes, key=lambda name: (int(name), name))
 
     def check(self, root: Path | str) -> None:
@@ -81,7 +81,7 @@ class Census:
         empty = sorted(entry.name for entry in folders if entry.is_dir() and not entry.name.startswith("."))
         if empty := [name for name in empty if name not in self.images]:
             found.append(
-                f"{root}: {len(empty)} folders without images are no classes and have no label: "
+                f"{root}: {len(empty)} folders without images are not classes and have no label: "
                 f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
             )
         if len(names) > 1 and set(names) <= _SPLITS:

@@ -125,29 +125,29 @@ class VerifySettings(Section):
 
     shards: Annotated[PathText, Option(positional=True, metavar="SHARDS_DIR")]
     """Complete directory of token shards."""
-    images: Annotated[PathText | None, Option(metavar="PATH", group="tokenising a sample again")] = None
+    images: Annotated[PathText | None, Option(metavar="PATH", group="checking a sample of tokens again")] = None
     """The images."""
-    labels: Annotated[PathText | None, Option(metavar="FILE", group="tokenising a sample again")] = None
+    labels: Annotated[PathText | None, Option(metavar="FILE", group="checking a sample of tokens again")] = None
     """The file of classes that was given with them."""
-    encoder: Annotated[PathText | None, Option(metavar="WEIGHTS", group="tokenising a sample again")] = None
+    encoder: Annotated[PathText | None, Option(metavar="WEIGHTS", group="checking a sample of tokens again")] = None
     """The encoder's weights."""
-    layer: Annotated[int, Option(group="tokenising a sample again")] = 3
+    layer: Annotated[int, Option(group="checking a sample of tokens again")] = 3
     """Which block from the end gives the features."""
-    num_heads: Annotated[int | None, Option(group="tokenising a sample again")] = Field(None, ge=1)
+    num_heads: Annotated[int | None, Option(group="checking a sample of tokens again")] = Field(None, ge=1)
     """Attention heads where they are not those of the published models."""
-    codebook: Annotated[PathText | None, Option(metavar="NPY", group="tokenising a sample again")] = None
+    codebook: Annotated[PathText | None, Option(metavar="NPY", group="checking a sample of tokens again")] = None
     """The centroids."""
-    vqgan: Annotated[PathText | None, Option(metavar="CKPT", group="tokenising a sample again")] = None
+    vqgan: Annotated[PathText | None, Option(metavar="CKPT", group="checking a sample of tokens again")] = None
     """The VQGAN, for shards that hold VQ tokens."""
-    vqgan_config: Annotated[PathText | None, Option(metavar="YAML", group="tokenising a sample again")] = None
+    vqgan_config: Annotated[PathText | None, Option(metavar="YAML", group="checking a sample of tokens again")] = None
     """Its configuration; default: the published sizes."""
-    precision: Annotated[Precision, Option(group="tokenising a sample again")] = "fp32"
+    precision: Annotated[Precision, Option(group="checking a sample of tokens again")] = "fp32"
     """Arithmetic."""
-    sample: Annotated[int, Option(group="tokenising a sample again")] = Field(64, ge=1)
+    sample: Annotated[int, Option(group="checking a sample of tokens again")] = Field(64, ge=1)
     """Samples to tokenise again."""
-    agreement: Annotated[float, Option(group="tokenising a sample again")] = Field(0.99, ge=0, le=1)
+    agreement: Annotated[float, Option(group="checking a sample of tokens again")] = Field(0.99, ge=0, le=1)
     """Smallest share of equal tokens."""
-    sheet: Annotated[PathText | None, Option(metavar="PNG", group="tokenising a sample again")] = None
+    sheet: Annotated[PathText | None, Option(metavar="PNG", group="checking a sample of tokens again")] = None
     """Write a picture: image, token map, reconstruction."""
 
     @property
@@ -159,5 +159,5 @@ class VerifySettings(Section):
     def _all_parts(self) -> "VerifySettings":
         parts = [self.images, self.encoder, self.codebook]
         if any([*parts, self.sheet]) and not all(parts):
-            raise ValueError("tokenising again and the sheet need all of --images, --encoder and --codebook")
+            raise ValueError("checking a sample again and the sheet need all of --images, --encoder and --codebook")
         return self

@@ -32,7 +32,7 @@ def split_images(settings: SplitSettings) -> None:
         raise UserError(f"{out}: lies inside {root}, expected a folder outside of the images")
     source = open_source(root)
     if not isinstance(source, FolderSource):
-        raise UserError(f"{root}: is no folder of images, expected one: archives are not split")
+        raise UserError(f"{root}: is not a folder of images; archives cannot be split")
     names = list_source(source)
     groups: defaultdict[str | None, list[str]] = defaultdict(list)
     for name in names:

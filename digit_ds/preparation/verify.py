@@ -114,7 +114,8 @@ def _unless_killed(directory: Path, found: Iterator[_Shard]) -> Iterator[_Shard]
         yield from found
     except BrokenProcessPool as error:
         raise UserError(
-            f"{directory}: a process that read its shards was killed, perhaps for want of memory; expected it to stay"
+            f"{directory}: a process that read its shards was killed, perhaps by the out-of-memory killer; "
+            "run the same command again"
         ) from error
 
 

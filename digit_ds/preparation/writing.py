@@ -37,7 +37,7 @@ class WriterProcess:
             self._process.join()
             raise UserError(
                 f"the process {self._process.pid} that writes blocks ended with status {self._process.exitcode} "
-                "(-9: killed, perhaps for want of memory), expected it to stay; the same call again goes on"
+                "(-9: killed, perhaps by the out-of-memory killer); run the same command again to continue"
             ) from error
         if failure is not None:
             raise failure

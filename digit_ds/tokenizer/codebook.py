@@ -81,7 +81,7 @@ def load_codebook(path: Path | str, device: torch.device | str = "cpu") -> Codeb
     file_hash, sidecar = sha256(path), path.with_suffix(".json")
     provenance = read_json(sidecar) if sidecar.exists() else {}
     if not isinstance(provenance, dict):
-        raise UserError(f"{sidecar}: holds no JSON object, expected the provenance of {path.name}")
+        raise UserError(f"{sidecar}: does not hold a JSON object, expected the provenance of {path.name}")
     described = provenance.pop("codebook_sha256", file_hash)
     if described != file_hash:
         raise UserError(
@@ -101,7 +101,7 @@ def save_codebook(path: Path | str, centroids: np.ndarray | Tensor, provenance: 
     """
     path = Path(path)
     if path.suffix != ".npy":
-        raise UserError(f"{path}: is no name for a codebook, expected one that ends in .npy")
+        raise UserError(f"{path}: is not a valid name for a codebook, expected a name that ends in .npy")
     array = np.ascontiguousarray(torch.as_tensor(centroids).detach().cpu().numpy(), dtype=np.float32)
     write_atomically(path, lambda temporary: np.save(temporary, array, allow_pickle=False))
     write_json(path.with_suffix(".json"), {**provenance, "codebook_sha256": sha256(path)})

@@ -246,7 +246,7 @@ def _head_count(checkpoint: VitCheckpoint, weights: Path | str) -> int:
         return width // (4 * len(checkpoint.periods))
     if width not in known and width % 64:
         raise UserError(
-            f"{weights}: its width {width} is no multiple of 64, expected the head count as num_heads (--num-heads)"
+            f"{weights}: its width {width} is not a multiple of 64, expected the head count as num_heads (--num-heads)"
         )
     return known.get(width, width // 64)
 

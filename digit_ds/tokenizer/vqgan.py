@@ -72,7 +72,9 @@ class Vqgan(nn.Module):
         if ids.ndim == 2:
             side = math.isqrt(ids.shape[1])
             if side * side != ids.shape[1]:
-                raise UserError(f"{ids.shape[1]} VQ tokens make no square grid, expected them as [B, rows, columns]")
+                raise UserError(
+                    f"{ids.shape[1]} VQ tokens do not form a square grid, expected them as [B, rows, columns]"
+                )
             ids = ids.view(-1, side, side)
         latents = self.network.embed(ids)
         with without_tf32(latents):

@@ -178,7 +178,7 @@ class Checkpoints:
         if self._failure:  # all ranks are past their writing
             shutil.rmtree(pending.folder, ignore_errors=True)
             print(
-                f"warning: the checkpoint of step {pending.step} {self._failure}; training goes on and the last "
+                f"warning: the checkpoint of step {pending.step} {self._failure}; training continues and the last "
                 "complete checkpoint stays",
                 flush=True,
             )

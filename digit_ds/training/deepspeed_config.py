@@ -125,4 +125,4 @@ def _check_combinations(recipe: Recipe, path: Path, config: dict[str, Any], zero
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
         if zero.get(key) not in (None, False, 1):
-            raise UserError(f"{path}: zero_optimization.{key} is on, which is not exact; remove it")
+            raise UserError(f"{path}: zero_optimization.{key} is on, which makes results inexact; remove it")

@@ -60,8 +60,8 @@ class Diverged(UserError):
 
     def __init__(self, step: int, limit: int, messages: list[str]) -> None:
         super().__init__(
-            f"stopped at step {step}: {limit} updates in a row had no finite gradient; resume from the last checkpoint "
-            "with --change optimizer.learning_rate=VALUE (lower), --change schedule.warmup_steps=VALUE (longer) or "
-            "--skip-batches N, which passes over the images named above"
+            f"stopped at step {step}: {limit} updates in a row had gradients that are not finite; resume from the last "
+            "checkpoint with --change optimizer.learning_rate=VALUE (lower), --change schedule.warmup_steps=VALUE "
+            "(longer) or --skip-batches N, which skips the images named above"
         )
         self.messages = messages

@@ -73,6 +73,6 @@ class Pace:
         if self._windows != WINDOWS:
             return values, None
         return values, (
-            f"rank {slowest} ({self._hosts[slowest]}) holds the others up: its own work takes {seconds[slowest]:.3g} s "
-            f"a step where {median:.3g} s is usual"
+            f"rank {slowest} ({self._hosts[slowest]}) delays the other ranks: its own work takes "
+            f"{seconds[slowest]:.3g} s a step where {median:.3g} s is usual"
         )

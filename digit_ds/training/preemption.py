@@ -43,7 +43,7 @@ class StopSignal:
         if not self._interrupted:
             self._interrupted = time.monotonic()
             if launch.is_main():  # past Python's buffers, which the signal may have come upon half written
-                os.write(2, b"\nCtrl-C: saving and leaving; again leaves at once\n")
+                os.write(2, b"\nCtrl-C: saving before exit; press it again to exit at once\n")
         elif time.monotonic() - self._interrupted > PATIENCE:
             raise KeyboardInterrupt
 

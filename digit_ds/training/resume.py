@@ -175,7 +175,7 @@ def _candidates(run: Path, folder: Path, rollback: int | None) -> list[str]:
     found = list(walk_lineage(folder))
     names = [path.name for path, problem in found if problem is None]
     if found and not names:
-        raise UserError(f"{found[0][1]}; no checkpoint in {folder} is complete, remove it to begin anew")
+        raise UserError(f"{found[0][1]}; no checkpoint in {folder} is complete, remove it to start a new run")
     for path, problem in found:
         if problem is None:
             break
@@ -247,7 +247,7 @@ def check_shards(
     if old is not None and old != new and not said:
         raise UserError(
             f"{shards}: holds other samples (index {new[:12]}) than those of checkpoint {checkpoint} ({old[:12]}); "
-            f"if that is meant, continue with --change data.shards={shards}"
+            f"to accept them, continue with --change data.shards={shards}"
         )
 
 

@@ -92,13 +92,13 @@ def check_run_directory(run: Path, recipe: Recipe, changes: Sequence[str] = ()) 
         if key not in changes:
             raise UserError(
                 f"{run}: holds the results of another recipe {found}, choose another run directory, or continue with "
-                f"--change {key}={json.dumps(new.get(key))} if that is meant"
+                f"--change {key}={json.dumps(new.get(key))} to accept the change"
             )
     steps = old.get("training.steps"), new["training.steps"]
     if old.get("schedule.name") == "cosine" and steps[0] != steps[1] and "training.steps" not in changes:
         raise UserError(
             f"{run}: training.steps was {steps[0]}, and a cosine schedule cannot change its end; --change "
-            f"training.steps={steps[1]} does so all the same"
+            f"training.steps={steps[1]} changes it nevertheless"
         )
     return differences
 

@@ -69,4 +69,4 @@ def test_a_slow_device_is_named(token_shards, tmp_path):
     for line in metrics(tmp_path / "run")[1:]:
         assert line["slowest_rank"] == 1
         assert line["rank_seconds_max"] > line["rank_seconds_median"] + extra / 2
-    assert re.findall(r"^warning: (rank \d) \(\S+\) holds the others up", output, re.MULTILINE) == ["rank 1"]
+    assert re.findall(r"^warning: (rank \d) \(\S+\) delays the other ranks", output, re.MULTILINE) == ["rank 1"]

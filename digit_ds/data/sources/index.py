@@ -115,7 +115,7 @@ class Index:
             entry.path.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{self._files[entry.archive]}: holds the name {entry.path!r}, expected one in UTF-8"
+                f"{self._files[entry.archive]}: holds the name {entry.path!r}, expected a name in UTF-8"
             ) from error
         if not all(parts) or ".." in parts or "\0" in entry.path:
             raise UserError(f"{self._files[entry.archive]}: holds the name {entry.path!r}, expected a relative path")

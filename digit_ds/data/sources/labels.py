@@ -54,7 +54,7 @@ class Labels:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}), {expected}") from error
         except (KeyError, IndexError, AttributeError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{self.path}: is no file of labels ({error!r}), {expected}") from error
+            raise UserError(f"{self.path}: is not a file of labels ({error!r}), {expected}") from error
         if bad := next((name for name in classes.values() if "/" in name or name.startswith(".")), None):
             raise UserError(f"{self.path}: has the class {bad!r}, expected a name without '/' that begins with no '.'")
         return classes

@@ -74,7 +74,7 @@ def _open(
     index = index or _passing_index()
     if kind == "parquet":
         if labels is not None:
-            raise UserError(f"{root}: has labels of its own, expected no file of labels with parquet")
+            raise UserError(f"{root}: has labels of its own, expected no --labels file with parquet")
         return ParquetSource(root, files, index)
     return ArchiveSource(root, files, index, labels, tars.entries if kind == "tar" else zips.entries)
 

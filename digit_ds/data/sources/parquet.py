@@ -134,7 +134,7 @@ def _file(path: ArchiveFile) -> Any:
     try:
         parquet = ParquetFile(path, memory_map=True) if isinstance(path, Path) else ParquetFile(path.open("rb"))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}), expected a whole parquet file") from error
+        raise UserError(f"{path}: cannot be read ({error}), expected a complete parquet file") from error
     schema = parquet.schema_arrow
     image = schema.field("image").type if "image" in schema.names else None
     names = [image.field(at).name for at in range(image.num_fields)] if image is not None else []
@@ -176,4 +176,6 @@ def _read(file: ArchiveFile, parquet: Any, group: int, columns: list[str]) -> An
     try:
         return parquet.read_row_group(group, columns)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: row group {group} cannot be read ({error}), expected a whole parquet file") from error
+        raise UserError(
+            f"{file}: row group {group} cannot be read ({error}), expected a complete parquet file"
+        ) from error

@@ -66,10 +66,10 @@ def _members(file: ArchiveFile, stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
                     yield member
             stream.seek(tar.offset)
             if not stream.read(1):
-                raise UserError(f"{file}: ends without the mark of its end, expected a whole tar")
+                raise UserError(f"{file}: ends without the end-of-archive marker, expected a complete tar")
     except tarfile.TarError as error:
         compressed = file.open("rb").read(2) == b"\x1f\x8b"
-        expected = "an uncompressed tar, whose members can be read in place" if compressed else "a whole tar"
+        expected = "an uncompressed tar, whose members can be read in place" if compressed else "a complete tar"
         raise UserError(f"{file}: cannot be read ({error}), expected {expected}") from error
 
 

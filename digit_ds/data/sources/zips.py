@@ -36,7 +36,9 @@ def entries(files: Sequence[ArchiveFile], passed_over: Counter[str]) -> Iterator
                     stream.seek(member.header_offset)
                     header = stream.read(_LOCAL_HEADER)
                     if header[:4] != b"PK\3\4":
-                        raise UserError(f"{file}: {path} does not lie where its directory says, expected a whole zip")
+                        raise UserError(
+                            f"{file}: {path} is not at the offset that the zip directory names, expected a complete zip"
+                        )
                     skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
                     yield Entry(
                         path,
@@ -47,7 +49,7 @@ def entries(files: Sequence[ArchiveFile], passed_over: Counter[str]) -> Iterator
                         member.compress_type == zipfile.ZIP_DEFLATED,
                     )
         except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-            raise UserError(f"{file}: cannot be read ({error}), expected a whole zip") from error
+            raise UserError(f"{file}: cannot be read ({error}), expected a complete zip") from error
 
 
 def _labels(file: ArchiveFile, archive: zipfile.ZipFile) -> dict[str, int] | None:
