@@ -231,8 +231,8 @@ def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
     [
         ({"width": 48}, "has shape .* expected .* by its config"),
         ({"layers": 3}, "'layers.2.attention.out.bias' is missing"),
-        ({"layers": 1}, "'layers.1.attention.out.bias' belongs to no such model"),
-        ({"norm_position": "post"}, "'norm.bias' belongs to no such model"),
+        ({"layers": 1}, "'layers.1.attention.out.bias' does not belong to this model"),
+        ({"norm_position": "post"}, "'norm.bias' does not belong to this model"),
     ],
 )
 def test_weights_of_another_config_are_refused(tmp_path, change, sentence):

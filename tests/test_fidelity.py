@@ -195,7 +195,7 @@ def test_a_classifier_of_other_classes_is_refused(parts, tmp_path):
         root / "one", root / "two", tmp_path / "o.json", **options, classifier=tmp_path / "judge.safetensors"
     )
     assert judged["class_accuracy"] > 0.9
-    with pytest.raises(UserError, match="names of classes are no list of 10"):
+    with pytest.raises(UserError, match="class names are not a list of 10"):
         save_feature_network(tmp_path / "judge.safetensors", weights, biases, **given, classes=names[:3])
         load_feature_network(tmp_path / "judge.safetensors")
 

@@ -123,7 +123,7 @@ def test_a_cache_of_an_older_version_is_adopted_or_refused(tmp_path):
         codes_of(after, tmp_path / "cache", tmp_path / "a")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("kept")
-    with pytest.raises(UserError, match="home: holds files that are no cache"):
+    with pytest.raises(UserError, match="home: holds files that are not a cache"):
         codes_of(after, tmp_path / "home", tmp_path / "a")
     assert (tmp_path / "home" / "thesis.tex").read_text() == "kept"
 

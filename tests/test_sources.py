@@ -222,7 +222,7 @@ def test_archives_that_cannot_be_used_are_refused_in_one_line(parts: dict, tmp_p
     labels.write_text("ImageId,PredictionString\nother,n01440764 1 2 3 4\n")
     assert "has no class for" in refusal(parts["packed"]["val-tar"][0], tmp_path, labels)
     labels.write_text("name;class\n")
-    with pytest.raises(UserError, match=r"has no class for|is no file of labels"):
+    with pytest.raises(UserError, match=r"has no class for|is not a file of labels"):
         list(open_source(parts["packed"]["val-tar"][0], tmp_path / "index", labels).names(Counter()))
 
 

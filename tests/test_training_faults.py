@@ -286,7 +286,8 @@ def test_a_killed_loading_process_ends_the_run_with_a_sentence(token_shards, tmp
         group.kill()
     (error,) = (line for line in group.output().splitlines() if line.startswith("error: "))
     assert re.fullmatch(
-        r"error: a process that loads data ended \(DataLoader worker \(pid.*the same call again goes on", error
+        r"error: a process that loads data ended \(DataLoader worker \(pid.*run the same command again to continue",
+        error,
     )
     assert "Traceback" not in group.output()
 
