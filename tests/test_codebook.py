@@ -122,9 +122,7 @@ def test_saved_codebooks_come_back_with_their_provenance(tmp_path):
 
 
 def test_codebooks_are_npy_files(tmp_path):
-    with pytest.raises(
-        UserError, match=r"km\.bin: is not a valid name for a codebook, expected a name that ends in \.npy"
-    ):
+    with pytest.raises(UserError, match=r"km\.bin: is not a valid name for a codebook, expected a name"):
         save_codebook(tmp_path / "km.bin", draw(6, 5), {})
     assert not list(tmp_path.iterdir())
 
