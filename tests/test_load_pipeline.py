@@ -97,10 +97,10 @@ def test_given_pictures_are_those_of_the_command(own, tmp_path):
         ("sample", (), {"cuont": 3}, "cuont"),
         ("sample", (), {"keep": 3}, "keep: is not an option here"),
         ("sample", (), {"count": 0}, "count is 0, expected"),
-        ("complete", ([], 3), {}, "images: are none"),
-        ("complete", (torch.zeros(2, 3, 4, 4), 3), {}, r"images: are torch.float32 \[2, 3, 4, 4\], expected uint8"),
+        ("complete", ([], 3), {}, "images: the list is empty"),
+        ("complete", (torch.zeros(2, 3, 4, 4), 3), {}, r"images: found torch.float32 \[2, 3, 4, 4\], expected uint8"),
         ("complete", ([Image.new("RGB", (40, 40))], 3), {}, "the class of a given image is unknown"),
-        ("reconstruct", ([3.5],), {}, "images: are list, expected uint8"),
+        ("reconstruct", ([3.5],), {}, "images: found list, expected uint8"),
         ("reconstruct", ([Image.new("F", (9, 9))],), {}, "image 0: is not a readable image"),
     ],
 )
