@@ -241,7 +241,9 @@ def test_what_a_store_refuses(store, monkeypatch, tmp_path):
         "s3://tokens/other/manifest.json: cannot be read (there is no such object in bucket 'tokens': NoSuchKey), "
         f"expected {content}"
     )
-    assert refusal("s3://") == f"s3:///manifest.json: is no address of {content}, expected a path or s3://BUCKET/KEY"
+    assert (
+        refusal("s3://") == f"s3:///manifest.json: is not an address of {content}, expected a path or s3://BUCKET/KEY"
+    )
     assert refusal("s4://tokens/set").startswith(
         "s4://tokens/set/manifest.json: cannot be read (Unsupported remote path"
     )

@@ -49,7 +49,7 @@ def client(attempts: int) -> Any:
     """This process's boto3 client, which makes each request up to ``attempts`` times.
 
     Raises:
-        UserError: ``S3_ENDPOINT_URL`` is no address.
+        UserError: ``S3_ENDPOINT_URL`` is not an address.
     """
     return _opened(attempts)[1]
 
@@ -82,7 +82,7 @@ def split(address: str, content: str) -> tuple[str, str]:
     """
     match = re.fullmatch(rf"{SCHEME}([^/]+)/(.+)", address)
     if match is None:
-        raise UserError(f"{address}: is no address of {content}, expected a path or {SCHEME}BUCKET/KEY")
+        raise UserError(f"{address}: is not an address of {content}, expected a path or {SCHEME}BUCKET/KEY")
     return match[1], match[2]
 
 

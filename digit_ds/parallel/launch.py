@@ -222,7 +222,7 @@ def _join(here: Place, timeout: timedelta | None) -> None:
     """Connect to the other processes at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: it is no address, no process listens there, or another program does.
+        UserError: it is not an address, no process listens there, or another program does.
     """
     address, port = os.environ["MASTER_ADDR"], _number(os.environ, "MASTER_PORT") or 0
     if not 0 < port < 1 << 16:
