@@ -177,13 +177,15 @@ def first_problem(error: ValidationError, section: type[Section], flags: bool = 
         where[number], fields = key_of(fields, part), fields.model_fields[part].annotation
     key = ".".join(map(str, where))
     if flags and key:
-        key = f"--{key.replace('_', '-')}"
+        field = section.model_fields.get(str(problem["loc"][0]))
+        option = _option(field) if field is not None else Option()
+        key = str(option.metavar or key).upper() if option.positional else f"--{key.replace('_', '-')}"
     if problem["type"] == "extra_forbidden":
         names = ", ".join(key_of(fields, name) for name in fields.model_fields)
         return f"unknown key {key!r}, expected one of {names}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
-    said = problem["msg"].removeprefix("Value error, ")
+    said = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if not key:  # a check of several fields together
         return said if problem["type"] == "value_error" else f"is {brief(problem['input'])}, expected: {_small(said)}"
     return f"{key} is {brief(problem['input'])}, expected: {_small(said)}"

@@ -55,11 +55,11 @@ def test_every_kind_of_field_comes_from_the_command_line_and_from_yaml():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--count", "0"], "--count is 0, expected: input should be greater than or equal to 1"),
+        (["--count", "0"], "--count is 0, expected: greater than or equal to 1"),
         (["--count", "many"], "draw: argument --count: invalid int value: 'many'; see draw --help"),
-        (["--scale", "nan"], "--scale is nan, expected: input should be a finite number"),
-        (["--scale=-inf"], "--scale is -inf, expected: input should be a finite number"),
-        (["--precision", "fp8"], "--precision is 'fp8', expected: input should be 'fp32' or 'bf16'"),
+        (["--scale", "nan"], "--scale is nan, expected: a finite number"),
+        (["--scale=-inf"], "--scale is -inf, expected: a finite number"),
+        (["--precision", "fp8"], "--precision is 'fp8', expected: 'fp32' or 'bf16'"),
         (["--flop"], "draw: unrecognized arguments: --flop; see draw --help"),
         (["--interval", "1"], "draw: argument --interval: expected 2 arguments; see draw --help"),
         (["--out", ""], "--out is '', expected: a path, not an empty text"),
@@ -69,6 +69,13 @@ def test_what_is_wrong_is_one_line_with_the_option(words, message):
     with pytest.raises(UserError) as caught:
         parse(*words)
     assert str(caught.value) == message
+
+
+def test_a_wrong_positional_argument_has_the_name_of_the_help():
+    parser = Parser(prog="draw")
+    add_options(parser, Drawing)
+    with pytest.raises(UserError, match=r"^DIR is '', expected: a path, not an empty text$"):
+        from_options(Drawing, parser.parse_args(["", "--out", "o"]))
 
 
 @pytest.mark.parametrize(
@@ -82,11 +89,11 @@ def test_what_is_wrong_is_one_line_with_the_option(words, message):
         ),
         (
             {"source": "s", "out": "o", "count": "3"},
-            "chain.yaml: draw: count is '3', expected: input should be a valid integer",
+            "chain.yaml: draw: count is '3', expected: a valid integer",
         ),
         (
             {"source": "s", "out": "o", "no_flip": 1},
-            "chain.yaml: draw: flip is 1, expected: input should be a valid boolean",
+            "chain.yaml: draw: flip is 1, expected: a valid boolean",
         ),
     ],
 )

@@ -266,7 +266,7 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
             "sbatch refused step features, nothing was submitted: invalid partition specified: gpus",
         ),
         (lambda s: s.site.update(node=2), "site.yaml: unknown key 'node', expected one of partition"),
-        (lambda s: s.site.update(nodes="two"), "site.yaml: nodes is 'two', expected: input should be a valid integer"),
+        (lambda s: s.site.update(nodes="two"), "site.yaml: nodes is 'two', expected: a valid integer"),
         (lambda s: s.site.update(steps={"train": {}}), "site.yaml: steps.train is 'train', expected:"),
         (lambda s: s.site.update(python="/nowhere/python"), "/nowhere/python of the site cannot be started"),
         (lambda s: s.chain["kmeans"].update(cluster=3), "chain.yaml: kmeans.cluster is not an option of tools/train_k"),
