@@ -155,7 +155,7 @@ def test_statistics_of_another_network_are_refused(parts, tmp_path):
     assert not (tmp_path / "a.json").exists()
     np.savez(tmp_path / "foreign.npz", mu=arrays["mu"], sigma=arrays["sigma"])  # ADM's say no more
     evaluate(root / "one", tmp_path / "foreign.npz", tmp_path / "b.json", features=judge)
-    with pytest.raises(UserError, match="one that ends in"):
+    with pytest.raises(UserError, match="a name that ends in"):
         save_statistics(root / "two", tmp_path / "two.json", features=judge)
 
 
