@@ -278,7 +278,7 @@ def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
         ({"prior": "vq"}, "writes VQ tokens itself"),
         ({"prior": None}, "no prior is given"),
         ({"keep": 3}, "keep is given"),
-        ({"labels": "val.csv"}, "val.csv: labels are given, but no pictures"),
+        ({"labels": "val.csv"}, "val.csv: labels are given without pictures"),
         ({"batch": -1}, "batch is -1"),
     ],
 )
