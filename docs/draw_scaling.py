@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The name of the layout in the tables."""
         tensor = f", tensor {self.tensor}{' with sequence parallelism' * self.sequence}" if self.tensor > 1 else ""
         return f"{TITLES[self.recipe]}, `{self.deepspeed}`{tensor}"
 
@@ -74,9 +74,9 @@ MEASURED = (
     Measured(Layout("large_prior", "zero2_overlap", 1, False, 128, 128), 2, 698, link=26),
 )
 TOGETHER = "zero3_overlap, threshold 0"
-"""A file that is not shipped: no parameter travels by itself."""
+"""A file that is not shipped: no parameter is gathered separately."""
 FILES = tempfile.TemporaryDirectory()
-"""Where it lies; removed at the end."""
+"""The folder of that file; removed at the end."""
 LAYOUTS = (
     Layout("base_prior", "zero1", 1, False, 256, 256),
     Layout("base_prior", "zero2_overlap", 1, False, 256, 256),
@@ -145,7 +145,7 @@ def step(layout: Layout, gpus: int, link: float, per_host: int = 8) -> Step:
 
 
 def predicted(row: Measured) -> float:
-    """Images a second of a measured row; GPUs without NVLink are as if each were a host."""
+    """Images a second of a measured row; GPUs without NVLink are treated as separate hosts."""
     apart = row.link is not None
     made = step(row.layout, row.gpus, row.link or 50, per_host=1 if apart else 8)
     return row.layout.images * row.gpus / made.seconds
@@ -163,14 +163,14 @@ def mfu(layout: Layout, gpus: int, images_per_second: float) -> float:
 
 
 def comparison() -> Iterator[str]:
-    """Predictions beside measurements."""
+    """Predictions compared with measurements."""
     yield "| | GPUs | link, GB/s | measured images/s | predicted | error |\n| --- | --- | --- | --- | --- | --- |\n"
     for row in MEASURED:
         made, link = predicted(row), "" if row.gpus == 1 else f"{row.link or GPUS['h100'].link:.0f}"
         error = round(made / row.images_per_second - 1, 3) + 0.0  # no negative zero
         yield f"| {row.layout.title} | {row.gpus} | {link} | {row.images_per_second:,} | {made:,.0f} | {error:+.1%} |\n"
     errors = [abs(predicted(row) / row.images_per_second - 1) for row in MEASURED]
-    yield f"\nMean of the errors' sizes {sum(errors) / len(errors):.1%}, largest {max(errors):.1%}.\n"
+    yield f"\nMean absolute error {sum(errors) / len(errors):.1%}, largest {max(errors):.1%}.\n"
 
 
 def efficiencies() -> Iterator[str]:
@@ -183,7 +183,7 @@ def efficiencies() -> Iterator[str]:
 
 
 def sent(gpus: int = 64) -> Iterator[str]:
-    """Collectives of a rank in a step, and bytes that it sends if they go around rings."""
+    """Collectives of a rank in a step, and bytes that it sends if they use rings."""
     yield "| | micro-batch | tensor: messages | GB sent | data: messages | GB sent | of them gathers of weights |\n"
     yield "|" + " --- |" * 7 + "\n"
     for layout in LAYOUTS:
@@ -225,7 +225,7 @@ def parts(gpus: int = 64, link: float = 50) -> Iterator[str]:
 
 
 def own_batch() -> Iterator[str]:
-    """The recipes' own batch of 1,024 images over more and more GPUs."""
+    """The recipes' own batch of 1,024 images on an increasing number of GPUs."""
     counts = [gpus for gpus in COUNTS if gpus <= 256]
     yield f"| images/s (MFU) | {' | '.join(map(str, counts))} |\n|{' --- |' * (1 + len(counts))}\n"
     for layout in LAYOUTS:

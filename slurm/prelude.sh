@@ -3,23 +3,23 @@
 #
 # A job script sources this, then calls `ranks PYTHON_ARGUMENTS` (a process per task, by srun) and `alone
 # PYTHON_ARGUMENTS` (one process, on the first node). slurm/submit.py sets, from the site file:
-#   DIGIT_HOME          what holds slurm/ and tools/: the checkout (default: the folder that sbatch was called in), or
+#   DIGIT_HOME          the folder that contains slurm/ and tools/: the checkout (default: the folder that sbatch was called in), or
 #                       the installed package
-#   DIGIT_ROOT          where relative paths start; default: DIGIT_HOME
+#   DIGIT_ROOT          the folder that relative paths start from; default: DIGIT_HOME
 #   DIGIT_PYTHON        words of the command that runs Python, one a line (container, then interpreter)
 #   DIGIT_MODULES       environment modules to load, one a line
 #   DIGIT_INTERFACE     network interface of NCCL and gloo
-#   DIGIT_STATE         file that says how the step ended
-#   DIGIT_MAX_RESTARTS  how often a job requeues itself before it is taken for stuck
+#   DIGIT_STATE         file that records how the step ended
+#   DIGIT_MAX_RESTARTS  how often a job requeues itself before it is considered stuck
 
 set -euo pipefail
 
 readonly SAVED=75 # exit status of ranks that were told to stop, saved and want to continue (EX_TEMPFAIL)
 
-# A full disk must not end the ranks, nor keep them from requeueing: what cannot be said is left unsaid.
+# A full disk must not stop the ranks or prevent a requeue: failures to print are ignored.
 say() { echo "== $(date '+%F %T') $SLURM_JOB_NAME $SLURM_JOB_ID: $*" || true; }
 
-# Record how the step stands, whole or not at all: `submit.py --status` reads it.
+# Record the state of the step atomically: `submit.py --status` reads it.
 record() { # record STATUS EXIT
     [ -n "${DIGIT_STATE:-}" ] || return 0
     printf '{"status": "%s", "job": %d, "exit": %d, "restarts": %d}\n' \
@@ -29,8 +29,8 @@ record() { # record STATUS EXIT
     return 1
 }
 
-child=0         # process id of what runs now: srun, or Python alone
-interrupted=0   # a signal came since the last wait
+child=0         # process id of the running command: srun, or Python alone
+interrupted=0   # a signal was received since the last wait
 time_is_up=0    # USR1: the time limit is near, or preemption: save, requeue, continue
 told_to_stop=0  # TERM: scancel, or scontrol requeue, where Slurm itself requeues
 
@@ -47,7 +47,7 @@ on_term() {
 trap on_usr1 USR1
 trap on_term TERM
 
-# Run a command so that signals reach this shell at once; leave the job when the command does not end well.
+# Run a command so that signals reach this shell at once; exit the job when the command fails.
 attend() {
     local status
     [ "$time_is_up" -eq 0 ] || requeue
@@ -77,7 +77,7 @@ attend() {
     exit "$status"
 }
 
-# A lost node fails its ranks' neighbours minutes before Slurm notices: that is no failure of the step.
+# The ranks on other nodes fail minutes before Slurm notices a lost node: this is not a failure of the step.
 nodes_answer() {
     [ "$SLURM_NNODES" -eq 1 ] ||
         timeout 60 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=1 true 2>/dev/null
@@ -104,7 +104,7 @@ mapfile -t python <<<"${DIGIT_PYTHON:-python}"
 ranks() {
     local first address
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # Where node names are not host names, Slurm knows the address.
+    # If node names are not host names, Slurm provides the address.
     getent hosts "$first" >/dev/null && address=$first ||
         address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     export MASTER_ADDR=$address
@@ -113,10 +113,10 @@ ranks() {
     unset MASTER_ADDR MASTER_PORT
 }
 
-# Python once, on the first node: what is too short for ranks.
+# One Python process on the first node, for work that is too short for several ranks.
 alone() { attend "${python[@]}" "$@"; }
 
-# A step is complete only when its script says so; anything else that ends it is a failure.
+# A step is complete only when its script calls this; any other end is a failure.
 complete() {
     record complete 0 || exit 1
     say "complete"
@@ -138,9 +138,9 @@ if [ -n "${DIGIT_INTERFACE:-}" ]; then
     export NCCL_SOCKET_IFNAME=$DIGIT_INTERFACE GLOO_SOCKET_IFNAME=$DIGIT_INTERFACE
 fi
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a lost rank ends the others instead of leaving them to wait
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a lost rank stops the others instead of leaving them waiting
 # Compilers' caches on the node's own disk (a shared one is slow and races between nodes), new for each attempt:
-# a killed build leaves a lock behind that the next one would wait for.
+# a killed build leaves a lock that the next build would wait for.
 cache=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/digit-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 trap 'rm -rf "$cache"' EXIT
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
