@@ -256,7 +256,7 @@ def test_class_order_numeric(parts: dict, tmp_path: Path, capfd: pytest.CaptureF
     assert json.loads((tmp_path / "number/manifest.json").read_text())["classes"] == ["2", "10"]
     with pytest.raises(UserError, match="class_order"):
         tokenize_images(images, out=tmp_path / "number", **more)
-    with pytest.raises(UserError, match="no number"):
+    with pytest.raises(UserError, match="is not a number"):
         tokenize_images(parts["images"], out=tmp_path / "names", class_order="numeric", **more)
 
 
