@@ -182,7 +182,8 @@ def test_interrupted_training_ends_as_the_unbroken_run(reader, tmp_path):
     cluster.run("scontrol", "requeue", str(job))  # while the ranks start
     for attempt, requeue in ((2, True), (3, False)):
         _attempt(cluster, job, attempt)
-        _reach(tmp_path / "run", cluster, job, moments.randrange(STEPS // 4, STEPS // 2) * (attempt - 1))
+        # Not so late that the run ends before the signal arrives.
+        _reach(tmp_path / "run", cluster, job, moments.randrange(STEPS // 4, 3 * STEPS // 8) * (attempt - 1))
         if requeue:
             cluster.run("scontrol", "requeue", str(job))
         else:
