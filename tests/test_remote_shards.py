@@ -15,7 +15,7 @@ import pytest
 from object_store import ENVIRONMENT, Store
 from training_parts import launch, start, write_shards
 
-from digit_ds.data import s3
+from digit_ds.data import cached, s3
 from digit_ds.data.order import KeyedOrder
 from digit_ds.data.shards import iterate, read_index, read_manifest
 from digit_ds.data.stream import Chunks, TokenStream
@@ -39,7 +39,6 @@ def store(tmp_path_factory) -> Iterator[tuple[Store, Path]]:
 
 def read(shards: str, out: Path, patience: float) -> None:
     """Global batches of an epoch on this rank, from the first that no rank has noted as a resumed run begins."""
-    from digit_ds.data import cached
     from digit_ds.parallel.launch import barrier, initialize, rank, world_size
 
     cached.PATIENCE = patience
@@ -192,7 +191,7 @@ def test_an_altered_shard_stays_out_of_the_cache(store, tmp_path):
     for body, words in (
         (whole[:-3], rf"has {len(whole) - 3} bytes, expected {len(whole)} by index\.json"),
         (whole[:-1] + bytes([whole[-1] ^ 1]), r"is damaged, its sha256 is not the \w{12}\.\.\. of index\.json"),
-        (whole, r"could not be read by another process of this node, which says why"),
+        (whole, r"is damaged, its sha256 is not the \w{12}\.\.\. of index\.json"),  # by the process that met it
     ):
         server.client().put_object(Bucket="tokens", Key=key, Body=body)
         with pytest.raises(UserError, match=rf"^s3://tokens/{key}: {words}$"):
@@ -201,6 +200,43 @@ def test_an_altered_shard_stays_out_of_the_cache(store, tmp_path):
         if len(body) < len(whole):
             stream.dataset.dataset._shard_states[0] = 1  # as another start finds it
     stream.close()
+
+
+def test_every_process_says_why_a_shard_cannot_be_had(store, tmp_path):
+    server, local = store
+    key = "set/" + read_index(local)[0]["zip_data"]["basename"]
+    server.client().delete_object(Bucket="tokens", Key=key)
+    cache, line = tmp_path / "cache", rf"^s3://tokens/{key}: cannot be read \(there is no such object .*$"
+    stream = TokenStream("s3://tokens/set", str(cache), owner=str(tmp_path / "run"), order="none")
+    try:
+        with pytest.raises(UserError, match=line) as first:
+            next(stream.epoch(8, 0, 1))
+        shards = stream.dataset.dataset
+        states, lock = shards._shard_states, shards._cache_filelock
+        states[0] = 1  # remote, as another start finds it
+
+        class Late:
+            """Another process fails between this one's first look at the state and its lock."""
+
+            def acquire(self):
+                lock.acquire()
+                states[0] = cached._FAILED
+
+            def release(self):
+                lock.release()
+
+        shards._cache_filelock = Late()
+        with pytest.raises(UserError) as second:
+            next(stream.epoch(8, 0, 1))
+        assert str(second.value) == str(first.value)
+        assert [path.name for path in cache.rglob(".failed-*")]
+    finally:
+        server.client().upload_file(str(local / key.removeprefix("set/")), "tokens", key)
+        stream.close()
+    again = TokenStream("s3://tokens/set", str(cache), owner=str(tmp_path / "run"), order="none")
+    assert not list(cache.rglob(".failed-*"))
+    assert next(again.epoch(8, 0, 1)).samples.tolist() == [2 * image for image in range(8)]
+    again.close()
 
 
 def test_a_set_that_is_not_there_ends_every_rank_with_one_line(store, tmp_path):

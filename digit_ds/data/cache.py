@@ -33,6 +33,8 @@ from digit_ds.errors import UserError
 from digit_ds.files import PASSING, sha256, write_atomically, write_json
 
 STAMP = ".digit_ds.json"
+FAILED = ".failed-"
+"""Start of the name of a file that says why a shard could not be had; it holds for one start."""
 _LOCK = ".lock-"
 _PREFIX = "digit_ds-cache-"
 
@@ -129,7 +131,11 @@ def complete(cache: Path, index_sha256: str, shards: str) -> None:
         else:
             # Being written, by this version or by the stores' clients of an earlier one: NAME.zstd, NAME.zstd.5F3aB1cD.
             end = path.name.find(".mds")
-            half = bool(PASSING.fullmatch(path.name)) or path.with_name(path.name[: end + 4]) in sizes
+            half = (
+                path.name.startswith(FAILED)
+                or bool(PASSING.fullmatch(path.name))
+                or path.with_name(path.name[: end + 4]) in sizes
+            )
         if half:
             path.unlink()
 

@@ -5,6 +5,7 @@ StreamingDataset would leave half files of a killed process in its folder, some 
 and raises whatever the client of a store raises. Here a shard is in the cache decompressed and checked or not at all.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from streaming import Stream, StreamingDataset
 from streaming.base.compression import decompress
 from streaming.base.format import FileInfo, Reader
 
+from digit_ds.data.cache import FAILED
 from digit_ds.data.objects import file_of, read_object
 from digit_ds.data.shards import CONTENT, check_bytes
 from digit_ds.errors import UserError
@@ -42,22 +44,32 @@ class CachedShards(StreamingDataset):
         """Have a shard in the cache.
 
         Raises:
-            UserError: this process, or the one that was at it, cannot get it.
+            UserError: this process, or another one of this node, cannot get it; the same line in all of them.
         """
         self._refuse_failed(shard_id)
         try:
             super().prepare_shard(shard_id, blocking)
-        except UserError:
-            self._shard_states[shard_id] = _FAILED  # others would wait for ever
+        except UserError as error:
+            with suppress(OSError):
+                self._reason(shard_id).write_text(str(error), encoding="utf-8")
+            self._shard_states[shard_id] = _FAILED  # others would wait forever
+            raise
+        except RuntimeError:  # another process set the state between the two looks at it
+            self._refuse_failed(shard_id)
             raise
         self._refuse_failed(shard_id)  # by a process that this one waited for
 
     def _refuse_failed(self, shard_id: int) -> None:
         if self._shard_states[shard_id] == _FAILED:
             stream, shard = self.streams[0], self.shards[shard_id]
-            raise UserError(
-                f"{_place(stream, _stored(shard))}: could not be read by another process of this node, which says why"
-            )
+            line = f"{_place(stream, _stored(shard))}: could not be read by another process of this node"
+            with suppress(OSError):
+                line = self._reason(shard_id).read_text(encoding="utf-8")
+            raise UserError(line)
+
+    def _reason(self, shard_id: int) -> Path:
+        """File with the line of the process that could not get a shard."""
+        return Path(self.streams[0].local, f"{FAILED}{shard_id}")
 
 
 class _Fetched(Stream):
