@@ -4,6 +4,7 @@ python docs/draw_reference.py
 """
 
 import argparse
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def commands(verbs: Mapping[str, Verb | Mapping[str, Verb]], prefix: str = "digi
         section = verb[0]
         parser = Parser(prog=f"{prefix} {name}", add_help=False)
         add_options(parser, section)
-        yield f"## {prefix} {name}\n\n{(section.__doc__ or '').replace('``', '`').strip()}\n"
+        yield f"## {prefix} {name}\n\n{inspect.cleandoc(section.__doc__ or '').replace('``', '`')}\n"
         yield "\n| option | value | meaning |\n| --- | --- | --- |\n"
         for action in parser._actions:
             if action.help != argparse.SUPPRESS:

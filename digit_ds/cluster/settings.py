@@ -11,17 +11,18 @@ class SubmitSettings(Section):
     """Submit a whole chain, from images to scores, as Slurm jobs that wait for each other, or report their status."""
 
     chain: Annotated[PathText, Option(positional=True)]
-    """Recipe of the chain, such as slurm/imagenet_base.yaml."""
+    """Chain file (YAML), such as slurm/imagenet_base.yaml."""
     site: PathText | None = None
-    """Your cluster; default: slurm/site.yaml of the checkout, or of the working directory where there is none."""
+    """Site file of the cluster (YAML); default: slurm/site.yaml of the checkout or, without one, of the working
+    directory."""
     dry_run: bool = False
-    """Print what each step costs and the sbatch commands, and submit nothing."""
+    """Print the cost of each step and the sbatch commands; submit nothing."""
     images: Annotated[int, Option(metavar="N")] = Field(1_281_167, ge=1)
-    """Training images that the costs of ``--dry-run`` are for; default: ImageNet's."""
+    """Number of training images for the costs of ``--dry-run``; that of ImageNet unless given."""
     status: bool = False
-    """Print the status of each step, and why one failed."""
+    """Print the status of each step, and the error of a failed one."""
     doctor: bool = False
-    """Check the cluster with a short job and print what it reports."""
+    """Run digit-ds doctor as a short job on the cluster and print its report."""
 
     @model_validator(mode="after")
     def _one_action(self) -> "SubmitSettings":

@@ -14,16 +14,16 @@ class KMeansSettings(Section):
     FIRST_RECORDED = frozenset({"clusters", "iterations", "seed", "init"})
 
     features: Annotated[PathText, Option(metavar="FEATURES")]
-    """Folder of features, or an array .npy [points, width]."""
+    """Folder that digit-ds features wrote, or an array .npy [points, width]."""
     clusters: int
     """Number of codes K."""
     out: Annotated[PathText, Option(metavar="NPY")]
-    """Codebook to write, .npy [K, width]; its provenance goes beside it, curves and state into the folder OUT.run."""
+    """Codebook to write, .npy [K, width]; its provenance is written beside it, metrics and state to folder OUT.run."""
     iterations: int = 20
-    """Lloyd iterations."""
+    """Number of Lloyd iterations."""
     seed: int = 0
     """Seed of the initial centroids."""
     backend: Backend = "auto"
-    """What computes the nearest centroids; auto: the fastest exact one here."""
+    """Implementation of the nearest-centroid search; auto: the fastest exact one on this machine."""
     init: PathText = "random"
-    """``random`` (points drawn), ``k-means++`` (in its parallel form, k-means||) or a .npy file [K, width]."""
+    """Initial centroids: ``random`` (points), ``k-means++`` (its parallel form k-means||) or a .npy file [K, width]."""

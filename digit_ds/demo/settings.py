@@ -4,9 +4,9 @@ from digit_ds.settings import PathText, Section
 
 
 class DemoSettings(Section):
-    """The whole pipeline on handwritten digits: pictures, figures and a report."""
+    """Run the whole pipeline on handwritten digits and write pictures, scores and a report."""
 
     out: PathText = "demo_out"
-    """Folder for everything it makes."""
+    """Folder for all outputs."""
     small: bool = False
-    """A few steps of everything, to see that it runs."""
+    """Run only a few steps of each stage, to check that all stages work."""

@@ -18,21 +18,21 @@ class ReferenceSettings(Section):
     reference: PathText
     """Pictures (folder, or .npz in ADM's layout), or .npz of statistics (mu, sigma)."""
     out: PathText
-    """File to write."""
+    """File to write: JSON."""
     inception_weights: PathText | None = None
-    """Local file of torch-fidelity's Inception weights; or"""
+    """Local file of torch-fidelity's Inception weights; required for FID unless ``--features`` is given."""
     features: PathText | None = None
-    """a feature network (safetensors) in place of Inception."""
+    """Feature network (.safetensors) instead of Inception."""
     dinov2_weights: PathText | None = None
-    """Local file of DINOv2's weights, ViT-L/14 in published figures: their class token gives FDD."""
+    """Local file of DINOv2's weights, for FDD on the class token; published scores use ViT-L/14."""
     reference_name: str | None = None
-    """What the reference is, for every output, such as ``ImageNet validation``; default: its path."""
+    """Name of the reference in all outputs, such as ``ImageNet validation``; default: its path."""
     preparation: Preparation = "none"
-    """How the reference's pictures are resized: not at all, as published, or as ADM's reference batches were."""
+    """How the reference's pictures are resized: not at all, as published, or as in ADM's reference batches."""
     size: int | None = Field(None, ge=1)
-    """Side of the prepared reference pictures."""
+    """Side of the resized reference pictures in pixels; required with published and adm."""
     batch: int = Field(64, ge=1)
-    """Pictures of one forward pass."""
+    """Pictures per forward pass."""
 
     @model_validator(mode="after")
     def _one_network(self) -> "ReferenceSettings":
@@ -47,22 +47,22 @@ class ReferenceSettings(Section):
 
 
 class EvaluateSettings(ReferenceSettings):
-    """FID, FDD, Inception Score, precision and recall, class accuracy, written to a JSON file.
+    """Compute FID, FDD, Inception Score, precision and recall, or class accuracy, and write them to a JSON file.
 
-    FDD, the Fréchet distance between class tokens of DINOv2, is computed beside FID, or alone where DINOv2 is the only
-    network that is named. Figures of fewer than 50,000 samples are labelled with their number: FID-10k.
+    FDD, the Fréchet distance between class tokens of DINOv2, is computed in addition to FID, or alone if DINOv2 is the
+    only network given. Scores of fewer than 50,000 samples are labelled with their number, such as FID-10k.
     """
 
     generated: PathText
-    """A sampling job's folder, a folder of pictures, or .npz in ADM's layout."""
+    """Pictures to score: a folder written by sample, a folder of pictures, or .npz in ADM's layout."""
     precision_recall: bool = False
-    """Also precision and recall (memory grows with samples x reference)."""
+    """Also compute precision and recall (memory: number of samples x size of the reference)."""
     classifier: PathText | None = None
-    """Feature network that judges whether samples show the class asked for."""
+    """Feature network (.safetensors) that classifies the samples, for the accuracy of the requested classes."""
     labels: PathText | None = None
-    """manifest.json of the sampling job (or .npz with arr_1), for the classifier."""
+    """Requested classes, for the classifier: manifest.json of the sampling job, or .npz with arr_1."""
     cache: PathText | None = None
-    """Folder for features and statistics, named by content."""
+    """Folder in which features and statistics are kept for later runs, under names made from their content."""
 
     @model_validator(mode="after")
     def _precision_has_a_network(self) -> "EvaluateSettings":
@@ -72,10 +72,14 @@ class EvaluateSettings(ReferenceSettings):
 
 
 class StatisticsSettings(ReferenceSettings):
-    """Mean and covariance of a reference's features, computed once: what ``evaluate --reference`` and a recipe's
-    ``preview.fid_reference`` take in place of the pictures. Precision and recall still need the pictures themselves.
-    A file holds the features of one network.
+    """Compute the mean and covariance of a reference's features and write them to an .npz file.
+
+    ``evaluate --reference`` and a recipe's ``preview.fid_reference`` accept the file instead of the pictures. A file
+    holds the statistics of one network. Precision and recall require the pictures.
     """
+
+    out: PathText
+    """File to write: .npz."""
 
     @model_validator(mode="after")
     def _one_network_a_file(self) -> "StatisticsSettings":
@@ -85,7 +89,7 @@ class StatisticsSettings(ReferenceSettings):
 
 
 class ProbeSettings(Section):
-    """Linear classifiers on the hidden states of every layer of a frozen prior."""
+    """Train linear classifiers on the hidden states of every layer of a frozen prior."""
 
     NOT_RECORDED = frozenset({"model", "train", "val", "out"})
     FIRST_RECORDED = frozenset({"passes", "batch", "learning_rates", "seed"})
@@ -93,18 +97,18 @@ class ProbeSettings(Section):
     model: PathText
     """Model directory of a prior or VQ baseline."""
     train: PathText
-    """Labelled token shards; their views are the augmentation."""
+    """Labelled token shards to train on; their views are the data augmentation."""
     val: PathText
     """Labelled token shards to report accuracy on."""
     out: PathText
-    """Folder for probe.json and probe.png."""
+    """Folder to write: probe.json, probe.png."""
     passes: int = Field(30, ge=1)
-    """Passes over all training samples."""
+    """Number of passes over all training samples."""
     batch: int = Field(256, ge=1)
-    """Samples a step over all processes."""
+    """Samples per step, over all processes."""
     learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], Option(metavar="RATE")] = Field(
         [0.05, 0.1, 0.2, 0.4, 0.8], min_length=1
     )
-    """Peak rates, trained side by side (published: 0.4)."""
+    """Peak learning rates; each trains a classifier of its own (published: 0.4)."""
     seed: int = 0
     """Seed of the order of samples."""

@@ -83,7 +83,7 @@ class Decoding:
     """
 
     temperature: float = 1.0
-    """Divides the logits."""
+    """Sampling temperature, by which the logits are divided."""
     top_k: int | None = None
     """Only the k most probable codes; None: all. 1 is greedy decoding."""
     top_p: float | None = None
@@ -131,8 +131,8 @@ def _record(options: Guidance | Decoding, first: tuple[str, ...]) -> dict[str, A
 
 _Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
 _Scale = Annotated[float, Field(ge=0, le=LARGEST)]
-_PRIOR = Option(group="drawing from the prior (published: top-k 200 for base, 400 for large)")
-_PIXELS = Option(group="drawing from the pixel decoder (published: top-p 0.8 for AR; 8 steps for NAR)")
+_PRIOR = Option(group="sampling from the prior (published: top-k 200 for base, 400 for large)")
+_PIXELS = Option(group="sampling from the pixel decoder (published: top-p 0.8 for AR; 8 steps for NAR)")
 _GIVEN = "starting from given pictures or tokens"
 
 
@@ -146,69 +146,70 @@ class ModelSettings(Section):
     vqgan: PathText
     """VQGAN checkpoint."""
     vqgan_config: PathText | None = None
-    """Its taming-style YAML; default: MAGE's."""
+    """Configuration of the VQGAN, taming-style YAML; default: MAGE's."""
     encoder: Annotated[PathText | None, Option(group=_GIVEN)] = None
-    """Encoder weights that make tokens of given pictures."""
+    """Encoder weights, to tokenise given pictures."""
     num_heads: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
-    """Attention heads of that encoder where they are not those of the published models."""
+    """Attention heads of the encoder; default: those of the published models."""
     codebook: Annotated[PathText | None, Option(group=_GIVEN)] = None
-    """Codebook that makes tokens of given pictures."""
+    """Codebook (.npy), to tokenise given pictures."""
     resize: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)
-    """Short side of given pictures before their centre is cut out, as the tokens were made; default: the cut's."""
+    """Short side in pixels to which given pictures are resized before the centre crop; default: the crop's size."""
     batch: int | None = Field(None, ge=1)
-    """Pictures that a process computes together (in fp64, the CPU's default, it changes no picture); default: 64 on
-    CPUs, 512 on GPUs."""
+    """Pictures per forward pass and process; in fp64, the default on CPUs, it does not change the pictures; default: 64
+    on CPUs, 512 on GPUs."""
     precision: Annotated[Literal["fp64", "fp32", "bf16"] | None, ShortPrecision] = None
-    """Arithmetic of the transformers; default: fp64 on CPUs, where no batch size changes a token, bf16 on GPUs."""
+    """Floating-point precision of the transformers; default: fp64 on CPUs, bf16 on GPUs."""
     vqgan_precision: Annotated[Literal["fp32", "fp16", "bf16"], ShortPrecision] = "fp32"
-    """Arithmetic of the VQGAN. Halves are several times as fast on a GPU; of 255 levels fp16 changes pixels by one at
-    most, bf16 by half a level on average and a few at most."""
+    """Floating-point precision of the VQGAN. fp16 and bf16 are several times faster on a GPU; fp16 changes 8-bit pixel
+    values by at most 1, bf16 by 0.5 on average and a few at most."""
     vqgan_compile: bool = False
-    """Compile its decoder, for thousands of pictures on a GPU; pixels may then differ by rounding."""
+    """Compile the decoder of the VQGAN with torch.compile, worthwhile for thousands of pictures on a GPU; pixels may
+    differ by rounding."""
 
 
 class DrawSettings(Section):
     """Which pictures are drawn, and how their tokens are."""
 
     count: int | None = Field(None, ge=1)
-    """Number of pictures, classes in turn; or"""
+    """Number of pictures, distributed over the classes in turn."""
     per_class: int | None = Field(None, ge=1)
-    """pictures of each class."""
+    """Number of pictures of each class; excludes ``--count``."""
     classes: Annotated[list[int | str] | None, Option(metavar="CLASS")] = None
-    """Labels or names of classes to draw, in turn; default: all, which balances them. Of given pictures: theirs."""
+    """Labels or names of the classes to sample, in turn; default: all, or the classes of the given pictures."""
     seed: int = 0
-    """Seed of the job; each picture derives its own from it and its number."""
+    """Seed of the job; the seed of a picture is derived from it and from the number of the picture."""
     keep: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=0)
-    """Leading tokens of each given picture to keep, the prior writing the rest; default: all."""
+    """Number of leading tokens of each given picture to keep; the prior samples the rest; default: all."""
 
     temperature: Annotated[_Positive, _PRIOR] = 1.0
-    """Divides the logits."""
+    """Sampling temperature, by which the logits are divided."""
     top_k: Annotated[int | None, _PRIOR] = Field(None, ge=1)
-    """Only the k most probable codes; 1 is greedy decoding; default: all."""
+    """Sample from the k most probable codes only; 1 is greedy decoding; default: all codes."""
     top_p: Annotated[float | None, _PRIOR] = Field(None, gt=0)
-    """Only the most probable codes that make up this mass; default: all."""
+    """Sample from the fewest most probable codes whose probabilities sum to at least this; default: all codes."""
     guidance: Annotated[_Scale, _PRIOR] = 1.0
-    """Classifier-free guidance scale; 1: none."""
+    """Scale of classifier-free guidance; 1: no guidance."""
     guidance_schedule: Annotated[Schedule, _PRIOR] = "constant"
-    """``linear`` and ``cosine`` rise from 1 at the first token to the scale at the last; ``power-cosine``, of RAR, is
-    at token t of T ``1 + (scale - 1) * (1 - cos(pi * (t / T) ** exponent)) / 2``."""
+    """``linear`` and ``cosine`` rise from 1 at the first token to the scale at the last; ``power-cosine``, as in
+    RAR, is ``1 + (scale - 1) * (1 - cos(pi * (t / T) ** exponent)) / 2`` at token t of T."""
     guidance_exponent: Annotated[_Positive, _PRIOR] = 1.0
-    """Exponent of ``power-cosine``; above 1 guidance rises later."""
+    """Exponent of ``power-cosine``; above 1, the scale rises later."""
     guidance_interval: Annotated[tuple[float, float], Option(metavar=("FROM", "TO"), group=_PRIOR.group)] = Field(
         (0.0, 1.0), strict=False
     )
-    """Share of the way through the image between which guidance acts."""
+    """Positions of the first and the last guided token, as fractions of the token sequence."""
 
     decoder_temperature: Annotated[_Positive, _PIXELS] = 1.0
-    """Divides the logits."""
+    """Sampling temperature, by which the logits are divided."""
     decoder_top_k: Annotated[int | None, _PIXELS] = Field(None, ge=1)
-    """Only the k most probable codes; default: all."""
+    """Sample from the k most probable codes only; default: all codes."""
     decoder_top_p: Annotated[float | None, _PIXELS] = Field(None, gt=0)
-    """Only the most probable codes that make up this mass; default: all."""
+    """Sample from the fewest most probable codes whose probabilities sum to at least this; default: all codes."""
     steps: Annotated[int, _PIXELS] = Field(8, ge=1)
-    """Iterations of a NAR decoder."""
+    """Number of iterations of a NAR decoder."""
     choice_temperature: Annotated[_Scale, _PIXELS] = 4.5
-    """Noise on a NAR decoder's confidence; falls to 0 over the steps."""
+    """Weight of the Gumbel noise on the confidences of a NAR decoder; decreases to 0 over the steps."""
 
     @model_validator(mode="after")
     def _check(self) -> "DrawSettings":
@@ -237,9 +238,10 @@ class DrawSettings(Section):
 
 
 class SampleSettings(DrawSettings, ModelSettings):
-    """Pictures: prior -> pixel decoder -> VQGAN; continues an interrupted job.
+    """Sample pictures: prior -> pixel decoder -> VQGAN; continues an interrupted job.
 
-    Without a count, a few pictures are drawn: 4 of each of the first 16 classes, or 64 without classes.
+    Without ``--count`` or ``--per-class``, 4 pictures of each of the first 16 classes are sampled, or 64 if the prior
+    has no classes.
     """
 
     # The models, the VQGAN and given pictures are recorded by their content, classes and precisions as they come out,
@@ -259,10 +261,10 @@ class SampleSettings(DrawSettings, ModelSettings):
     out: PathText
     """Folder to write: images/, tokens.npz, grid.png, manifest.json."""
     adm_array: Annotated[bool, Option(name="npz")] = False
-    """Also write samples.npz in the layout of ADM's evaluator."""
+    """Also write samples.npz, the input format of ADM's evaluator."""
     from_images: Annotated[PathText | None, Option(metavar="DIR", group=_GIVEN)] = None
-    """Reconstruct (or with ``keep`` complete) these pictures."""
+    """Pictures to reconstruct or, with ``--keep``, to complete."""
     labels: Annotated[PathText | None, Option(metavar="FILE", group=_GIVEN)] = None
     """Classes of pictures without class folders: Kaggle's LOC_val_solution.csv or ImageNet's devkit."""
     from_tokens: Annotated[PathText | None, Option(metavar="NPZ", group=_GIVEN)] = None
-    """First-stage tokens, such as a job's tokens.npz."""
+    """First-stage tokens to decode, such as tokens.npz of a sampling job."""

@@ -9,8 +9,8 @@ class DoctorSettings(Section):
     """Check this machine, or under srun or torchrun this cluster, before a long run."""
 
     folder: PathText = "."
-    """Where runs will be written; all ranks must see it."""
+    """Folder where runs will be written; must be readable and writable on all ranks."""
     shards: PathText | None = None
-    """Token shards to check a sample of."""
+    """Token shards of which a sample is checked."""
     timeout: float = Field(60, gt=0, le=86400 * 30)
-    """Seconds after which a rank counts as lost."""
+    """Seconds to wait for a rank before it counts as lost."""

@@ -8,9 +8,9 @@ from digit_ds.settings import Option, PathText, Section
 
 
 class FromOfficial(Section):
-    """Published (fairseq) checkpoint -> released model directory. Nothing in the checkpoint is run: tensors and plain
-    values are read, and the argparse.Namespace or omegaconf objects that older files keep their configuration in are
-    read as plain values; anything else is refused.
+    """Convert a published (fairseq) checkpoint to a released model directory. No code in the checkpoint is executed:
+    tensors and plain values are read, and argparse.Namespace or omegaconf objects, the configuration in older files,
+    are read as plain values; any other object is refused.
     """
 
     checkpoint: Annotated[PathText, Option(positional=True, metavar="CKPT")]
@@ -18,21 +18,21 @@ class FromOfficial(Section):
     out: Annotated[PathText, Option(positional=True, metavar="OUT_DIR")]
     """New model directory."""
     encoder_out: Annotated[PathText | None, Option(metavar="PTH")] = None
-    """Also write the encoder it carries, as Meta's .pth files."""
+    """Also write the encoder in the checkpoint, in the format of Meta's .pth files."""
     codebook_out: Annotated[PathText | None, Option(metavar="NPY")] = None
-    """Also write the centroids it carries, [K, E]."""
+    """Also write the codebook in the checkpoint, .npy [K, E]."""
     vqgan_out: Annotated[PathText | None, Option(metavar="CKPT")] = None
-    """Also write the VQGAN it carries, as MAGE's .ckpt."""
+    """Also write the VQGAN in the checkpoint, in the format of MAGE's .ckpt."""
     drop_carried: bool = False
-    """Do not keep encoder, codebook and VQGAN beside the model (carried.safetensors), where to-official finds them."""
+    """Do not store encoder, codebook and VQGAN beside the model (carried.safetensors); to-official reads them there."""
     grid: Annotated[tuple[int, int], Option(metavar=("ROWS", "COLUMNS"))] = Field((16, 16), strict=False)
-    """Token grid, which checkpoints do not state."""
+    """Size of the token grid, which checkpoints do not state."""
 
 
 class ToOfficial(Section):
-    """Released model directory -> published checkpoint. fairseq loads a checkpoint strictly only if it holds the frozen
-    encoder, codebook and VQGAN too. They come from the model directory, where from-official left them
-    (carried.safetensors), or from these files.
+    """Convert a released model directory to a published (fairseq) checkpoint. fairseq loads a checkpoint strictly only
+    if it also holds the frozen encoder, codebook and VQGAN. They are read from the model directory, where
+    from-official stores them (carried.safetensors), or from the files given.
     """
 
     model: Annotated[PathText, Option(positional=True, metavar="MODEL_DIR")]
@@ -40,26 +40,26 @@ class ToOfficial(Section):
     out: Annotated[PathText, Option(positional=True, metavar="OUT.pt")]
     """New checkpoint file."""
     encoder: Annotated[PathText | None, Option(metavar="PTH")] = None
-    """DINOv2 checkpoint to put inside."""
+    """DINOv2 weights to include."""
     codebook: Annotated[PathText | None, Option(metavar="NPY")] = None
-    """Centroids [K, E] to put inside."""
+    """Codebook .npy [K, E] to include."""
     vqgan: Annotated[PathText | None, Option(metavar="CKPT")] = None
-    """VQGAN checkpoint to put inside."""
+    """VQGAN checkpoint to include."""
 
 
 class ToMegatron(Section):
-    """Released model directory -> one file for each tensor-parallel rank, to train from."""
+    """Convert a released model directory to one file for each tensor-parallel rank, to train from."""
 
     model: Annotated[PathText, Option(positional=True, metavar="MODEL_DIR")]
     """Released model directory."""
     out: Annotated[PathText, Option(positional=True, metavar="CKPT_DIR")]
-    """New directory of parts."""
+    """New directory of tensor-parallel parts."""
     tensor_parallel: Annotated[int, Option(metavar="N")]
-    """Number of ranks."""
+    """Tensor-parallel size: number of ranks."""
 
 
 class FromMegatron(Section):
-    """Tensor-parallel parts -> released model directory."""
+    """Convert tensor-parallel parts to a released model directory."""
 
     parts: Annotated[PathText, Option(positional=True, metavar="CKPT_DIR")]
     """Directory that to-megatron wrote."""

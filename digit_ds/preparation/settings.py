@@ -15,7 +15,7 @@ Precision = Annotated[Literal["fp32", "fp16", "bf16"], ShortPrecision]
 
 
 class SplitSettings(Section):
-    """Two folders of links, OUT/train and OUT/val, from a folder of images; a share of each class is held out."""
+    """Split a folder of images into two folders of links, OUT/train and OUT/val; a share of each class is held out."""
 
     NOT_RECORDED = frozenset({"images", "out"})
     FIRST_RECORDED = frozenset({"share", "seed"})
@@ -25,9 +25,9 @@ class SplitSettings(Section):
     out: PathText
     """New folder."""
     share: float = Field(0.1, gt=0, lt=1)
-    """Share of each class that is held out; at least one image of it."""
+    """Share of each class that is held out, at least one image."""
     seed: int = 0
-    """Seed of the choice, which depends on it and on the images' names alone."""
+    """Seed of the split, which depends only on the seed and on the names of the images."""
 
 
 class JobSettings(Section):
@@ -53,42 +53,43 @@ class JobSettings(Section):
     encoder: Annotated[PathText, Option(metavar="WEIGHTS")]
     """Weights of DINOv2, DINOv3, SigLIP, MAE, MoCo v3 or iBOT (docs/preparation.md lists the files)."""
     layer: int = 3
-    """Which block from the end gives the features."""
+    """Encoder block whose output is used, counted from the last, which is 1."""
     num_heads: int | None = Field(None, ge=1)
-    """Attention heads where they are not those of the published models, most of which have width // 64."""
+    """Attention heads of the encoder; default: those of the published models, width // 64 for most."""
     out: PathText
-    """New directory, or one in which this very job was begun."""
+    """New directory, or the directory of the same job, which then continues."""
     flips: Annotated[bool, Option(name="flip")] = True
-    """Whether random views may be mirrored; not for pictures that mean something else then, such as digits."""
+    """Flip random views horizontally with probability 0.5; ``--no-flip`` for images whose meaning it changes, such as
+    digits."""
     seed: int = 0
-    """Seed of crops, flips and kept patches; what is drawn depends on it and on the image's name alone."""
+    """Seed of crops, flips and kept patches, which depend only on the seed and on the name of the image."""
     batch: int = Field(256, ge=1)
-    """Views at a time."""
+    """Views per forward pass."""
     precision: Precision = "fp32"
-    """Arithmetic of the networks."""
+    """Floating-point precision of the networks."""
     compile: bool = False
-    """Fuse the networks with torch.compile: faster after a minute's work, other rounding."""
+    """Compile the networks with torch.compile: faster after about a minute of compilation; rounding differs."""
     decoder: JpegDecoder = "cpu"
-    """Where JPEG files are decoded; a GPU's pixels differ by a level or two here and there."""
+    """Where JPEG files are decoded; a GPU decodes some pixels to values that differ by 1 or 2 of 255."""
     workers: int | None = Field(None, ge=0)
-    """Decoding processes per rank; default: all cores, shared among the machine's ranks."""
+    """Decoding processes per rank; default: all cores, divided among the ranks of the machine."""
     block_images: int = Field(1024, ge=1)
-    """Images per chunk or block of shards, the unit of restarting."""
+    """Images per chunk or block of shards; an interrupted job restarts at a whole one."""
     max_skipped: float = Field(0.25, ge=0, le=1)
-    """Largest share of images that may be unreadable."""
+    """Largest accepted share of unreadable images."""
 
 
 class FeatureSettings(JobSettings):
-    """The encoder's features of one random crop of every image, for K-Means."""
+    """Extract the encoder's features of one random crop of each image, for K-Means."""
 
     image_size: int | None = Field(None, ge=1)
-    """Side of the crop, to which the short side is scaled first; default: the encoder's own (224 of DINOv2)."""
+    """Side of the crop in pixels, to which the short side is scaled first; default: the encoder's (DINOv2: 224)."""
     points: int | None = None
-    """Patches kept of each image, drawn at random; default: all."""
+    """Number of random patches to keep of each image; default: all."""
     fraction: float | None = None
-    """Share of patches kept, drawn patch by patch."""
+    """Probability with which each patch is kept; excludes ``--points``."""
     dtype: Precision = "fp16"
-    """Stored type."""
+    """Data type of the stored features."""
 
     @model_validator(mode="after")
     def _one_of(self) -> "FeatureSettings":
@@ -98,57 +99,59 @@ class FeatureSettings(JobSettings):
 
 
 class TokenSettings(JobSettings):
-    """Token shards (MDS) of an image folder: discriminative and VQ tokens of the same views."""
+    """Tokenise images into token shards (MDS): discriminative and VQ tokens of the same views."""
 
     codebook: Annotated[PathText, Option(metavar="NPY")]
-    """Centroids [K, E]."""
+    """Codebook: centroids, .npy [K, E]."""
     vqgan: Annotated[PathText | None, Option(metavar="CKPT")] = None
-    """VQGAN; default: discriminative tokens alone."""
+    """VQGAN checkpoint; default: none, only discriminative tokens are written."""
     vqgan_config: Annotated[PathText | None, Option(metavar="YAML")] = None
-    """Its taming-style configuration; default: the published sizes."""
+    """Configuration of the VQGAN, taming-style YAML; default: MAGE's."""
     views: int | None = Field(None, ge=1)
-    """Samples per image; default: 1, and 10 with ten-crop."""
+    """Views, each one sample, per image; default: 1, with ten-crop 10."""
     crops: CropKind = "training"
-    """How views are cut: the centre, then random; random; corners and centre; random parts of 8 to 100 %."""
+    """Crops of an image. training: the centre, then random ones; random: random ones only; ten-crop: corners and
+    centre, each also flipped; random-resized-crop: random parts of 8 to 100 % of the area."""
     image_size: int | None = Field(None, ge=1)
-    """Side of a view; default: the largest that the encoder takes (256 of DINOv2)."""
+    """Side of a view in pixels; default: the largest that the encoder accepts (DINOv2: 256)."""
     resize: int | None = Field(None, ge=1)
-    """Short side before cropping; default: the image size, 1.1 times that for ten-crop."""
+    """Short side in pixels to which images are resized before cropping; default: the image size, for ten-crop 1.1
+    times that."""
     class_order: ClassOrder = "lexicographic"
-    """How class folders become labels; numeric for folders that are numbers."""
+    """Order in which class folders are numbered as labels; numeric for folders named by numbers."""
 
 
 class VerifySettings(Section):
-    """Check token shards: hashes, counts, views, id ranges. With the parts that made the shards, a sample of images is
-    tokenised again and compared.
+    """Check token shards: hashes, counts, views, id ranges. With ``--images``, ``--encoder`` and ``--codebook``, a
+    sample of the images is also tokenised again and compared.
     """
 
     shards: Annotated[PathText, Option(positional=True, metavar="SHARDS_DIR")]
     """Complete directory of token shards."""
-    images: Annotated[PathText | None, Option(metavar="PATH", group="checking a sample of tokens again")] = None
-    """The images."""
-    labels: Annotated[PathText | None, Option(metavar="FILE", group="checking a sample of tokens again")] = None
-    """The file of classes that was given with them."""
-    encoder: Annotated[PathText | None, Option(metavar="WEIGHTS", group="checking a sample of tokens again")] = None
-    """The encoder's weights."""
-    layer: Annotated[int, Option(group="checking a sample of tokens again")] = 3
-    """Which block from the end gives the features."""
-    num_heads: Annotated[int | None, Option(group="checking a sample of tokens again")] = Field(None, ge=1)
-    """Attention heads where they are not those of the published models."""
-    codebook: Annotated[PathText | None, Option(metavar="NPY", group="checking a sample of tokens again")] = None
-    """The centroids."""
-    vqgan: Annotated[PathText | None, Option(metavar="CKPT", group="checking a sample of tokens again")] = None
-    """The VQGAN, for shards that hold VQ tokens."""
-    vqgan_config: Annotated[PathText | None, Option(metavar="YAML", group="checking a sample of tokens again")] = None
-    """Its configuration; default: the published sizes."""
-    precision: Annotated[Precision, Option(group="checking a sample of tokens again")] = "fp32"
-    """Arithmetic."""
-    sample: Annotated[int, Option(group="checking a sample of tokens again")] = Field(64, ge=1)
-    """Samples to tokenise again."""
-    agreement: Annotated[float, Option(group="checking a sample of tokens again")] = Field(0.99, ge=0, le=1)
-    """Smallest share of equal tokens."""
-    sheet: Annotated[PathText | None, Option(metavar="PNG", group="checking a sample of tokens again")] = None
-    """Write a picture: image, token map, reconstruction."""
+    images: Annotated[PathText | None, Option(metavar="PATH", group="tokenising a sample again")] = None
+    """Images that the shards were made from."""
+    labels: Annotated[PathText | None, Option(metavar="FILE", group="tokenising a sample again")] = None
+    """File of classes that was given to tokenize, if any."""
+    encoder: Annotated[PathText | None, Option(metavar="WEIGHTS", group="tokenising a sample again")] = None
+    """Encoder weights that the shards were made with."""
+    layer: Annotated[int, Option(group="tokenising a sample again")] = 3
+    """Encoder block whose output is used, counted from the last, which is 1."""
+    num_heads: Annotated[int | None, Option(group="tokenising a sample again")] = Field(None, ge=1)
+    """Attention heads of the encoder; default: those of the published models."""
+    codebook: Annotated[PathText | None, Option(metavar="NPY", group="tokenising a sample again")] = None
+    """Codebook (.npy) that the shards were made with."""
+    vqgan: Annotated[PathText | None, Option(metavar="CKPT", group="tokenising a sample again")] = None
+    """VQGAN that the shards were made with, if they hold VQ tokens."""
+    vqgan_config: Annotated[PathText | None, Option(metavar="YAML", group="tokenising a sample again")] = None
+    """Configuration of the VQGAN, taming-style YAML; default: MAGE's."""
+    precision: Annotated[Precision, Option(group="tokenising a sample again")] = "fp32"
+    """Floating-point precision of the networks."""
+    sample: Annotated[int, Option(group="tokenising a sample again")] = Field(64, ge=1)
+    """Number of samples to tokenise again."""
+    agreement: Annotated[float, Option(group="tokenising a sample again")] = Field(0.99, ge=0, le=1)
+    """Smallest accepted share of equal tokens."""
+    sheet: Annotated[PathText | None, Option(metavar="PNG", group="tokenising a sample again")] = None
+    """Also write an overview of the sample: image, token map, reconstruction."""
 
     @property
     def again(self) -> bool:

@@ -8,39 +8,41 @@ Size = Literal["base", "large"]
 
 
 class FetchSettings(Section):
-    """Fetch published weights: what a row of the paper's table needs is downloaded, checked and converted, and the
-    command printed that draws pictures. Continues where it was interrupted; what is there is not fetched again.
+    """Download the published weights of one model size, check and convert them, and print the sample command that uses
+    them.
 
-    From DAMO-NLP-SG/DiGIT on the Hugging Face Hub come the prior, the pixel decoder and the codebook, from Meta's
-    server DINOv2. HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are honoured.
+    An interrupted download continues; files that exist are not downloaded again. The prior, the pixel decoder and the
+    codebook come from DAMO-NLP-SG/DiGIT on the Hugging Face Hub, DINOv2 from Meta's server. The environment variables
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are used.
     """
 
     size: Annotated[Size, Option(positional=True)]
-    """Which models: base (219M parameters, 8,192 codes) or large (732M, 16,384 codes)."""
+    """Model size: base (219M parameters, 8,192 codes) or large (732M parameters, 16,384 codes)."""
     dir: PathText = "weights"
     """Folder to write."""
     source: Annotated[PathText | None, Option(name="from", metavar="DIR")] = None
-    """Take the files from this folder, where they were copied to (at any depth), and download nothing."""
+    """Folder that holds the downloaded files (at any depth); nothing is downloaded then."""
     prior: Annotated[str | None, Option(metavar="FILE")] = None
-    """The prior's checkpoint where it is another than the unconditional one: its path in the repository or folder."""
+    """Path of the prior's checkpoint in the repository or folder; default: the unconditional one."""
     decoder: Annotated[str | None, Option(metavar="FILE")] = None
-    """Likewise the pixel decoder's."""
+    """Path of the pixel decoder's checkpoint in the repository or folder; default: the autoregressive one."""
 
 
 class PublishSettings(Section):
     """Upload a released model directory to the Hugging Face Hub, with a model card that states recipe, data, scores and
-    licences. All files arrive in one commit. HF_ENDPOINT and HF_TOKEN are honoured.
+    licences. All files are uploaded in one commit. The environment variables HF_ENDPOINT and
+    HF_TOKEN are used.
     """
 
     model: Annotated[PathText, Option(positional=True, metavar="MODEL")]
     """Released model directory."""
     repository: Annotated[str, Option(positional=True, metavar="OWNER/NAME")]
-    """Repository; made where it does not exist."""
+    """Repository on the Hub; created if it does not exist."""
     scores: Annotated[PathText | None, Option(metavar="JSON")] = None
-    """What evaluate wrote for pictures of this model."""
+    """JSON file that evaluate wrote for pictures of this model."""
     recipe: Annotated[PathText | None, Option(metavar="YAML")] = None
-    """The run's recipe.yaml, to be printed in the card."""
+    """recipe.yaml of the run, to include in the model card."""
     license: str = "mit"
-    """Licence of the model, as the Hub names licences."""
+    """Licence of the model, by its identifier on the Hub."""
     private: bool = False
-    """Make a new repository private."""
+    """Create the repository as a private one."""

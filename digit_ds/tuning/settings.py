@@ -8,36 +8,36 @@ from pydantic import Field, model_validator
 from digit_ds.generation.settings import LARGEST, SMALLEST, SampleSettings, Schedule
 from digit_ds.settings import Option, PathText
 
-_SEARCH = Option(group="what is tried and how it is scored")
+_SEARCH = Option(group="combinations and their scores")
 
 
 class GuidanceSettings(SampleSettings):
-    """FID at every scale and exponent of guidance; continues an interrupted search.
+    """Compute FID at every combination of guidance scale and exponent; continues an interrupted search.
 
-    Takes the options of ``sample``; every combination is drawn with the same random numbers. The reference should not
-    be the one that final figures are computed against: a scale that is chosen on it flatters them.
+    Accepts the options of ``sample``. All combinations are sampled with the same seeds. Use another reference for the
+    final scores: scores against the reference that the scale was chosen on are biased.
     """
 
     out: PathText
     """Folder to write: guidance.json, and for each combination a sampling job in samples/ and its scores in scores/."""
     guidance_schedule: Annotated[Schedule, Option(group=_SEARCH.group)] = "power-cosine"
-    """Schedule of all combinations."""
+    """Guidance schedule of all combinations."""
     guidance: Annotated[float, Option(hidden=True)] = 1.0
     """Refused: ``scales`` are searched."""
     guidance_exponent: Annotated[float, Option(hidden=True)] = 1.0
     """Refused: ``exponents`` are searched."""
     scales: Annotated[list[Annotated[float, Field(ge=0, le=LARGEST)]], _SEARCH] = Field(min_length=1)
-    """Guidance scales to try; 1, without guidance, is drawn once."""
+    """Guidance scales to try; 1 is no guidance and is sampled once."""
     exponents: Annotated[list[Annotated[float, Field(ge=SMALLEST, le=LARGEST)]], _SEARCH] = Field([1.0], min_length=1)
     """Exponents of ``power-cosine`` to try with each scale."""
     reference: Annotated[PathText, _SEARCH]
     """Pictures of the samples' size (folder, or .npz in ADM's layout), or .npz of statistics (mu, sigma)."""
     inception_weights: Annotated[PathText | None, _SEARCH] = None
-    """Local file of torch-fidelity's Inception weights; or"""
+    """Local file of torch-fidelity's Inception weights; required unless ``--features`` is given."""
     features: Annotated[PathText | None, _SEARCH] = None
-    """a feature network (safetensors) in place of Inception."""
+    """Feature network (.safetensors) instead of Inception."""
     reference_name: Annotated[str | None, _SEARCH] = None
-    """What the reference is, for every output, such as ``ImageNet training``; default: its path."""
+    """Name of the reference in all outputs, such as ``ImageNet training``; default: its path."""
 
     @model_validator(mode="after")
     def _check_search(self) -> "GuidanceSettings":
