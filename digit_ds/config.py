@@ -263,7 +263,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"{name}: {section!r} is a value, not a section")
+            raise UserError(f"{name}: {section!r} is a value, expected a section of the recipe")
     values[key] = parse_yaml(text, f"{name} is {text!r}")
 
 
@@ -277,18 +277,19 @@ def _check_combinations(recipe: Recipe, path: Path) -> None:
         raise UserError(f"{path}: {error}") from error
     for name, size in (("model.heads", model.heads), ("model.ffn_width", model.feed_forward)):
         if size % tensor:
-            raise UserError(f"{path}: {name} {size} is not divisible by parallel.tensor {tensor}")
+            raise UserError(f"{path}: {name} is {size}, expected a multiple of parallel.tensor {tensor}")
     if model.class_conditional and model.kind in ("ar", "nar"):
-        raise UserError(f"{path}: model.class_conditional is true, but a pixel decoder ({model.kind}) takes no class")
+        raise UserError(f"{path}: model.class_conditional is true, expected false for a pixel decoder ({model.kind})")
     if training.class_dropout and not model.class_conditional:
         raise UserError(
-            f"{path}: training.class_dropout is {training.class_dropout}, but model.class_conditional is false"
+            f"{path}: training.class_dropout is {training.class_dropout}, but model.class_conditional is false, "
+            "expected 0"
         )
     _check_order(recipe, path)
     if training.micro_batch != "auto" and training.global_batch % training.micro_batch:
         raise UserError(
-            f"{path}: training.global_batch {training.global_batch} is not a multiple of "
-            f"training.micro_batch {training.micro_batch}"
+            f"{path}: training.global_batch is {training.global_batch}, expected a multiple of training.micro_batch "
+            f"{training.micro_batch}"
         )
 
 
@@ -297,7 +298,10 @@ def _check_order(recipe: Recipe, path: Path) -> None:
     kind, order, anneal = recipe.model.kind, recipe.training.order, recipe.training.order_anneal
     if order == "raster":
         if anneal is not None:
-            raise UserError(f"{path}: training.order_anneal is {list(anneal)}, but training.order is raster")
+            raise UserError(
+                f"{path}: training.order_anneal is {list(anneal)}, but training.order is raster, expected no "
+                "order_anneal, or order random"
+            )
         return
     if kind not in ("prior", "vq"):
         raise UserError(f"{path}: training.order is random, but model.kind is {kind}, expected prior or vq")
@@ -316,7 +320,9 @@ def _check_preview(preview: PreviewConfig, path: Path) -> None:
         raise UserError(f"{path}: preview.fid_samples is 1, expected at least 2 (0: no FID)")
     for key in ("vqgan", "fid_reference"):
         if getattr(preview, key) is None:
-            raise UserError(f"{path}: preview.fid_samples is {preview.fid_samples}, but preview.{key} is not set")
+            raise UserError(
+                f"{path}: preview.fid_samples is {preview.fid_samples}, but preview.{key} is not set, expected a path"
+            )
     if (preview.fid_inception_weights is None) == (preview.fid_features is None):
         raise UserError(
             f"{path}: preview.fid_samples is {preview.fid_samples}, expected either preview.fid_inception_weights or "

@@ -109,7 +109,7 @@ def load_npz(path: Path | str, *names: str) -> dict[str, np.ndarray]:
         with found as archive:
             missing = [name for name in names if name not in archive.files]
             if missing:
-                raise UserError(f"{path}: holds no array {missing[0]!r}")
+                raise UserError(f"{path}: holds no array {missing[0]!r}, expected {', '.join(names)}")
             return {name: archive[name] for name in names or archive.files}
 
     expected = f"an .npz with {' and '.join(map(repr, names))}" if names else "an .npz of arrays"

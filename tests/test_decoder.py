@@ -191,7 +191,7 @@ def test_the_cache_equals_a_full_pass_in_any_chunks(kind, chunks, options):
 def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
     save_model(tmp_path / "model", SPEC, initial_state(SPEC, 0), {})
     model = load_model(tmp_path / "model")
-    with pytest.raises(UserError, match=r"token id 20 is outside 0\.\.19"):
+    with pytest.raises(UserError, match=r"token id is 20, expected 0\.\.19"):
         model(torch.tensor([[2, 20]]))
     for bare in (torch.tensor([[2, 5], [4, 3]]), torch.tensor([[2, 5], [8, 16]])):  # the second row, codes or code ids
         with pytest.raises(
@@ -199,10 +199,10 @@ def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
         ):
             model(bare)
     assert model(torch.tensor([[2, 5], [16, 15]])).shape == (2, 2, 16)
-    with pytest.raises(UserError, match="31 tokens was given, this prior model takes at most 30"):
+    with pytest.raises(UserError, match="has 31 tokens, expected at most 30 for this prior"):
         model(torch.zeros(1, 31, dtype=torch.int64))
     turning = Transformer(TransformerSpec("ar", 1, 8, 2, 16, "pre", 1, 9, 7, 0, grid=(3, 4), positions="rotary2d"))
-    with pytest.raises(UserError, match="26 tokens was given, this ar model takes at most 25"):
+    with pytest.raises(UserError, match="has 26 tokens, expected at most 25 for this ar"):
         turning(torch.zeros(1, 26, dtype=torch.int64))
     prefix = torch.full((1, 12), 17)  # the first discriminative code of a table behind 5 special ids and 7 VQ codes
     for wrong, message in (
@@ -212,7 +212,7 @@ def test_what_a_caller_may_get_wrong_is_one_sentence(tmp_path):
         with pytest.raises(UserError, match=message):
             turning(wrong)
     far = Transformer(TransformerSpec("ar", 1, 8, 2, 16, "pre", 11, 9, 7, 0, grid=(3, 4)))
-    with pytest.raises(UserError, match="12 tokens was given, this ar model takes at most 11"):
+    with pytest.raises(UserError, match="has 12 tokens, expected at most 11 for this ar"):
         far(torch.zeros(1, 12, dtype=torch.int64))
     with pytest.raises(ValueError, match="no cache"):
         Transformer(TransformerSpec("nar", 1, 8, 2, 16, "pre", 20, 9, 7, 0, grid=(3, 4))).new_cache(1, 5)

@@ -107,10 +107,10 @@ def test_a_damaged_copy_inside_another_layout(tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (224, 256), (518, 518), (0, 0)])
 def test_images_of_other_sizes(height, width):
     encoder = digit_ds.load_encoder(WEIGHTS, num_heads=2)
-    with pytest.raises(UserError, match=f"images are {height}x{width}, this encoder takes 224x224 or 256x256"):
+    with pytest.raises(UserError, match=f"images are {height}x{width}, expected 224x224 or 256x256"):
         encoder(torch.zeros(1, 3, height, width))
     if height == width:
-        with pytest.raises(UserError, match="this encoder takes"):
+        with pytest.raises(UserError, match=f"image_size is {height} pixels, expected 224 or 256"):
             encoder.grid(height)
 
 
@@ -123,5 +123,5 @@ def test_small_encoders_take_their_own_size_only(tmp_path):
     encoder = digit_ds.load_encoder(save(tmp_path / "a.pth", small()), layer=1)
     assert encoder.image_sizes == (32,)
     assert encoder.grid(32) == (8, 8)
-    with pytest.raises(UserError, match="images are 224x224, this encoder takes 32x32"):
+    with pytest.raises(UserError, match="images are 224x224, expected 32x32"):
         encoder(torch.zeros(1, 3, 224, 224))

@@ -221,7 +221,7 @@ def test_what_is_missing_is_one_sentence(parts, tmp_path):
     (tmp_path / "code.pth").write_bytes(b"\x80\x04cos\nsystem\n.")
     with pytest.raises(UserError, match="holds objects other than tensors"):
         evaluate(root / "one", root / "two", out, inception_weights=tmp_path / "code.pth")
-    with pytest.raises(UserError, match="is neither a folder of images"):
+    with pytest.raises(UserError, match="is no folder, expected a folder of images"):
         evaluate(tmp_path / "nothing", root / "two", out, features=judge)
     (tmp_path / "judge.safetensors").write_bytes(judge.read_bytes()[:100])
     with pytest.raises(UserError, match="expected a feature network"):
@@ -294,7 +294,7 @@ def test_pictures_of_different_sizes_are_refused_or_made_equal(parts, tmp_path, 
         (one, samples, r"one: holds 1 picture\(s\), expected at least 2"),
         (samples, one, r"one: holds 1 picture\(s\), expected at least 2"),
         (samples, tmp_path / "empty", "empty: holds no images"),
-        (samples / "000000.png", samples, "is neither a folder of images nor an .npz file"),
+        (samples / "000000.png", samples, "is no folder, expected a folder of images or an .npz"),
     ):
         for batch in (1, 64):
             with pytest.raises(UserError, match=message):
@@ -367,9 +367,9 @@ def test_what_fdd_refuses_is_one_sentence(parts, dino, tmp_path):
         evaluate(*few, out, dinov2_weights=tmp_path / "nowhere.pth")
     with pytest.raises(UserError, match="expected a vision transformer"):
         evaluate(*few, out, dinov2_weights=judge)
-    with pytest.raises(UserError, match="precision_recall is computed with Inception or a feature network"):
+    with pytest.raises(UserError, match="precision_recall is given alone, expected inception_weights or features"):
         evaluate(*few, out, dinov2_weights=dino[1], precision_recall=True)
-    with pytest.raises(UserError, match="statistics are of one network"):
+    with pytest.raises(UserError, match="expected one network for statistics"):
         save_statistics(root / "others", tmp_path / "s.npz", dinov2_weights=dino[1], features=judge)
     assert not list(tmp_path.iterdir())
 

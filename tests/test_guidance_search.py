@@ -65,7 +65,7 @@ def test_a_search_that_was_interrupted_gives_what_the_verbs_give(parts, tmp_path
     [
         ({"guidance": 2.0}, "guidance and guidance_exponent are searched, expected scales and exponents"),
         ({"guidance_schedule": "cosine", "exponents": [2.0]}, "exponents are given, but guidance_schedule is cosine"),
-        ({"count": None}, "expected a count of pictures or a count per class"),
+        ({"count": None}, "count and per_class are not given, expected one of them"),
         ({"scales": []}, "scales"),
         ({"reference": "nowhere"}, "nowhere"),
         ({"features": None}, "Inception weights: no file was given"),

@@ -323,8 +323,8 @@ def test_refusals(tmp_path):
     refused("floating-point", features="flat.npy")
     refused("floating-point", features="ids.npy")
     refused(r"chunk-00000.npy: holds float16 .*, expected the bits of bfloat16", features="mislabelled")
-    refused("at least 1", clusters=0)
-    refused("must end in .npy", out="km.txt")
+    refused("clusters is 0, expected: greater than or equal to 1", clusters=0)
+    refused("km.txt: is not a valid name for a codebook, expected a name that ends in .npy", out="km.txt")
     refused("triton needs a CUDA device|not installed", backend="triton") if not torch.cuda.is_available() else None
 
 
@@ -340,5 +340,8 @@ def test_few_points_a_cluster_are_said(tmp_path, capsys):
     np.save(tmp_path / "few.npy", np.random.default_rng(0).standard_normal((59, 4)).astype(np.float32))
     for clusters, said in ((2, True), (1, False)):
         train_kmeans(tmp_path / "few.npy", clusters, tmp_path / f"{clusters}.npy", iterations=1)
-        warned = "holds 59 points, 29.5 a cluster; fewer than 30 make centroids that fit noise"
+        warned = "holds 59 points, 29.5 per cluster, expected at least 30"
         assert (warned in capsys.readouterr().err) == said
+    with pytest.raises(UserError, match="initial centroids"):
+        train_kmeans(tmp_path / "few.npy", 2, tmp_path / "refused.npy", init=str(tmp_path / "few.npy"))
+    assert "warning" not in capsys.readouterr().err, "a refused job warns of nothing"

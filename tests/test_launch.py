@@ -154,7 +154,10 @@ def test_environment(environment, expected):
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK is not set"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "environment variable WORLD_SIZE is 'two', expected a whole number"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
-        ({"RANK": "0", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE 4 does not divide WORLD_SIZE 6"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "4"},
+            "LOCAL_WORLD_SIZE is 4, expected a divisor of WORLD_SIZE 6",
+        ),
         (
             {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "2"},
             "LOCAL_WORLD_SIZE is 4 but LOCAL_SIZE is 2",

@@ -92,8 +92,11 @@ def test_estimate_needs_no_shards_and_refuses_what_training_refuses(token_shards
         (planned, "has no VQ tokens, which model.kind ar needs"),
         (planned[:2], "--images is given without --grid and --codes"),
         ([*planned[:5], "0"], "codes is 0, expected: greater than or equal to 1"),
-        ([*planned, "--vq-codes", "1024", "--gpus", "3"], "training.global_batch 1024 is not a multiple of 3 data-par"),
-        (["deepspeed=zero0.json", *planned, "--vq-codes", "9"], "ZeRO stage 0 cannot accumulate bf16"),
+        (
+            [*planned, "--vq-codes", "1024", "--gpus", "3"],
+            "training.global_batch is 1024, expected a multiple of 3 data-par",
+        ),
+        (["deepspeed=zero0.json", *planned, "--vq-codes", "9"], "zero_optimization.stage is 0, expected 1 or more"),
         ([*planned, "--vq-codes", "9", "--mfu", "0"], "mfu is 0.0, expected: greater than 0"),
         ([*planned, "--vq-codes", "9", "--memory", "1"], "a single image needs about"),
     ):

@@ -251,7 +251,7 @@ def test_a_modern_model_is_saved_loaded_and_kept_from_the_published_layout(tmp_p
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"positions": "rotary2d", "width": 20}, "10 .width 20 / heads 2. is not divisible by 4"),
+        ({"positions": "rotary2d", "width": 20}, "width / heads is 10 .20 / 2., expected a multiple of 4"),
         ({"positions": "rotary"}, "positions is 'rotary', expected 'learned' or 'rotary2d'"),
         ({"normalization": True}, "normalization is True, expected 'layer' or 'rms'"),
         ({"activation": "relu"}, "activation is 'relu'"),

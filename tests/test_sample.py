@@ -270,7 +270,7 @@ def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": [CLASSES]}, r"class 3 is outside 0\.\.2"),
+        ({"classes": [CLASSES]}, r"class 3 is outside of .*, expected 0\.\.2"),
         ({"prior": "unconditional", "per_class": 3, "count": None}, "is unconditional"),
         ({"per_class": 2}, "either a count of pictures or a count per class"),
         ({"pixel_decoder": None}, "no pixel decoder is given"),

@@ -277,7 +277,7 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
         (lambda s: s.chain["prior"].update(overrides={"training.step": 3}), "train.yaml: unknown key 'training.step'"),
         (
             lambda s: s.site.update(tasks_per_node=3),
-            "chain.yaml: prior on 6 ranks: training.global_batch 1024 is not a multiple of training.micro_batch 64 x 6",
+            "prior on 6 ranks: training.global_batch is 1024, expected a multiple of training.micro_batch 64 x 6",
         ),
         (lambda s: s.chain.pop("kmeans"), "chain.yaml: key 'kmeans' is missing"),
     ],

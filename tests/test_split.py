@@ -61,3 +61,13 @@ def test_what_is_refused(tmp_path):
             split(*arguments[:2], share=arguments[2])
             pytest.fail(name)
     assert not any((tmp_path / name).exists() for name in ("again", "few_out", "none"))
+
+
+def test_a_refused_split_warns_of_nothing(tmp_path, capsys):
+    images = make_images(tmp_path / "images", 30)
+    (images / "notes.txt").write_text("not an image")
+    split(images, tmp_path / "out")
+    assert "warning: " in capsys.readouterr().err
+    with pytest.raises(UserError, match="is not this split"):
+        split(images, tmp_path / "out", share=0.5)
+    assert capsys.readouterr().err == ""

@@ -265,7 +265,7 @@ def test_wrong_configurations(changes, match):
 
 
 def test_images_and_ids_that_do_not_fit(vqgan):
-    with pytest.raises(UserError, match="images are 250x256, this VQGAN takes multiples of 16"):
+    with pytest.raises(UserError, match="images are 250x256, expected multiples of 16"):
         vqgan.encode(torch.zeros(1, 3, 250, 256))
     with pytest.raises(UserError, match=r"images are torch\.uint8, expected floating point in \[0, 1\]"):
         vqgan.encode(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))

@@ -208,7 +208,7 @@ def test_partitioned_directory_round_trip(tmp_path, tensor_size):
 
 def test_partitioned_directory_errors(tmp_path):
     spec = SMALL[2]
-    with pytest.raises(UserError, match=r"tensor-parallel size 3 does not divide heads \(4\)"):
+    with pytest.raises(UserError, match=r"tensor-parallel size is 3, expected a divisor of heads \(4\)"):
         write_partitioned(tmp_path / "parts", spec, initial_state(spec, 1), {}, 3)
     assert not (tmp_path / "parts").exists()
     write_partitioned(tmp_path / "parts", spec, initial_state(spec, 1), {}, 2)

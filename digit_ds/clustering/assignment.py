@@ -86,7 +86,7 @@ def make_assigner(backend: str, device: torch.device) -> Assigner:
         backend = preferred if _available(preferred) else "torch"
     if backend in ("faiss", "triton") and not _available(backend):
         package = {"faiss": "faiss-cpu or faiss-gpu (not both)", "triton": "triton"}[backend]
-        raise UserError(f"backend is {backend}, which is not installed; install {package}, or choose another backend")
+        raise UserError(f"backend is {backend}, which is not installed, expected package {package} or another backend")
     if backend == "triton":
         if device.type != "cuda":
             raise UserError("backend triton needs a CUDA device and found none, expected backend faiss or torch here")

@@ -52,7 +52,7 @@ def train_kmeans(settings: KMeansSettings) -> dict[str, Any]:
     """
     initialize()
     out = Path(settings.out)
-    points = from_main(lambda: _opened(settings.features, settings.clusters, settings.iterations, out))
+    points = from_main(lambda: _opened(settings.features, settings.clusters, out))
     identity = from_main(
         lambda: (
             settings.record()
@@ -66,23 +66,23 @@ def train_kmeans(settings: KMeansSettings) -> dict[str, Any]:
             if is_main():
                 print(f"{out}: is complete already, nothing to do")
             return directory.found
-        return _train(points, record, identity, settings.backend, settings.init)
+        return _train(points, record, identity, settings)
 
 
-def _train(points: Points, record: Record, settings: dict[str, Any], backend: str, init: str) -> dict[str, Any]:
+def _train(points: Points, record: Record, identity: dict[str, Any], settings: KMeansSettings) -> dict[str, Any]:
     """Cluster and write the codebook; see ``train_kmeans``."""
-    out, iterations = record.out, settings["iterations"]
-    assigner = _assigner(backend)
+    out, iterations = record.out, settings.iterations
+    assigner = _assigner(settings.backend)
     shard = Shard(points, rank(), world_size(), assigner.device)
     state = from_main(record.load)
     if state is None:
-        state = _start(points, shard, assigner, settings["clusters"], settings["seed"], init)
+        state = _start(points, shard, assigner, settings)
         record.save(state)
     elif is_main():
         print(f"{out}: continuing after iteration {state.iteration} of {iterations}")
     counts = _iterate(state, points, shard, assigner, iterations, record)
     facts = {
-        "settings": settings,
+        "settings": identity,
         "backend": assigner.name,
         "points": points.count,
         "inertia": state.inertia[:iterations],
@@ -104,33 +104,39 @@ def _assigner(backend: str) -> Assigner:
         return make_assigner(backend, device())
 
 
-def _opened(features: Path | str, clusters: int, iterations: int, out: Path) -> Points:
+def _opened(features: Path | str, clusters: int, out: Path) -> Points:
     """Open the features and refuse what cannot be clustered."""
-    if clusters < 1 or iterations < 1:
-        raise UserError(f"clusters {clusters} and iterations {iterations}: expected at least 1 each")
     if out.suffix != ".npy":
-        raise UserError(f"{out}: the codebook's name must end in .npy")
+        raise UserError(f"{out}: is not a valid name for a codebook, expected a name that ends in .npy")
     points = open_points(features)
     if points.count < clusters:
         raise UserError(f"{features}: holds {points.count} points, expected at least as many as clusters ({clusters})")
-    if points.count < FEW * clusters:
-        print(
-            f"warning: {features}: holds {points.count} points, {points.count / clusters:.1f} a cluster; fewer than "
-            f"{FEW} make centroids that fit noise",
-            file=sys.stderr,
-        )
     return points
 
 
-def _start(points: Points, shard: Shard, assigner: Assigner, clusters: int, seed: int, init: str) -> State:
-    """Look at all points once (files intact, numbers finite, where the centre is) and choose the first centroids."""
+def _warn_of_few(points: Points, clusters: int, features: Path | str) -> None:
+    """Warn on rank 0 of so few points per cluster that the centroids fit noise."""
+    if is_main() and points.count < FEW * clusters:
+        print(
+            f"warning: {features}: holds {points.count} points, {points.count / clusters:.1f} per cluster, expected at "
+            f"least {FEW}; with fewer the centroids fit noise",
+            file=sys.stderr,
+        )
+
+
+def _start(points: Points, shard: Shard, assigner: Assigner, settings: KMeansSettings) -> State:
+    """Read all points once (hashes of the files, finite numbers, the mean) and choose the first centroids."""
+    clusters, seed, init = settings.clusters, settings.seed, settings.init
+    centroids = None
+    if init not in ("random", "k-means++"):  # refused before the points are read
+        centroids = from_main(lambda: centroids_from_file(init, clusters, points.width, points.provenance))
+    _warn_of_few(points, clusters, settings.features)
     mean, magnitude = _survey(points, shard)
     if init == "random":
         centroids = random_centroids(points, clusters, seed)
     elif init == "k-means++":
         centroids = parallel_centroids(points, shard, assigner, mean, clusters, seed)
-    else:
-        centroids = from_main(lambda: centroids_from_file(init, clusters, points.width, points.provenance))
+    assert centroids is not None
     return State(0, centroids, mean, scale_for(points.count, 2 * magnitude), None, [], 0)
 
 

@@ -37,7 +37,7 @@ class Points:
         for path, rows, _ in files:
             array = _open(path, bf16)
             if rows is not None and rows != array.shape[0]:
-                raise UserError(f"{path}: holds {array.shape[0]} rows, its manifest.json says {rows}")
+                raise UserError(f"{path}: holds {array.shape[0]} rows, expected {rows} by manifest.json")
             if width is not None and array.shape[1] != width:
                 raise UserError(f"{path}: rows are {array.shape[1]} wide, expected {width} as in {files[0][0]}")
             width = array.shape[1]
@@ -71,7 +71,9 @@ class Points:
                     stored = (stored.astype(np.uint32) << 16).view(np.float32)
                 rows[position - start : end - start] = stored
             except (OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read any more ({error})") from error
+                raise UserError(
+                    f"{path}: cannot be read ({error}), expected the array that it was when the job started"
+                ) from error
             position = end
         return rows
 
@@ -102,7 +104,7 @@ def open_points(path: Path | str) -> Points:
     if path.is_file():
         return Points([(path, None, None)], {})
     if not (path / "manifest.json").is_file():
-        raise UserError(f"{path}: has no manifest.json, expected the output of extract_features.py")
+        raise UserError(f"{path}: has no manifest.json, expected the output folder of digit-ds features")
     manifest = read_json(path / "manifest.json")
     try:
         if manifest["format"] != 1:
@@ -112,11 +114,13 @@ def open_points(path: Path | str) -> Points:
         points = Points([file for file in files if file[1]], dict(manifest["provenance"]), bf16)
         expected = (int(manifest["count"]), int(manifest["width"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / 'manifest.json'}: is not a features manifest ({error!r})") from error
+        raise UserError(
+            f"{path / 'manifest.json'}: is wrong ({error!r}), expected the manifest of digit-ds features"
+        ) from error
     if points.count and (points.count, points.width) != expected:
         raise UserError(
-            f"{path}: holds {points.count} points of width {points.width}, its manifest.json says "
-            f"{expected[0]} of width {expected[1]}"
+            f"{path}: holds {points.count} points of width {points.width}, expected {expected[0]} of width "
+            f"{expected[1]} by manifest.json"
         )
     return points
 

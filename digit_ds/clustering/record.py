@@ -73,7 +73,8 @@ class Record:
             facts, centroids, mean = json.loads(str(stored["facts"])), stored["centroids"], stored["mean"]
         except (UserError, ValueError) as error:
             raise UserError(
-                f"{self._state_file}: cannot be read ({error}), remove {self.folder} to start again"
+                f"{self._state_file}: cannot be read ({error}), expected the state of a K-Means run; delete "
+                f"{self.folder} to start again"
             ) from error
         settings = facts.pop("settings")
         is_begun(self.folder, settings, self.settings, another="holds an unfinished run")

@@ -2,6 +2,8 @@
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from digit_ds.settings import Option, PathText, Section
 
 Backend = Literal["auto", "faiss", "torch", "triton"]
@@ -15,11 +17,11 @@ class KMeansSettings(Section):
 
     features: Annotated[PathText, Option(metavar="FEATURES")]
     """Folder that digit-ds features wrote, or an array .npy [points, width]."""
-    clusters: int
+    clusters: int = Field(ge=1)
     """Number of codes K."""
     out: Annotated[PathText, Option(metavar="NPY")]
     """Codebook to write, .npy [K, width]; its provenance is written beside it, metrics and state to folder OUT.run."""
-    iterations: int = 20
+    iterations: int = Field(20, ge=1)
     """Number of Lloyd iterations."""
     seed: int = 0
     """Seed of the initial centroids."""

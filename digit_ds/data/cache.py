@@ -83,7 +83,9 @@ def prepare(cache: Path, index_sha256: str, owner: str, named: bool = True) -> T
         write_json(cache / STAMP, fresh)
         return held
     except OSError as error:
-        raise UserError(f"{cache}: cannot be used as cache of shards ({error.strerror or error})") from error
+        raise UserError(
+            f"{cache}: cannot be used as cache of shards ({error.strerror or error}), expected a writable folder"
+        ) from error
 
 
 def _hold(cache: Path, patience: float = 0.0) -> TextIO:

@@ -123,9 +123,11 @@ def load_feature_network(path: Path | str) -> FeatureNetwork:
     widths = [channels * side * side, *(weight.shape[0] for weight in weights)]
     fits = all(w.shape[1:] == (n,) and b.shape == w.shape[:1] for w, b, n in zip(weights, biases, widths))
     if not weights or not fits or mean.shape != (widths[0],) or scale.shape != (widths[0],) or channels not in (1, 3):
-        raise UserError(f"{path}: its shapes do not fit each other and an input of {channels} x {side} x {side}")
+        raise UserError(
+            f"{path}: holds tensors of wrong shapes, expected layers for {channels} x {side} x {side} inputs"
+        )
     network = FeatureNetwork(side, channels, weights, biases, mean, scale).eval().requires_grad_(False)
     if names is not None and (not isinstance(names, list) or len(names) != network.classes):
-        raise UserError(f"{path}: its class names are not a list of {network.classes} names, one for each logit")
+        raise UserError(f"{path}: has wrong class names, expected a list of {network.classes}, one for each logit")
     network.class_names = names and [str(name) for name in names]
     return network

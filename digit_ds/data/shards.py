@@ -101,7 +101,7 @@ def read_manifest(shards: Path | str) -> ShardManifest:
     values = parse_json(place, read_object(place, CONTENT))
     known = {field.name for field in fields(ShardManifest)}
     if not isinstance(values, dict) or set(values) != known or values["format"] != 1:
-        raise UserError(f"{place}: is not a manifest of format 1 with the keys {', '.join(sorted(known))}")
+        raise UserError(f"{place}: has other keys or another format, expected format 1 with {', '.join(sorted(known))}")
     manifest = ShardManifest(**values)
     if problem := _problem(manifest):
         raise UserError(f"{place}: {problem}")
@@ -191,7 +191,7 @@ def read_shard(directory: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
     except Exception as error:  # of a damaged index MDSReader and the decompressor raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{directory / 'index.json'}: describes a shard that cannot be read ({reason[:200]})"
+            f"{directory / 'index.json'}: describes a shard that cannot be read ({reason[:200]}), expected an MDS shard"
         ) from error
 
 

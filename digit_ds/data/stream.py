@@ -256,7 +256,9 @@ def _open(shards: str, cache: str, cache_limit: int | None = None) -> StreamingD
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         if cache_limit is not None and "cache limit" in str(error).lower():
             raise _too_low(cache_limit, shards) from error
-        raise UserError(f"{shards}: cannot be opened as token shards ({' '.join(str(error).split())})") from error
+        raise UserError(
+            f"{shards}: cannot be opened ({' '.join(str(error).split())}), expected token shards"
+        ) from error
 
 
 def _too_low(cache_limit: int, shards: str | None) -> UserError:

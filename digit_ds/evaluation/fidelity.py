@@ -189,7 +189,9 @@ def _figures(
     names |= {"inception_score_std": "inception_score_std"}
     if isinstance(against, Statistics):
         if precision_recall:
-            raise UserError(f"{against.name}: holds statistics, but precision and recall need the reference's pictures")
+            raise UserError(
+                f"{against.name}: holds statistics, expected the reference's pictures for precision and recall"
+            )
         theirs = _reference_statistics(against, extractor, batch)
         found = _features(samples, extractor, ["fid", "isc"], cache, batch)
         metrics = {names["fid"]: _fid(found, theirs, against.name, extractor)}
@@ -285,7 +287,7 @@ def _classifier(path: Path | str, labels: Path | str | None, count: int) -> tupl
             sampling job, or stand in another order.
     """
     if labels is None:
-        raise UserError(f"{path}: scores class accuracy, but no labels were given to compare with")
+        raise UserError(f"classifier is {path}, but labels are not given, expected both (--classifier, --labels)")
     manifest: Any
     if Path(labels).suffix == ".npz":
         manifest = {"labels": load_npz(labels, "arr_1")["arr_1"]}
@@ -298,11 +300,13 @@ def _classifier(path: Path | str, labels: Path | str | None, count: int) -> tupl
     except ValueError:  # lists of different lengths
         asked = np.empty(0)
     if asked.shape != (count,) or asked.dtype.kind not in "iu" or asked.min() < 0:
-        raise UserError(f"{labels}: has no class label for each of the {count} generated pictures")
+        raise UserError(
+            f"{labels}: holds no labels of {count} pictures, expected a class label of each generated picture"
+        )
     network = load_feature_network(path)
     check_classes([Part(f"samples {labels}", manifest), Part(f"classifier {path}", {"classes": network.class_names})])
     if int(asked.max()) >= network.classes:
-        raise UserError(f"{path}: knows {network.classes} classes, but label {int(asked.max())} was asked for")
+        raise UserError(f"{labels}: holds label {int(asked.max())}, expected 0..{network.classes - 1} as in {path}")
     return network, asked.astype(np.int64)
 
 

@@ -43,7 +43,9 @@ class Folder(Dataset):
 
     def __init__(self, root: Path | str, preparation: Preparation = "none", size: int | None = None):
         if preparation != "none" and size is None:
-            raise UserError(f"{root}: preparation {preparation!r} needs a size in pixels")
+            raise UserError(
+                f"{root}: preparation is {preparation!r}, but size is not given, expected both (--preparation, --size)"
+            )
         self._source = open_source(root)
         self.root, self.preparation, self.size = self._source.root, preparation, size
         self.files = list_source(self._source)
@@ -135,11 +137,9 @@ def open_pictures(
     if path.suffix in (".parquet", ".tar", ".zip"):  # a pattern of such files, too
         return _at_least_two(Folder(path, preparation, size))
     if path.suffix != ".npz":
-        raise UserError(
-            f"{path}: is neither a folder of images nor an .npz file, nor a parquet, tar or zip file of them"
-        )
+        raise UserError(f"{path}: is no folder, expected a folder of images or an .npz, .parquet, .tar or .zip file")
     if preparation != "none":
-        raise UserError(f"{path}: is an .npz, which cannot be prepared; preparation is for folders of images")
+        raise UserError(f"{path}: is an .npz file, expected a folder of images for preparation {preparation!r}")
     try:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())

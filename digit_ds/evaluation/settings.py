@@ -67,7 +67,7 @@ class EvaluateSettings(ReferenceSettings):
     @model_validator(mode="after")
     def _precision_has_a_network(self) -> "EvaluateSettings":
         if self.precision_recall and self.fdd_alone:
-            raise ValueError("precision_recall is computed with Inception or a feature network, but neither is given")
+            raise ValueError("precision_recall is given alone, expected inception_weights or features with it")
         return self
 
 
@@ -84,7 +84,7 @@ class StatisticsSettings(ReferenceSettings):
     @model_validator(mode="after")
     def _one_network_a_file(self) -> "StatisticsSettings":
         if self.dinov2_weights is not None and not self.fdd_alone:
-            raise ValueError("statistics are of one network, but dinov2_weights and another one are given")
+            raise ValueError("dinov2_weights and another network are given, expected one network for statistics")
         return self
 
 

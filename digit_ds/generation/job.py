@@ -78,7 +78,7 @@ class SamplingJob:
         path = self.out / "manifest.json"
         manifest = read_json(path) if path.exists() else {}
         if path.exists() and (not isinstance(manifest, dict) or manifest.get("format") != FORMAT):
-            raise UserError(f"{path}: is not a sampling manifest of format {FORMAT}")
+            raise UserError(f"{path}: is another file, expected a sampling manifest of format {FORMAT}")
         is_begun(
             self.out,
             manifest.get("settings", {}) if manifest else None,
@@ -91,8 +91,8 @@ class SamplingJob:
         missing = [image for image in range(self.count) if not self.picture(image).exists()]
         if missing:
             raise UserError(
-                f"{self.picture(missing[0])}: is missing, though {path} says that all {self.count} pictures are there; "
-                "remove the folder to sample again"
+                f"{self.picture(missing[0])}: is missing, expected all {self.count} pictures of {path}; delete the "
+                "folder to sample again"
             )
         return True
 

@@ -8,6 +8,7 @@ from typing import Any
 from digit_ds.errors import UserError
 from digit_ds.generation.sources import ImageFolder, Source
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.settings import brief
 
 FEW_CLASSES, FEW_OF_EACH = 16, 4
 """Default number of pictures: a grid to look at."""
@@ -39,19 +40,24 @@ def choose_labels(
     names = [str(name) for name in provenance.get("classes") or []]
     if source is not None:
         if per_class is not None:
-            raise UserError("a count per class cannot be combined with given pictures or tokens")
+            raise UserError(
+                "per_class is given for given pictures or tokens, expected count or none (--per-class, --count)"
+            )
         labels, shown = _given(model, spec, names, source, classes)
         return labels[: count or None], shown
     if not spec.classes:
         if classes is not None or per_class is not None:
-            raise UserError(f"{model}: is unconditional, but classes were asked for")
+            raise UserError(f"{model}: is unconditional, but classes are given, expected none (--classes, --per-class)")
         return [-1] * (FEW_CLASSES * FEW_OF_EACH if count is None else count), []
     if count is None and per_class is None:
         per_class = FEW_OF_EACH
         classes = range(min(spec.classes, FEW_CLASSES)) if classes is None else classes
     chosen = list(range(spec.classes)) if classes is None else [_label(model, spec, names, one) for one in classes]
     if not chosen or (count is None) == (per_class is None):
-        raise UserError("expected either a count of pictures or a count per class, and at least one class")
+        raise UserError(
+            f"classes are {brief(chosen)}, count is {count} and per_class is {per_class}, expected at least one class, "
+            "and either a count of pictures or a count per class"
+        )
     total = per_class * len(chosen) if per_class is not None else count or 0
     return [chosen[image % len(chosen)] for image in range(total)], names
 
@@ -76,7 +82,7 @@ def _given(
     distinct = sorted({folder for folder in folders if folder is not None})
     if not spec.classes:  # the folders are only shown beside the pictures
         if classes is not None:
-            raise UserError(f"{model}: is unconditional, but classes were asked for")
+            raise UserError(f"{model}: is unconditional, but classes are given, expected none (--classes, --per-class)")
         shown = names if set(distinct) <= set(names) else distinct
         numbers = {name: label for label, name in enumerate(shown)}
         return [-1 if folder is None else numbers[folder] for folder in folders], shown
@@ -112,7 +118,7 @@ def _label(model: Path | str, spec: TransformerSpec, names: list[str], given: in
             )
         return names.index(given)
     if not 0 <= (label := int(given)) < spec.classes:
-        raise UserError(f"class {label} is outside 0..{spec.classes - 1} of {model}")
+        raise UserError(f"class {label} is outside of {model}, expected 0..{spec.classes - 1}")
     return label
 
 

@@ -104,24 +104,26 @@ def needed_stages(stages: Stages, given: bool, keep: int | None) -> Stages:
         UserError: a model is missing, or one does not fit.
     """
     if keep is not None and not given:
-        raise UserError("keep is given, but no pictures or tokens are given")
+        raise UserError("keep is given, but no pictures or tokens are given, expected --from-images or --from-tokens")
     if keep is not None and keep < 0:
         raise UserError(f"keep is {keep}, expected 0 or more leading tokens")
     if given and keep is None:
         if "pixel_decoder" not in stages:
-            raise UserError("no pixel decoder is given, expected one to reconstruct from given tokens")
+            raise UserError(
+                "decoder is not given, expected a pixel decoder to reconstruct from given tokens (--decoder)"
+            )
         return {"pixel_decoder": stages["pixel_decoder"]}
     if "prior" not in stages:
-        raise UserError("no prior is given, expected one to draw the first-stage tokens")
+        raise UserError("prior is not given, expected a model that samples the first-stage tokens (--prior)")
     prior, decoder = stages["prior"], stages.get("pixel_decoder")
     if prior.spec.kind == "vq":
         if decoder is not None:
-            raise UserError(f"{prior.given}: writes VQ tokens itself, but a pixel decoder was given too")
+            raise UserError(
+                f"{prior.given}: writes VQ tokens itself, but {decoder.given} is given, expected no decoder"
+            )
         return stages
     if decoder is None:
-        raise UserError(
-            f"{prior.given}: writes discriminative tokens, but no pixel decoder is given to turn them into VQ tokens"
-        )
+        raise UserError(f"{prior.given}: writes discriminative tokens, expected a pixel decoder too (--decoder)")
     for field in ("grid", "discriminative_codes"):
         ours, theirs = getattr(prior.spec, field), getattr(decoder.spec, field)
         if ours != theirs:
@@ -156,13 +158,16 @@ def load_encoding(
     rows, columns = first.spec.grid
     if rows != columns:
         raise UserError(
-            f"{pictures}: cannot be tokenised for {first.directory}, whose grid {rows}x{columns} is not square"
+            f"{pictures}: cannot be tokenised for {first.directory}, its grid is {rows}x{columns}, expected a square "
+            "one"
         )
     size = rows * painter.downsampling
     if first.spec.kind == "vq":
         return Encoding(painter.encode, size, settings.resize or size, [])
     if settings.encoder is None or settings.codebook is None:
-        raise UserError(f"{pictures}: needs the encoder's weights and the codebook to be turned into tokens")
+        raise UserError(
+            f"{pictures}: needs the encoder's weights and the codebook to be tokenised (--encoder, --codebook)"
+        )
     from digit_ds.tokenizer.tokenizer import Tokenizer  # timm takes as long to import as torch
 
     tokenizer = Tokenizer(
@@ -194,7 +199,7 @@ def check_parts(settings: ModelSettings, stages: Stages, painter: Vqgan, others:
     last = stages["pixel_decoder"] if "pixel_decoder" in stages else stages["prior"]
     if last.spec.vq_codes != painter.codes:
         raise UserError(
-            f"{settings.vqgan}: has {painter.codes} codes, but {last.directory} writes {last.spec.vq_codes}"
+            f"{settings.vqgan}: has {painter.codes} codes, expected {last.spec.vq_codes} as {last.directory}"
         )
     return parts
 

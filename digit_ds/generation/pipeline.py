@@ -76,5 +76,7 @@ class Pipeline:
         finite = pixels.isfinite().all()
         pictures = to_uint8(pixels)[: len(vq)].permute(0, 2, 3, 1).cpu().numpy()
         if not finite:
-            raise UserError("the VQGAN paints pixels that are not finite; if it runs in float16, use bfloat16")
+            raise UserError(
+                "the VQGAN's output is not finite, expected finite pixels; if it runs in float16, use bfloat16"
+            )
         return pictures

@@ -47,7 +47,9 @@ def sample(settings: SampleSettings) -> None:
     with together():
         place = arithmetic(settings, launch.device())
         if settings.labels is not None and settings.from_images is None:
-            raise UserError(f"{settings.labels}: labels are given without pictures (from_images)")
+            raise UserError(
+                f"{settings.labels}: labels are given without pictures, expected --from-images with --labels"
+            )
         given = settings.from_images is not None or settings.from_tokens is not None
         stages = needed_stages(read_stages(settings), given, settings.keep)
         first = first_stage(stages)

@@ -214,7 +214,7 @@ class DrawSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> "DrawSettings":
         if self.count is not None and self.per_class is not None:
-            raise ValueError("expected either a count of pictures or a count per class")
+            raise ValueError(f"count is {self.count} and per_class is {self.per_class}, expected one of them")
         if not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             raise ValueError(f"guidance_interval is {self.guidance_interval}, expected 0 <= first <= second <= 1")
         if self.guidance_exponent != 1 and self.guidance_schedule != "power-cosine":

@@ -76,7 +76,7 @@ def read_checkpoint(path: Path | str) -> FairseqCheckpoint:
     tensors = {name: value for name, value in model.items() if isinstance(value, Tensor)}
     cfg, args = plain(found.get("cfg")), plain(found.get("args"))
     if not isinstance(cfg, dict | None) or not isinstance(args, dict | None) or not (cfg or args):
-        raise UserError(f"{path}: holds no model configuration in 'cfg' or 'args'")
+        raise UserError(f"{path}: holds no model configuration, expected one in 'cfg' or 'args'")
     return FairseqCheckpoint(tensors, cfg, args)
 
 

@@ -79,8 +79,8 @@ def to_official(settings: ToOfficial) -> list[str]:
     spec, state, provenance = read_model(model_dir)
     if spec.unpublished:
         raise UserError(
-            f"{model_dir}: has {', '.join(spec.unpublished)}, which the published architecture lacks, so no checkpoint "
-            "of its layout can hold the model"
+            f"{model_dir}: has {', '.join(spec.unpublished)}, expected the options of the published architecture, to "
+            "which its checkpoints are limited"
         )
     decoder = to_official_names(state, spec)
     dtype = state["embedding.weight"].dtype  # fairseq's fp16 keeps everything in half precision
@@ -154,7 +154,7 @@ def _read_spec(
     else:
         discriminative, vq, classes = (codes, 0, rest) if kind == "prior" else (0, codes, rest)
     if codes < 1 or rest < 0 or (kind in ("ar", "nar") and discriminative < 1):
-        raise UserError(f"{source}: {rows} embedding rows for {output} outputs do not fit a DiGIT {name} checkpoint")
+        raise UserError(f"{source}: has {rows} embedding rows and {output} outputs, expected those of a DiGIT {name}")
     layers = {int(name.split(".")[1]) for name in decoder if name.startswith("layers.")}
     return TransformerSpec(
         kind=kind,
@@ -183,7 +183,7 @@ def _write_carried(carried: Mapping[str, Tensor], settings: FromOfficial, layer:
     requests = (("encoder", ENCODER, encoder_out), ("codebook", CENTROIDS, codebook_out), ("VQGAN", VQGAN, vqgan_out))
     for part, prefix, path in requests:
         if path is not None and not any(name.startswith(prefix) for name in carried):
-            raise UserError(f"{settings.checkpoint}: carries no {part}, so {path} cannot be written")
+            raise UserError(f"{settings.checkpoint}: carries no {part}, expected one to write to {path}")
         if path is not None and Path(path).exists():
             raise UserError(f"{path}: exists already, expected a new file")
     if encoder_out is not None:

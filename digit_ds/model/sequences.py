@@ -83,10 +83,10 @@ def start_tokens(
     if labels is None:
         return torch.full((batch,), EOS, dtype=torch.int64, device=device)
     if not spec.classes:
-        raise UserError(f"labels were given, but this {spec.kind} model is unconditional")
+        raise UserError(f"labels were given, expected none: this {spec.kind} model is unconditional")
     if labels.device.type == "cpu" and batch and not 0 <= int(labels.min()) <= int(labels.max()) < spec.classes:
         raise UserError(
-            f"label {_outside(labels, spec.classes)} is outside 0..{spec.classes - 1} of this model's classes"
+            f"label is {_outside(labels, spec.classes)}, expected 0..{spec.classes - 1}, this model's classes"
         )
     return spec.vocabulary.class_token(labels.to(device or labels.device, torch.int64))
 
@@ -136,13 +136,13 @@ def check_sequence(spec: TransformerSpec, tokens: Tensor) -> None:
 def _codes(spec: TransformerSpec, codes: Tensor | None, name: str) -> Tensor:
     """``codes`` as int64, refused when absent, of another grid or (checked where it is free) out of range."""
     if codes is None:
-        raise UserError(f"a {spec.kind} model needs {name} tokens, but the data has none")
+        raise UserError(f"the data has no {name} tokens, expected them for a {spec.kind} model")
     if codes.shape[1] != spec.tokens:
         rows, columns = spec.grid
         raise UserError(f"images have {codes.shape[1]} {name} tokens, expected {spec.tokens} ({rows}x{columns} grid)")
     size = spec.discriminative_codes if name == "discriminative" else spec.vq_codes
     if codes.device.type == "cpu" and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-        raise UserError(f"{name} code {_outside(codes, size)} is outside 0..{size - 1} of this model's vocabulary")
+        raise UserError(f"{name} code is {_outside(codes, size)}, expected 0..{size - 1}, this model's vocabulary")
     return codes.to(torch.int64)
 
 

@@ -54,7 +54,7 @@ class ToMegatron(Section):
     """Released model directory."""
     out: Annotated[PathText, Option(positional=True, metavar="CKPT_DIR")]
     """New directory of tensor-parallel parts."""
-    tensor_parallel: Annotated[int, Option(metavar="N")]
+    tensor_parallel: Annotated[int, Option(metavar="N")] = Field(ge=1)
     """Tensor-parallel size: number of ranks."""
 
 

@@ -79,11 +79,11 @@ class Architecture:
             UserError: the heads do not divide the width, or have a width that rotary positions cannot turn.
         """
         if self.width % self.heads:
-            raise UserError(f"{prefix}width {self.width} is not divisible by {prefix}heads {self.heads}")
+            raise UserError(f"{prefix}width is {self.width}, expected a multiple of {prefix}heads {self.heads}")
         if self.positions == "rotary2d" and self.head_width % 4:
             raise UserError(
-                f"{prefix}positions rotary2d turns pairs of numbers along two axes, but a head's width "
-                f"{self.head_width} ({prefix}width {self.width} / {prefix}heads {self.heads}) is not divisible by 4"
+                f"{prefix}width / {prefix}heads is {self.head_width} ({self.width} / {self.heads}), expected a "
+                f"multiple of 4 with {prefix}positions rotary2d, which rotates pairs of features along two axes"
             )
 
 
@@ -117,7 +117,7 @@ class TransformerSpec(Architecture):
             _check("a side of grid", _Size, side)
         self.check_widths()
         if self.target_positions and self.kind not in ("prior", "vq"):
-            raise UserError(f"target_positions is true, but a pixel decoder ({self.kind}) writes in raster order alone")
+            raise UserError(f"target_positions is true, expected false for a pixel decoder ({self.kind})")
         object.__setattr__(self, "grid", tuple(self.grid))
 
     @property

@@ -134,7 +134,7 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
         """An empty cache for ``batch`` sequences of at most ``length`` tokens, prefix included."""
         if not self.spec.causal:
-            raise ValueError("a NAR decoder sees every position at once and has no cache")
+            raise ValueError("a NAR decoder attends to all positions and has no cache")
         self._check_length(length)
         weight = self.output.weight
         kind = KeyValueCache
@@ -211,13 +211,12 @@ class Transformer(nn.Module):
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= rows:
                 found = low if low < 0 else high
-                raise UserError(f"token id {found} is outside 0..{rows - 1} of this {self.spec.kind} model")
+                raise UserError(f"token id is {found}, expected 0..{rows - 1} for this {self.spec.kind} model")
 
     def _check_length(self, length: int) -> None:
         if length > self.spec.longest:
             raise UserError(
-                f"a sequence of {length} tokens was given, this {self.spec.kind} model takes at most "
-                f"{self.spec.longest}"
+                f"a sequence has {length} tokens, expected at most {self.spec.longest} for this {self.spec.kind} model"
             )
 
 

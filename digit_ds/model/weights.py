@@ -279,7 +279,7 @@ def check_tensor_size(spec: TransformerSpec, tensor_size: int) -> None:
     parts = {"heads": spec.heads, "ffn_width": spec.feed_forward, "the vocabulary padding": VOCABULARY_MULTIPLE}
     for name, size in parts.items():
         if tensor_size < 1 or size % tensor_size:
-            raise UserError(f"tensor-parallel size {tensor_size} does not divide {name} ({size})")
+            raise UserError(f"tensor-parallel size is {tensor_size}, expected a divisor of {name} ({size})")
 
 
 def shard_shape(parameter: Parameter, tensor_size: int) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ def _from_srun(environment: Mapping[str, str]) -> Place | None:
     on_node = 1 if tasks == 1 else _srun_local_world(environment)
     given = _number(environment, "LOCAL_WORLD_SIZE")
     if given not in (None, on_node):
-        raise UserError(f"LOCAL_WORLD_SIZE is {given} but srun placed {on_node} tasks on each node")
+        raise UserError(f"LOCAL_WORLD_SIZE is {given}, expected {on_node}, the tasks that srun placed on each node")
     return Place(_number(environment, "SLURM_PROCID") or 0, tasks, _number(environment, "SLURM_LOCALID") or 0, on_node)
 
 
@@ -137,7 +137,9 @@ def _check(found: Place) -> None:
     if not 0 <= found.rank < found.world_size:
         raise UserError(f"RANK is {found.rank}, expected 0 to WORLD_SIZE - 1 = {found.world_size - 1}")
     if found.local_world_size < 1 or found.world_size % found.local_world_size:
-        raise UserError(f"LOCAL_WORLD_SIZE {found.local_world_size} does not divide WORLD_SIZE {found.world_size}")
+        raise UserError(
+            f"LOCAL_WORLD_SIZE is {found.local_world_size}, expected a divisor of WORLD_SIZE {found.world_size}"
+        )
     if not 0 <= found.local_rank < found.local_world_size:
         raise UserError(
             f"LOCAL_RANK is {found.local_rank}, expected 0 to LOCAL_WORLD_SIZE - 1 = {found.local_world_size - 1}"

@@ -69,7 +69,7 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
     """
     world = launch.world_size()
     if world % tensor_size:
-        raise UserError(f"parallel.tensor is {tensor_size}, which does not divide the {world} processes of this job")
+        raise UserError(f"parallel.tensor is {tensor_size}, expected a divisor of the {world} processes of this job")
     os.environ.update(  # for StreamingDataset and DeepSpeed, which read it there whatever launcher there was
         RANK=str(launch.rank()),
         WORLD_SIZE=str(world),

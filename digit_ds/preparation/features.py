@@ -49,12 +49,10 @@ def extract_features(settings: FeatureSettings) -> None:
     size = settings.image_size or min(model.image_sizes)
     rows, columns = model.grid(size)
     patches = rows * columns
-    if settings.points is not None and not 1 <= settings.points <= patches:
+    if settings.points is not None and settings.points > patches:
         raise UserError(
             f"points is {settings.points}, expected 1 to {patches}, the patches of an image of {size} pixels"
         )
-    if settings.fraction is not None and not 0 < settings.fraction <= 1:
-        raise UserError(f"fraction is {settings.fraction}, expected more than 0 and at most 1")
     crops = Crops("random", size, size, 1, settings.seed, settings.flips)
     provenance = model.provenance() | {"image_size": size}
     record = {"job": "features", "provenance": provenance, **settings.record()}

@@ -145,7 +145,7 @@ class Loading:
         if self.decoder not in get_args(JpegDecoder):
             raise UserError(f"decoder is {self.decoder!r}, expected one of {', '.join(get_args(JpegDecoder))}")
         if self.decoder == "gpu" and not torch.cuda.is_available():
-            raise UserError("decoder is 'gpu', but this machine has no CUDA device")
+            raise UserError("decoder is 'gpu', but this machine has no CUDA device, expected 'cpu'")
 
     @property
     def images_per_batch(self) -> int:

@@ -52,7 +52,7 @@ class JobSettings(Section):
     """Classes of images without class folders: Kaggle's LOC_val_solution.csv or ImageNet's devkit."""
     encoder: Annotated[PathText, Option(metavar="WEIGHTS")]
     """Weights of DINOv2, DINOv3, SigLIP, MAE, MoCo v3 or iBOT (docs/preparation.md lists the files)."""
-    layer: int = 3
+    layer: int = Field(3, ge=1)
     """Encoder block whose output is used, counted from the last, which is 1."""
     num_heads: int | None = Field(None, ge=1)
     """Attention heads of the encoder; default: those of the published models, width // 64 for most."""
@@ -84,9 +84,9 @@ class FeatureSettings(JobSettings):
 
     image_size: int | None = Field(None, ge=1)
     """Side of the crop in pixels, to which the short side is scaled first; default: the encoder's (DINOv2: 224)."""
-    points: int | None = None
+    points: int | None = Field(None, ge=1)
     """Number of random patches to keep of each image; default: all."""
-    fraction: float | None = None
+    fraction: float | None = Field(None, gt=0, le=1)
     """Probability with which each patch is kept; excludes ``--points``."""
     dtype: Precision = "fp16"
     """Data type of the stored features."""
@@ -134,7 +134,7 @@ class VerifySettings(Section):
     """File of classes that was given to tokenize, if any."""
     encoder: Annotated[PathText | None, Option(metavar="WEIGHTS", group="tokenising a sample again")] = None
     """Encoder weights that the shards were made with."""
-    layer: Annotated[int, Option(group="tokenising a sample again")] = 3
+    layer: Annotated[int, Option(group="tokenising a sample again")] = Field(3, ge=1)
     """Encoder block whose output is used, counted from the last, which is 1."""
     num_heads: Annotated[int | None, Option(group="tokenising a sample again")] = Field(None, ge=1)
     """Attention heads of the encoder; default: those of the published models."""
@@ -162,5 +162,8 @@ class VerifySettings(Section):
     def _all_parts(self) -> "VerifySettings":
         parts = [self.images, self.encoder, self.codebook]
         if any([*parts, self.sheet]) and not all(parts):
-            raise ValueError("checking a sample again and the sheet need all of --images, --encoder and --codebook")
+            raise ValueError(
+                "--images, --encoder, --codebook or --sheet is given alone, expected the first three together to "
+                "tokenise a sample again"
+            )
         return self

@@ -3,10 +3,10 @@
 import hashlib
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
-from digit_ds.data.images import class_name
+from digit_ds.data.images import class_name, warn_of_passed_over
 from digit_ds.data.sources.folder import FolderSource
 from digit_ds.data.sources.opening import SPLITS, list_source, open_source
 from digit_ds.errors import UserError
@@ -32,8 +32,9 @@ def split_images(settings: SplitSettings) -> None:
         raise UserError(f"{out}: lies inside {root}, expected a folder outside of the images")
     source = open_source(root)
     if not isinstance(source, FolderSource):
-        raise UserError(f"{root}: is not a folder of images; archives cannot be split")
-    names = list_source(source)
+        raise UserError(f"{root}: is an archive, expected a folder of images")
+    passed_over: Counter[str] = Counter()
+    names = list_source(source, passed_over)
     groups: defaultdict[str | None, list[str]] = defaultdict(list)
     for name in names:
         groups[class_name(name)].append(name)
@@ -47,6 +48,7 @@ def split_images(settings: SplitSettings) -> None:
         return
     if out.exists():
         raise UserError(f"{out}: exists and is not this split, expected a new folder")
+    warn_of_passed_over(root, passed_over)  # once nothing can be refused any more
     try:
         _link(root.resolve(), out, names, held_out, record)
     except OSError as error:

@@ -145,7 +145,9 @@ def _check_shard(directory: Path, manifest: ShardManifest, shard: dict[str, Any]
     counts = {}
     for kind, size in _sizes(manifest).items():
         if any(sample[kind].shape != (manifest.tokens,) for sample in samples):
-            raise UserError(f"{name}: holds {kind} tokens of another shape than [{manifest.tokens}]")
+            raise UserError(
+                f"{name}: holds {kind} tokens of another shape, expected [{manifest.tokens}] of each sample"
+            )
         codes = np.stack([sample[kind] for sample in samples])  # [samples, G]
         if codes.max() >= size:
             raise UserError(f"{name}: holds the {kind} code {codes.max()}, expected 0 to {size - 1}")

@@ -88,7 +88,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
     figures = {name: value for name in _FIGURES if isinstance(value := scores.get(name), int | float)}
     found = [(scores.get(f"{name}_label", _FIGURES[name]), value) for name, value in figures.items()]
     if not found:
-        raise UserError(f"the scores hold none of {', '.join(_FIGURES)}, expected a file that evaluate wrote")
+        raise UserError(f"--scores: the file holds none of {', '.join(_FIGURES)}, expected a file that evaluate wrote")
     lines = "".join(f"| {title} | {value:.4g} |\n" for title, value in found)
     reference = scores.get("reference_name", scores.get("reference", "an unstated reference"))
     networks = [str(scores[name]) for name in ("features", "fdd_features") if name in scores] or ["unstated"]

@@ -26,7 +26,7 @@ def publish(settings: PublishSettings) -> None:
     spec, provenance, _ = read_config(directory)
     scores = None if settings.scores is None else read_json(settings.scores)
     if scores is not None and not isinstance(scores, dict):
-        raise UserError(f"{settings.scores}: holds no figures, expected a file that evaluate wrote")
+        raise UserError(f"{settings.scores}: holds {type(scores).__name__}, expected a file that evaluate wrote")
     recipe = None if settings.recipe is None else _text(Path(settings.recipe))
     card = model_card(repository, spec, provenance, settings.license, scores, recipe)
 

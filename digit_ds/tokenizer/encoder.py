@@ -96,8 +96,14 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(self._family.std).view(3, 1, 1), persistent=False)
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Rows and columns of the features of an image of that size."""
-        self._check_size(image_size, image_size)
+        """Rows and columns of the features of a square image of ``image_size`` pixels.
+
+        Raises:
+            UserError: the encoder takes no images of that size.
+        """
+        if image_size not in self._network_sizes:
+            expected = " or ".join(map(str, self.image_sizes))
+            raise UserError(f"image_size is {image_size} pixels, expected {expected} for this encoder")
         side = self._network_sizes[image_size] // self.patch_size
         return side, side
 
@@ -152,7 +158,7 @@ class Encoder(nn.Module):
     def _check_size(self, height: int, width: int) -> None:
         if height != width or height not in self._network_sizes:
             expected = " or ".join(f"{size}x{size}" for size in self.image_sizes)
-            raise UserError(f"images are {height}x{width}, this encoder takes {expected}")
+            raise UserError(f"images are {height}x{width}, expected {expected} for this encoder")
 
 
 def load_encoder(

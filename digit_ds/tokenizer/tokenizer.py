@@ -109,7 +109,7 @@ def _check_codebook(codebook: Codebook, path: Path, encoder: Encoder, weights: P
     width = codebook.centroids.shape[1]
     if width != encoder.width:
         raise UserError(
-            f"{path}: has centroids of width {width}, but {weights} gives features of width {encoder.width}"
+            f"{path}: has centroids of width {width}, expected {encoder.width}, the width of the features of {weights}"
         )
     if codebook.codes - 1 > LARGEST_CODE:
         raise UserError(f"{path}: has {codebook.codes} codes, expected at most {LARGEST_CODE + 1}")

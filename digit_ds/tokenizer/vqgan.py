@@ -57,7 +57,7 @@ class Vqgan(nn.Module):
             raise UserError(f"images are {images.dtype}, expected floating point in [0, 1]")
         height, width = images.shape[-2:]
         if height % self.downsampling or width % self.downsampling:
-            raise UserError(f"images are {height}x{width}, this VQGAN takes multiples of {self.downsampling}")
+            raise UserError(f"images are {height}x{width}, expected multiples of {self.downsampling} for this VQGAN")
         images = images.to(self.network.encoder.conv_in.weight.dtype)
         with without_tf32(images):
             return self.network.quantise(self.network.encode(images)).flatten(1)

@@ -35,7 +35,7 @@ def read_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
     for key in _OPTIMIZER_KEYS:
         if key in config:
-            raise UserError(f"{path}: holds {key!r}, which the recipe decides; remove it")
+            raise UserError(f"{path}: holds {key!r}, expected it in the recipe alone; remove it")
     _check_combinations(recipe, path, config, zero, stage)
     for key, value in _owned(recipe, data_size, stage, path).items():
         config[key] = _agreed(path, key, config.get(key), value)
@@ -45,7 +45,7 @@ def read_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
 def find_config(name: str) -> Path:
     """The file: as given (relative to the recipe's folder or the working directory), else among the shipped ones."""
     if (path := shipped.find(name)) is None:
-        raise UserError(f"deepspeed is {name!r}, which is neither a file nor one of {shipped.names('.json')}")
+        raise UserError(f"deepspeed is {name!r}, expected a file or one of {shipped.names('.json')}")
     return path
 
 
@@ -55,7 +55,8 @@ def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, 
     if training.micro_batch == "auto":
         if training.global_batch % data_size:
             raise UserError(
-                f"training.global_batch {training.global_batch} is not a multiple of {data_size} data-parallel ranks"
+                f"training.global_batch is {training.global_batch}, expected a multiple of {data_size} data-parallel "
+                "ranks"
             )
         micro_batch = training.global_batch // data_size  # the largest; what fits is known with the shards
     else:
@@ -63,7 +64,7 @@ def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, 
     per_pass = micro_batch * data_size
     if training.global_batch % per_pass:
         raise UserError(
-            f"training.global_batch {training.global_batch} is not a multiple of training.micro_batch "
+            f"training.global_batch is {training.global_batch}, expected a multiple of training.micro_batch "
             f"{training.micro_batch} x {data_size} data-parallel ranks"
         )
     owned: dict[str, Any] = {
@@ -94,9 +95,9 @@ def _agreed(path: Path, key: str, found: Any, wanted: Any) -> Any:
         return found | {name: _agreed(path, f"{key}.{name}", found.get(name), value) for name, value in wanted.items()}
     if key == "gradient_clipping":
         if found is not None:
-            raise UserError(f"{path}: holds 'gradient_clipping', which optimizer.gradient_clipping decides; remove it")
+            raise UserError(f"{path}: holds 'gradient_clipping', expected optimizer.gradient_clipping alone; remove it")
     elif found is not None and found != wanted and found != "auto":
-        raise UserError(f"{path}: {key} is {found!r}, but the recipe makes it {wanted!r}; remove it from this file")
+        raise UserError(f"{path}: {key} is {found!r}, expected {wanted!r} as in the recipe; remove it from this file")
     return wanted
 
 
@@ -105,8 +106,8 @@ def _check_combinations(recipe: Recipe, path: Path, config: dict[str, Any], zero
     training = recipe.training
     if stage == 0 and training.precision == "bf16":
         raise UserError(
-            f"{path}: ZeRO stage 0 cannot accumulate bf16 gradients in fp32, which training.precision bf16 means; "
-            "use stage 1"
+            f"{path}: zero_optimization.stage is 0, expected 1 or more with training.precision bf16: stage 0 cannot "
+            "accumulate bf16 gradients in fp32"
         )
     if zero.get("overlap_comm") is None and stage == 3:
         zero["overlap_comm"] = False  # on by default in stage 3 alone, with repeated reports of NaN
@@ -120,9 +121,9 @@ def _check_combinations(recipe: Recipe, path: Path, config: dict[str, Any], zero
         raise UserError(f"{path}: offload_optimizer.device is {offload['device']!r}, expected 'cpu' or 'none'")
     if offload.get("device") == "cpu":
         if stage == 1:
-            raise UserError(f"{path}: offload_optimizer needs ZeRO stage 2 or 3, found stage 1")
+            raise UserError(f"{path}: zero_optimization.stage is 1, expected 2 or 3 with offload_optimizer")
         # The fused CPU AdamW of PyTorch stands in for DeepSpeed's, which is compiled at first use.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
         if zero.get(key) not in (None, False, 1):
-            raise UserError(f"{path}: zero_optimization.{key} is on, which makes results inexact; remove it")
+            raise UserError(f"{path}: zero_optimization.{key} is on, expected it off, since it makes results inexact")

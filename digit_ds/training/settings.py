@@ -55,7 +55,7 @@ class PlannedSettings(RecipeSettings):
 class EstimateSettings(PlannedSettings):
     """Print parameters, memory and training time of a recipe, before anything is allocated."""
 
-    gpus: Annotated[int, Option(metavar="N")] = 1
+    gpus: Annotated[int, Option(metavar="N")] = Field(1, ge=1)
     """Number of GPUs of the run."""
     mfu: float = Field(0.4, gt=0, le=1)
     """Model FLOPs utilisation, as a share of the GPU's peak, assumed for the training time."""

@@ -47,10 +47,10 @@ class GuidanceSettings(SampleSettings):
             )
         if self.exponents != [1.0] and self.guidance_schedule != "power-cosine":
             raise ValueError(
-                f"exponents are given, but guidance_schedule is {self.guidance_schedule}, not power-cosine"
+                f"exponents are given, but guidance_schedule is {self.guidance_schedule}, expected power-cosine"
             )
         if self.count is None and self.per_class is None:
-            raise ValueError("expected a count of pictures or a count per class")
+            raise ValueError("count and per_class are not given, expected one of them")
         if self.inception_weights is not None and self.features is not None:
             raise ValueError("inception_weights and features are both given, expected one of them")
         return self

@@ -91,15 +91,20 @@ def _passing_index() -> Path:
     return Path(folder) / "images.index"
 
 
-def list_source(source: ImageSource) -> list[str]:
-    """All names in memory; a warning says which files were passed over.
+def list_source(source: ImageSource, passed_over: Counter[str] | None = None) -> list[str]:
+    """All names in memory.
+
+    Args:
+        source: as ``open_source`` gives it.
+        passed_over: gets the number of ignored files by suffix; None: a warning on stderr gives it.
 
     Raises:
         UserError: there are none.
     """
-    passed_over: Counter[str] = Counter()
-    names = list(source.names(passed_over))
+    ignored: Counter[str] = Counter() if passed_over is None else passed_over
+    names = list(source.names(ignored))
     if not names:
-        raise no_images(source.root, passed_over)
-    warn_of_passed_over(source.root, passed_over)
+        raise no_images(source.root, ignored)
+    if passed_over is None:
+        warn_of_passed_over(source.root, ignored)
     return names
