@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from digit_ds.config import Recipe, load_recipe
 from digit_ds.data.shards import ShardManifest
-from digit_ds.training.metrics import flops_per_image
+from digit_ds.training.flops import flops_per_image
 from digit_ds.training.runs import model_spec
 
 RECIPES = Path(__file__).parents[1] / "ds_configs"

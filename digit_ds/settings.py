@@ -10,6 +10,7 @@ import ast
 import inspect
 import re
 import reprlib
+import sys
 import textwrap
 import types
 from collections.abc import Iterator, Mapping
@@ -277,6 +278,17 @@ class Parser(argparse.ArgumentParser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._intermixes = False
+
+    def _x_get_option_tuples(self, option_string: str) -> Any:
+        """argparse's options that ``option_string`` abbreviates, with a warning: another option can make it ambiguous.
+
+        A parser above verbs also looks at the options of its verbs, which these parse themselves.
+        """
+        found = super()._get_option_tuples(option_string)
+        if len(found) == 1 and option_string.startswith("--") and self._subparsers is None:
+            given, full = option_string.partition("=")[0], found[0][1]
+            print(f"warning: {given} is an abbreviation of {full}, expected the full name", file=sys.stderr)
+        return found
 
     def error(self, message: str) -> Any:
         """Refuse the command line."""

@@ -5,10 +5,13 @@ after the codes and exist in the embedding only. A pixel decoder reads a joint t
 included), then the whole discriminative dictionary; it predicts VQ tokens alone.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SENTENCE = 0
 """``<s>``: in the dictionary, never in a sequence."""

@@ -15,7 +15,7 @@ from digit_ds.config import Recipe, load_recipe
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import find_config
 from digit_ds.training.estimate import memory_by_part, planned_shards, zero_of
-from digit_ds.training.metrics import flops_per_image
+from digit_ds.training.flops import flops_per_image
 from digit_ds.training.plan import GPUS, Step, predicted_step
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import PlanSettings

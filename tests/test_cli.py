@@ -30,6 +30,14 @@ def test_misspelt_key_ends_in_one_sentence_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("module", ["cluster.submit", "cluster.costs", "training.estimate", "training.plan"])
+def test_what_computes_costs_from_a_recipe_alone_imports_no_framework(module):
+    """Their import takes seconds, on a busy login node a minute, in which nothing would be printed."""
+    code = f"import sys, digit_ds.{module}; print(*{{'torch', 'streaming', 'transformers'}} & {{*sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not found.strip()
+
+
 def test_an_error_is_not_lost_among_warnings_of_the_frameworks(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(tmp_path))

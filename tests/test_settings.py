@@ -71,6 +71,23 @@ def test_what_is_wrong_is_one_line_with_the_option(words, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(("word", "full"), [("--cou=3", "--count"), ("--co=3", "--count"), ("--count=3", None)])
+def test_an_abbreviated_option_is_read_with_a_warning(word, full, capsys):
+    assert parse(word).count == 3
+    given = word.partition("=")[0]
+    warned = f"warning: {given} is an abbreviation of {full}, expected the full name\n" if full else ""
+    assert capsys.readouterr().err == warned
+
+
+def test_an_option_of_a_verb_is_no_abbreviation_of_one_above_it(capsys):
+    parser = Parser(prog="draws")
+    parser.add_argument("--outermost")
+    add_options(parser.add_subparsers(parser_class=Parser).add_parser("draw"), Drawing)
+    assert parser.parse_args(["draw", "pictures", "--out", "o"]).out == "o"
+    assert parser.parse_args(["draw", "pictures", "--ou", "o"]).out == "o"
+    assert capsys.readouterr().err == "warning: --ou is an abbreviation of --out, expected the full name\n"
+
+
 def test_a_wrong_positional_argument_has_the_name_of_the_help():
     parser = Parser(prog="draw")
     add_options(parser, Drawing)

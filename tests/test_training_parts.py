@@ -21,8 +21,8 @@ from digit_ds.model import weights
 from digit_ds.training import runs
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.estimate import device_parameters, memory_by_part
+from digit_ds.training.flops import flops_per_image
 from digit_ds.training.guard import Diverged, SkipGuard
-from digit_ds.training.metrics import flops_per_image
 from digit_ds.training.optimizer import GuardedAdamW
 from digit_ds.training.schedule import learning_rate
 from digit_ds.training.stored import Progress, is_complete, newest_checkpoint

@@ -9,7 +9,7 @@ from digit_ds.clustering.settings import KMeansSettings
 from digit_ds.config import load_recipe
 from digit_ds.model.weights import parameter_count
 from digit_ds.training.estimate import shards_to_come
-from digit_ds.training.metrics import PEAKS, flops_per_image
+from digit_ds.training.flops import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 
 IMAGENET = 1_281_167

@@ -5,20 +5,22 @@ published (fairseq) checkpoints call it. Initial weights, parameter counts, the 
 and Megatron shards are all derived from it.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from digit_ds.errors import UserError
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.vocabulary import PAD
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:  # parameter counts and shapes need no torch, which takes seconds to import
+    from torch import Tensor
+
+State = dict[str, "Tensor"]
 Split = Literal["replicated", "column", "row", "vocabulary"]
 """How ranks share a parameter: whole on each; cut along dim 0; cut along dim 1; padded, then cut along dim 0."""
 Start = Literal["table", "position", "normal", "attention", "xavier", "linear", "zero", "one"]
@@ -194,6 +196,8 @@ def initial_shard(spec: TransformerSpec, seed: int, tensor_size: int, rank: int)
 
 
 def _draw(parameter: Parameter, spec: TransformerSpec, seed: int) -> Tensor:
+    import torch
+
     digest = hashlib.sha256(f"{seed}:{parameter.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     value = torch.zeros(parameter.shape)
@@ -223,6 +227,8 @@ def _draw(parameter: Parameter, spec: TransformerSpec, seed: int) -> Tensor:
 
 def fuse_qkv(parts: Sequence[Tensor], heads: int) -> Tensor:
     """Query, key and value, [D, ...] each -> [3D, ...] with rows grouped by head: for each head its q, k and v rows."""
+    import torch
+
     grouped = [part.unflatten(0, (heads, -1)) for part in parts]  # [heads, D / heads, ...]
     return torch.stack(grouped, dim=1).flatten(0, 2)
 
@@ -303,6 +309,8 @@ def shard(state: Mapping[str, Tensor], spec: TransformerSpec, tensor_size: int, 
 
 def shard_parameter(value: Tensor, parameter: Parameter, tensor_size: int, rank: int) -> Tensor:
     """One tensor-parallel rank's part of a whole parameter, contiguous."""
+    import torch
+
     if parameter.rule.split == "vocabulary":
         padding = padded_rows(parameter.shape[0]) - parameter.shape[0]
         value = torch.cat([value, value.new_zeros(padding, value.shape[1])])
@@ -321,6 +329,8 @@ def unshard(parts: Sequence[Mapping[str, Tensor]], spec: TransformerSpec) -> Sta
 
 def unshard_parameter(pieces: Sequence[Tensor], parameter: Parameter) -> Tensor:
     """Inverse of :func:`shard_parameter`: the parts of all ranks, in order -> the whole parameter without padding."""
+    import torch
+
     if parameter.split_dim is None:
         if any(not torch.equal(pieces[0], piece) for piece in pieces[1:]):
             raise UserError(f"tensor {parameter.name!r} differs between tensor-parallel ranks, expected equal copies")

@@ -9,7 +9,7 @@ from digit_ds.files import read_json
 from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import find_config, read_deepspeed_config
-from digit_ds.training.metrics import flops_per_image
+from digit_ds.training.flops import flops_per_image
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import EstimateSettings, PlannedSettings
 

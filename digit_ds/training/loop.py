@@ -25,8 +25,9 @@ from digit_ds.training import micro_batch, resume, runs
 from digit_ds.training.checkpoint import Checkpoints
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.engine import check_start
+from digit_ds.training.flops import flops_per_image
 from digit_ds.training.guard import Diverged, SkipGuard
-from digit_ds.training.metrics import Clock, Reporter, flops_per_image, memory_gib, peak_tflops, warn
+from digit_ds.training.metrics import Clock, Reporter, memory_gib, peak_tflops, warn
 from digit_ds.training.pace import Pace
 from digit_ds.training.preemption import STATUS, StopSignal
 from digit_ds.training.preview import Figures, Preview, SampleGrid

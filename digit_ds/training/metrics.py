@@ -1,4 +1,4 @@
-"""What a run says about itself: ``metrics.jsonl``, TensorBoard, the progress line; FLOPs and MFU."""
+"""What a run says about itself: ``metrics.jsonl``, TensorBoard, the progress line; the peak of a device."""
 
 import json
 import math
@@ -12,12 +12,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from digit_ds.files import write_atomically
-from digit_ds.model.spec import TransformerSpec
 from digit_ds.parallel import launch
 from digit_ds.parallel.progress import progress
-
-PEAKS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "V100": 125.0}
-"""Dense bf16 (fp16 on V100) TFLOP/s by NVIDIA's data sheets, found by the device's name."""
+from digit_ds.training.flops import PEAKS
 
 _BOARD = {
     "loss": ("loss", "nll"),
@@ -45,20 +42,6 @@ def peak_tflops(stated: float | None) -> float | None:
         return stated
     name = torch.cuda.get_device_name()
     return next((peak for part, peak in PEAKS.items() if part in name), None)
-
-
-def flops_per_image(spec: TransformerSpec) -> float:
-    """Floating-point operations of one training image, forward and backward: 6 a weight and token, plus attention.
-
-    Matrix weights only (tables that are looked up do no arithmetic), output matrix on the positions that have a
-    target; attention counted whole (12 x D x T a token and layer), as is customary, though half of it is masked.
-    Recomputation is not counted: it is time, not work.
-    """
-    tokens = spec.sequence_length
-    per_layer = 4 * spec.width**2 + (2 if spec.activation == "gelu" else 3) * spec.width * spec.feed_forward
-    output = spec.vocabulary.output_size * spec.width
-    attention = 12.0 * spec.layers * spec.width * tokens
-    return tokens * (6.0 * spec.layers * per_layer + attention) + (1 + spec.tokens) * 6.0 * output
 
 
 class Reporter:

@@ -11,7 +11,7 @@ from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.estimate import SHARE, memory_by_part, planned_shards, with_micro_batch, zero_of
-from digit_ds.training.metrics import PEAKS, flops_per_image
+from digit_ds.training.flops import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import PlanSettings
 from digit_ds.training.traffic import data_traffic, norm_traffic, tensor_traffic
