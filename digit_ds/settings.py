@@ -279,7 +279,7 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._intermixes = False
 
-    def _x_get_option_tuples(self, option_string: str) -> Any:
+    def _get_option_tuples(self, option_string: str) -> Any:
         """argparse's options that ``option_string`` abbreviates, with a warning: another option can make it ambiguous.
 
         A parser above verbs also looks at the options of its verbs, which these parse themselves.
