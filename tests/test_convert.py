@@ -285,7 +285,7 @@ WRONG = {
     "no layers": (_without("decoder.layers.0.fc1.weight"), r"'decoder.layers.0.fc1.weight' is missing"),
     "extra": (_tensor("decoder.layers.0.encoder_attn.q_proj.weight", 3), r"encoder_attn.* belongs to no published"),
     "width": (_tensor("decoder.layers.0.fc2.weight", 9, 20), r"fc2.weight' has shape \[9, 20\], expected \[12, 20\]"),
-    "rows": (_tensor("decoder.embed_tokens.weight", 20, 12), r"20 embedding rows for 38 outputs do not fit"),
+    "rows": (_tensor("decoder.embed_tokens.weight", 20, 12), r"has 20 embedding rows and 38 outputs, expected"),
 }
 
 

@@ -166,7 +166,7 @@ def test_class_accuracy(parts, tmp_path):
     for given, asked in ((root / "one", root / "manifest.json"), (root / "one.npz", root / "one.npz")):
         result = evaluate(given, root / "two", tmp_path / "out.json", features=judge, classifier=judge, labels=asked)
         assert result["class_accuracy"] == pytest.approx(share)
-    with pytest.raises(UserError, match=r"no class label for each of the 600"):
+    with pytest.raises(UserError, match=r"holds no labels of 600 pictures"):
         evaluate(
             root / "two",
             root / "one",
@@ -195,7 +195,7 @@ def test_a_classifier_of_other_classes_is_refused(parts, tmp_path):
         root / "one", root / "two", tmp_path / "o.json", **options, classifier=tmp_path / "judge.safetensors"
     )
     assert judged["class_accuracy"] > 0.9
-    with pytest.raises(UserError, match="class names are not a list of 10"):
+    with pytest.raises(UserError, match="has wrong class names, expected a list of 10"):
         save_feature_network(tmp_path / "judge.safetensors", weights, biases, **given, classes=names[:3])
         load_feature_network(tmp_path / "judge.safetensors")
 

@@ -169,7 +169,10 @@ def test_environment(environment, expected):
             "srun started 4 torchruns but 1 joined this one's world of 1",
         ),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, "srun placed 3,1 tasks on the nodes"),
-        (SRUN | {"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is 4 but srun placed 2 tasks on each node"),
+        (
+            SRUN | {"LOCAL_WORLD_SIZE": "4"},
+            "LOCAL_WORLD_SIZE is 4, expected 2, the tasks that srun placed on each node",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes"),
     ],
 )

@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused_in_one_line(own, method, given, options, mess
 def test_what_cannot_be_loaded_is_refused(parts, own):
     with pytest.raises(UserError, match="vqgan"):
         digit_ds.load_pipeline(own["prior"], own["decoder"])
-    with pytest.raises(UserError, match="no pixel decoder is given"):
+    with pytest.raises(UserError, match="expected a pixel decoder"):
         digit_ds.load_pipeline(own["prior"], vqgan=own["vqgan"])
     with pytest.raises(UserError, match=r"prior: .* is \(8, 8\)|grid is \(8, 8\)"):
         digit_ds.load_pipeline(own["prior"], parts["ar"], own["vqgan"])

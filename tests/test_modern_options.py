@@ -256,7 +256,10 @@ def test_a_modern_model_is_saved_loaded_and_kept_from_the_published_layout(tmp_p
         ({"normalization": True}, "normalization is True, expected 'layer' or 'rms'"),
         ({"activation": "relu"}, "activation is 'relu'"),
         ({"qk_norm": "yes"}, "qk_norm is 'yes', expected true or false"),
-        ({"kind": "nar", "target_positions": True}, "a pixel decoder .nar. writes in raster order alone"),
+        (
+            {"kind": "nar", "target_positions": True},
+            "target_positions is true, expected false for a pixel decoder .nar.",
+        ),
     ],
 )
 def test_choices_that_cannot_work_are_refused(change, words):

@@ -52,8 +52,8 @@ def test_prompts():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: training_sequence(PRIOR, None, CODES, torch.tensor([0, 0])), "needs discriminative tokens"),
-        (lambda: training_sequence(NAR, CODES, None, None), "needs VQ tokens"),
+        (lambda: training_sequence(PRIOR, None, CODES, torch.tensor([0, 0])), "no discriminative tokens"),
+        (lambda: training_sequence(NAR, CODES, None, None), "no VQ tokens"),
         (lambda: training_sequence(PRIOR, CODES[:, :4], None, None), r"have 4 discriminative tokens, expected 6 \(2x3"),
         (lambda: training_sequence(PRIOR, CODES + 5, None, None), r"discriminative code is 11, expected 0\.\.8"),
         (lambda: training_sequence(NAR, CODES, CODES - 1, None), r"VQ code is -1, expected 0\.\.6"),

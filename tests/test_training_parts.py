@@ -300,15 +300,15 @@ def test_deepspeed_file_is_passed_on_with_the_recipes_own(tmp_path):
 @pytest.mark.parametrize(
     ("file", "overrides", "words"),
     [
-        ({"train_batch_size": 9}, {}, "train_batch_size is 9, but the recipe makes it 8"),
+        ({"train_batch_size": 9}, {}, "train_batch_size is 9, expected 8 as in the recipe"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}, {"training__precision": "bf16"}, "bf16.ena"),
         ({"scheduler": {}}, {}, "holds 'scheduler'"),
         ({"gradient_clipping": 0.7}, {}, "gradient_clipping"),
         ({"zero_optimization": {"stage": 4}}, {}, "stage is 4"),
-        ({"zero_optimization": {"stage": 0}}, {"training__precision": "bf16"}, "use stage 1"),
+        ({"zero_optimization": {"stage": 0}}, {"training__precision": "bf16"}, "stage is 0, expected 1 or more"),
         ({}, {"parallel__tensor": 4, "parallel__sequence": True}, "multiple of parallel.tensor 4"),
         ({"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"stage": 2}}, {}, "grad_accum_dtype"),
-        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, {}, "stage 2 or 3"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, {}, "expected 2 or 3"),
     ],
 )  # fmt: skip
 def test_contradicting_deepspeed_file_is_refused(file, overrides, words, tmp_path):
