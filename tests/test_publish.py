@@ -89,7 +89,7 @@ def test_what_is_no_address_is_refused(models):
 
 
 def test_scores_of_another_kind_are_refused():
-    with pytest.raises(UserError, match="hold none of fid, inception_score"):
+    with pytest.raises(UserError, match="holds none of fid, inception_score"):
         model_card("a/b", small_spec("prior"), {}, "mit", {"layers": []})
     card = model_card("a/b", small_spec("nar"), {"steps": 7, "images": 70}, "mit")
     assert "Scores" not in card and "Trained for 7 steps, 70 images." in card and "The recipe is not stated." in card
