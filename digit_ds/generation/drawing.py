@@ -1,4 +1,4 @@
-"""Groups of blocks of images: what one call of the models writes. Equal groups give equal pictures in any precision."""
+"""Groups of blocks of images: the units of a model call. Equal groups give equal pictures in any precision."""
 
 from collections.abc import Iterator, Sequence
 

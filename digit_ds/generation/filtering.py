@@ -2,7 +2,7 @@
 
 Shapes: ``V`` vocabulary with the special ids in front, ``K`` codes = V minus those, any leading dimensions.
 The conventions are fairseq's, as the published scripts use them: the softmax runs over the whole vocabulary, special
-ids are then left out, and the remaining probabilities are *not* renormalised before top-p looks at their mass.
+ids are then left out, and the remaining probabilities are *not* renormalised before top-p is applied.
 """
 
 import torch
@@ -17,7 +17,8 @@ def candidates(
     """What may be drawn from logits [..., V], in proportion to what, and as which codes (None: 0 .. K-1).
 
     ``top_k`` keeps the k most probable codes, ``top_p`` the most probable ones up to and including the first at which
-    their cumulative mass reaches p (everything, if it never does). With both, top-p looks at what top-k left.
+    their cumulative mass reaches p (all codes, if it never does). With both, top-p is applied to the codes that top-k
+    keeps.
     No special id is among the candidates: the end of an image is a matter of counting, since each has exactly as many
     tokens as its grid.
 

@@ -126,7 +126,7 @@ class SamplingJob:
         return [block for block in range(self.blocks) if self.part(block).name not in done]
 
     def write_block(self, block: int, pictures: np.ndarray, tokens: dict[str, np.ndarray]) -> None:
-        """Write a block's pictures, then its tokens: a killed process leaves no block that only looks finished."""
+        """Write a block's pictures, then its tokens, which mark the block as finished."""
         for image, picture in zip(self.images(block), pictures):
             write_png(self.picture(image), picture)
         write_atomically(self.part(block), lambda temporary: np.savez(temporary, **tokens))

@@ -37,7 +37,7 @@ Given = Tensor | Sequence[Image.Image | Path | str] | Path | str
 
 
 class Pictures(NamedTuple):
-    """Pictures with the tokens that they were painted from."""
+    """Pictures and the tokens that they were decoded from."""
 
     images: Tensor
     """uint8 [N, 3, H, W]."""

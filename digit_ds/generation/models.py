@@ -1,6 +1,6 @@
 """The models that pictures are made with: which are needed, whether they belong together, and how they are loaded.
 
-The command (``sample.py``) and the Python interface (``loaded.py``) both come here.
+Both the command (``sample.py``) and the Python interface (``loaded.py``) use it.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The way of an image: prior -> pixel decoder -> VQGAN -> pixels.
+"""From models to pixels: prior -> pixel decoder -> VQGAN.
 
 Shapes: ``B`` images, ``G`` tokens of an image.
 """
@@ -18,7 +18,7 @@ from digit_ds.model.transformer import Transformer
 from digit_ds.tokenizer.vqgan import Vqgan, to_uint8
 
 BLOCK = 16
-"""Images that the VQGAN paints together, always the same ones (0..15, 16..31, ...): their pixels do not depend on the
+"""Images that the VQGAN decodes together, always the same ones (0..15, 16..31, ...): their pixels do not depend on the
 batch."""
 
 
@@ -38,12 +38,12 @@ def make_sampler(model: Transformer, decoding: Decoding, seed: int, rows: int) -
 
 
 class Pipeline:
-    """Writes tokens and paints them.
+    """Samples tokens and decodes them to pixels.
 
     Args:
         prior: writes discriminative tokens (or, a ``vq`` model, VQ tokens); None: they are always given.
         pixels: the pixel decoder's sampler; None after a ``vq`` prior.
-        vqgan: paints.
+        vqgan: decodes VQ tokens to pixels.
     """
 
     def __init__(self, prior: Sampler | None, pixels: Sampler | None, vqgan: Vqgan):

@@ -27,7 +27,7 @@ class Preview:
     """Draws in this process alone; the same seed shows the same images over a training run."""
 
     vqgan: Path | str
-    """VQGAN checkpoint that paints; ``vqgan_config`` as for ``load_vqgan``."""
+    """VQGAN checkpoint; ``vqgan_config`` as for ``load_vqgan``."""
     vqgan_config: Path | str | None = None
     partner: Path | str | None = None
     """The released model of the other stage; none for a VQ baseline."""

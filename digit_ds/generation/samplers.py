@@ -1,14 +1,13 @@
-"""One interface for everything that writes tokens: the autoregressive sampler here, the parallel one beside it.
+"""The interface of all samplers, and the autoregressive one; the parallel one is in ``maskgit.py``.
 
 Shapes: ``B`` images, ``R`` rows of one model call, ``G`` tokens of an image, ``K`` codes, ``V`` vocabulary.
 
-The numbers an image draws depend on the seed and on its own number alone (``draws.py``), so batch and world size
-cannot change what is asked of the generator. What they could change is the rounding of the logits, since a matrix
-product may add up in another order at another shape; a draw that falls within that error of a boundary would then
-come out differently. Two things keep pictures equal: every model call has the same number of rows, the last batch
-being padded, so that neither the end of a job nor the number of processes changes a shape; and in float64, the CPU's
-default, the error is so small (1e-14 a draw) that other batch sizes agree as well. In bfloat16 another *batch size*
-may change single draws.
+The random numbers of an image depend only on the seed and on the number of the image (``draws.py``), not on batch or
+world size. Batch and world size can change the rounding of the logits, since a matrix product of another shape may sum
+in another order; a sampled token whose random number falls within that error of a boundary then differs. Two things
+keep pictures equal. Every model call has the same number of rows, since the last batch is padded, so neither the end of
+a job nor the number of processes changes a shape. In float64, the CPU's default, the error is so small (1e-14 per
+token) that other batch sizes give equal pictures as well. In bfloat16 another *batch size* may change single tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +26,7 @@ from digit_ds.vocabulary import EOS
 
 
 class Sampler(ABC):
-    """Writes the codes of images with one model.
+    """Samples the codes of images with one model.
 
     Args:
         model: the transformer, on its device and in its precision.
@@ -65,7 +64,7 @@ class Sampler(ABC):
             known = torch.full((len(images), self.spec.tokens), -1)
         written = []
         for start in range(0, len(images), self.rows):
-            # The last row stands in for those that are missing; what it writes again is dropped.
+            # Missing rows are filled with copies of the last one, whose output is dropped.
             index = torch.arange(start, start + self.rows).clamp(max=len(images) - 1)
             own_labels, own_prefix = (None if part is None else part[index] for part in (labels, prefix))
             codes = self._sample(images[index], own_labels, own_prefix, known[index])
@@ -93,8 +92,9 @@ def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
 class AutoregressiveSampler(Sampler):
     """One token after the other in row-major order, with a key/value cache.
 
-    Everything a step reads and writes stays where it is, positions included, so that on a GPU the step, draw included,
-    is captured once in a CUDA graph and replayed for every token of every batch without the host looking at anything.
+    All tensors that a step reads and writes keep their addresses, positions included, so that on a GPU the step, with
+    the sampling of the token, is captured once in a CUDA graph and replayed for every token of every batch without
+    synchronising with the host.
     """
 
     def __init__(self, model: Transformer, decoding: Decoding, seed: int, purpose: int, rows: int):

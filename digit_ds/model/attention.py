@@ -52,10 +52,20 @@ def ready(qkv: Tensor, heads: int, qk_norm: QkNorm | None, turn: Tensor | None) 
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, allocated once for ``length`` tokens.
+    """Keys and values of the tokens processed so far, allocated once for ``length`` tokens.
 
-    Nothing in it changes shape or address and the position lives on the device, so that a transformer's step can be
+    No tensor changes its shape or address, and the position is on the device, so that a step of the transformer can be
     captured in a CUDA graph and replayed.
+
+    Args:
+        spec: the transformer's specification; gives the number of layers, the heads and their width W.
+        batch: number of sequences B.
+        length: largest number of tokens of a sequence, prefix included.
+        device: device of all tensors.
+        dtype: floating-point type of keys and values, that of the transformer's weights.
+
+    Attributes:
+        keys, values: a tensor [B, heads, length, W] of ``dtype`` for each layer; zeros at positions not yet written.
     """
 
     def __init__(self, spec: TransformerSpec, batch: int, length: int, device: torch.device, dtype: torch.dtype):
@@ -64,7 +74,7 @@ class KeyValueCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(spec.layers)]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        """int64 [1]: how many tokens were seen, that is the position of the next one."""
+        """int64 [1]: number of tokens processed, that is the position of the next one."""
         self.rotation = rotation(spec, torch.arange(length, device=device), dtype)
         """Of every position of the cache, as :meth:`Attention.step` needs it; None: the model has position tables."""
 
@@ -77,9 +87,16 @@ class KeyValueCache:
         return ready(qkv, self.heads, qk_norm, turn)
 
     def attend(self, layer: int, qkv: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """Let new tokens join a layer's cache at ``positions`` [t] and see ``visible`` [t, length] of it.
+        """Write the keys and values of t new tokens to a layer's cache and attend to it.
 
-        ``qkv`` [B, t, 3D], rows grouped by head, from :meth:`ready` -> what the heads saw, [B, t, D].
+        Args:
+            layer: number of the layer, from 0.
+            qkv: [B, t, 3D] from :meth:`ready`, grouped by head.
+            positions: int64 [t], where the new tokens are written.
+            visible: bool [t, length], the positions of the cache to which each new token attends.
+
+        Returns:
+            Output of the heads, [B, t, D].
         """
         query, key, value = split_heads(qkv, self.heads)
         self.keys[layer].index_copy_(2, positions, key)

@@ -130,7 +130,7 @@ class _QkNorm(nn.Module):
         """[B, T, heads, 2, D / H] to the same shape."""
         weight: Tensor = self.weight
         if self.tensor_size > 1:
-            # Every rank holds the whole weight but sees its own heads alone: the gradient is the sum over the ranks.
+            # Every rank holds the whole weight but uses only its own heads: the gradient is the sum over the ranks.
             weight = tensor_parallel.copy(weight)
         return F.rms_norm(qk, qk.shape[-1:], eps=NORM_EPSILON) * weight
 
@@ -214,7 +214,7 @@ class TransformerLayer(nn.Module):
         norms = (self.attention_norm, self.ffn_norm)
         whole = [self.attention.out.bias, self.ffn.down.bias, *(p for norm in norms for p in norm.parameters())]
         if self.sequence_parallel:
-            # Every rank holds these whole but sees its own rows alone: their gradients are sums over the ranks.
+            # Every rank holds these whole but uses only its own rows: their gradients are sums over the ranks.
             whole = list(tensor_parallel.copy_all(*whole))
         out_bias, down_bias, *scales = whole
         half = len(scales) // 2

@@ -1,13 +1,13 @@
-"""Rotary positions on the token grid: queries and keys turn by their row and their column.
+"""Rotary positions on the token grid: queries and keys are rotated by their row and column.
 
 Rotary embedding (arXiv 2104.09864) along two axes, as autoregressive image models use it (LlamaGen, arXiv 2406.06525):
-half of each head's width turns by the row, half by the column, so that a score knows where two tokens lie to each
-other and not where they lie.
+half of each head's width is rotated by the row, half by the column, so that an attention score depends on the relative
+position of two tokens and not on their absolute positions.
 
-- The start token (BOS or class) has place (0, 0): it does not turn. The token of row r and column c, counted from 0,
-  has place (r + 1, c + 1): none shares the start's place, and its distance from the start tells a token where it is.
-- A pixel decoder's discriminative token and VQ token of one patch share a place. They need no further mark: the
-  vocabularies are separate, so their embeddings tell them apart.
+- The start token (BOS or class) is at (0, 0): it is not rotated. The token of row r and column c, counted from 0,
+  is at (r + 1, c + 1): none is at the start's position, and the distance from the start gives the absolute position.
+- A pixel decoder's discriminative token and VQ token of one patch are at the same position. Their
+  vocabularies are separate, so that their embeddings distinguish them.
 
 Shapes: ``B`` images, ``T`` tokens, ``H`` heads, ``D`` width.
 """
@@ -28,12 +28,12 @@ def rotation(spec: TransformerSpec, positions: Tensor, dtype: torch.dtype) -> Te
         positions: int64 [T], or [B, T] where each image has an order of its own.
 
     Returns:
-        [2, T, 1, 1, D / H / 2] or [2, B, T, 1, 1, D / H / 2], to meet queries and keys [B, T, H, 2, D / H], in
-        ``dtype``, or in float32 if that is narrower: bfloat16 would blur the angles.
+        [2, T, 1, 1, D / H / 2] or [2, B, T, 1, 1, D / H / 2], broadcast against queries and keys [B, T, H, 2, D / H],
+        in ``dtype``, or in float32 if that is narrower: bfloat16 is too coarse for the angles.
     """
     if spec.positions != "rotary2d":
         return None
-    angle_count = spec.head_width // 4  # of each axis; an angle turns two numbers
+    angle_count = spec.head_width // 4  # of each axis; an angle rotates two numbers
     columns, own = spec.grid[1], positions - spec.prefix_length
     patch = torch.where(own < 0, positions, own - 1)
     place = torch.stack([patch // columns + 1, patch % columns + 1], dim=-1)  # [..., T, 2]
@@ -45,7 +45,7 @@ def rotation(spec: TransformerSpec, positions: Tensor, dtype: torch.dtype) -> Te
 
 
 def rotate(qk: Tensor, turn: Tensor) -> Tensor:
-    """Turn queries and keys [B, T, H, 2, D / H] by :func:`rotation`; numbers j and j + D / H / 2 make a pair."""
+    """Rotate queries and keys [B, T, H, 2, D / H] by :func:`rotation`; numbers j and j + D / H / 2 are a pair."""
     cosine, sine = turn.unbind()
     first, second = qk.to(turn.dtype).chunk(2, dim=-1)
     turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)

@@ -159,7 +159,7 @@ class TransformerSpec(Architecture):
 
     @property
     def causal(self) -> bool:
-        """Whether attention is causal; the NAR decoder sees everything."""
+        """Whether attention is causal; the NAR decoder attends to all positions."""
         return self.kind != "nar"
 
     def to_dict(self) -> dict[str, Any]:

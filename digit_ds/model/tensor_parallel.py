@@ -1,8 +1,12 @@
 """Collectives over the tensor-parallel group that autograd and torch.compile can trace.
 
 Megatron-core's own ones break the compiler's graph. Each function here is a pair of conjugate operations, as in
-Megatron-LM (arXiv 1909.08053; with rows cut over the ranks, arXiv 2205.05198): what is copied forward is summed
-backward, what is gathered forward is reduce-scattered backward. Rows are the first dimension, in the ranks' order.
+Megatron-LM (arXiv 1909.08053; with rows split over the ranks, arXiv 2205.05198): an identity forward is an all-reduce
+backward, an all-gather forward is a reduce-scatter backward.
+
+Shapes: ``R`` rows, the first dimension, split over ``n`` ranks in the order of the ranks; R must be a multiple of n.
+Tensors are floating point of any dtype, which results keep. All ranks of the group must call the same function with
+tensors of equal shape and dtype; the model-parallel groups of Megatron-core must be initialised.
 """
 
 import torch
@@ -14,7 +18,7 @@ _OPS = torch.ops._c10d_functional
 
 
 def size() -> int:
-    """Ranks of the group."""
+    """Number n of ranks in the tensor-parallel group."""
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
@@ -69,7 +73,7 @@ class _Reduce(torch.autograd.Function):
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """The sum of the input's gradient over the ranks travels while the weight's gradient is computed."""
+    """The all-reduce of the input's gradient overlaps with the computation of the weight's gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, ranks, group, sequence):
@@ -127,18 +131,18 @@ class _Join(torch.autograd.Function):
 
 
 def own_rows(x: Tensor) -> Tensor:
-    """This rank's rows of a tensor that every rank holds whole."""
+    """This rank's rows [R / n, ...] of ``x`` [R, ...], which every rank holds whole; a view."""
     count = x.shape[0] // size()
     return x.narrow(0, parallel_state.get_tensor_model_parallel_rank() * count, count)
 
 
 def first_row(x: Tensor) -> int:
-    """Which of all ranks' rows the first of this rank's rows ``x`` is."""
+    """Index, among the R rows of all ranks, of the first of this rank's rows ``x`` [R / n, ...]."""
     return parallel_state.get_tensor_model_parallel_rank() * x.shape[0]
 
 
 def copy(x: Tensor) -> Tensor:
-    """A tensor that each rank then uses in its own way: the gradient is the sum over the ranks."""
+    """``x`` [...] itself, which the ranks use differently afterwards; backward: all-reduce (sum) of the gradient."""
     return _Copy.apply(x, _name())
 
 
@@ -148,28 +152,36 @@ def copy_all(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def reduce(x: Tensor) -> Tensor:
-    """Sum over the ranks, used identically on all of them."""
+    """All-reduce (sum) of ``x`` [...], which all ranks use identically afterwards; backward: identity."""
     return _Reduce.apply(x, _name())
 
 
 def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
-    """``linear(x, weight, bias)`` with this rank's share of the output features.
+    """``linear(x, weight, bias)`` with this rank's part of the output features.
 
-    ``x`` is whole on every rank or, with ``sequence``, this rank's rows of it.
+    Args:
+        x: [..., I], equal on all ranks; with ``sequence`` this rank's rows [R / n, ..., I] of it.
+        weight: [O / n, I], this rank's rows of the weight.
+        bias: [O / n], or None.
+        sequence: whether the rows of ``x`` are gathered first (sequence parallelism).
+
+    Returns:
+        [..., O / n] for all rows. Backward: the gradient of ``x`` is summed over the ranks, with ``sequence``
+        reduce-scattered to this rank's rows.
     """
     return _ColumnProduct.apply(x, weight, bias, size(), _name(), sequence)
 
 
 def reduce_scatter(x: Tensor) -> Tensor:
-    """This rank's rows of the sum over the ranks."""
+    """This rank's rows [R / n, ...] of the sum of ``x`` [R, ...] over the ranks; backward: all-gather."""
     return _ReduceScatter.apply(x, size(), _name())
 
 
 def scatter(x: Tensor) -> Tensor:
-    """This rank's rows of a tensor that all ranks computed alike."""
+    """This rank's rows [R / n, ...] of ``x`` [R, ...], which is equal on all ranks; backward: all-gather."""
     return _Scatter.apply(x, size(), _name())
 
 
 def join(x: Tensor) -> Tensor:
-    """Rows of all ranks, used identically on all of them."""
+    """Rows [R, ...] of all ranks from ``x`` [R / n, ...], used identically on all ranks; backward: this rank's rows."""
     return _Join.apply(x, size(), _name())

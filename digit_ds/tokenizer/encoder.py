@@ -29,15 +29,25 @@ _SHRINK = 0.875  # published: an image of 256 becomes one of 224
 
 
 class Encoder(nn.Module):
-    """A frozen vision transformer cut off after the asked block: float [B, 3, H, W] in [0, 1] -> [B, G, E].
+    """A frozen vision transformer up to a chosen block: float [B, 3, H, W] in [0, 1] -> [B, G, E].
 
     The features are the block's output after the final LayerNorm, without class and register tokens, row by row.
     Normalisation and resizing run in float32, the transformer in the dtype that ``load_encoder`` was given. The
-    forward pass makes no host-device synchronisation, and ``torch.compile`` may wrap it.
+    forward pass makes no host-device synchronisation, and ``torch.compile`` may wrap it. ``load_encoder`` makes one.
+
+    Args:
+        checkpoint: weights and sizes, as ``read_vit_checkpoint`` returns them.
+        layer: block whose output is used, counted from the last, which is 1.
+        num_heads: attention heads; a divisor of the width.
+        dtype: floating-point type of the transformer.
+        path: the weights file, whose SHA-256 identifies the encoder.
 
     Attributes:
-        width: E. layer, depth, num_heads, patch_size: as the checkpoint and ``load_encoder`` gave them.
-        image_sizes: the accepted heights (= widths).
+        width: E, the width of the features.
+        depth: number of blocks of the checkpoint; those after the chosen one are not kept.
+        layer, num_heads: as given.
+        patch_size: side of a patch in pixels.
+        image_sizes: the accepted heights (= widths) in pixels.
     """
 
     prefix: Tensor  # [1, P, E]
@@ -141,7 +151,7 @@ class Encoder(nn.Module):
         return self.vit.norm(self._tokens(images)[:, 0])
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """Class token, registers and patches [B, P + G, E] as the last kept block gives them."""
+        """Class token, registers and patches [B, P + G, E]: the output of the last kept block."""
         images = self.preprocess(images)
         positions = getattr(self, f"positions_{images.shape[-1] // self.patch_size}")
         images = images.to(dtype=positions.dtype, memory_format=torch.channels_last)
@@ -221,7 +231,7 @@ def interpolate_positions(table: Tensor, grid: int, offset: float = 0.1) -> Tens
 
 
 def _network_sizes(checkpoint: VitCheckpoint) -> dict[int, int]:
-    """Accepted image size -> size at which the network sees it.
+    """Accepted image size -> size of the network's input.
 
     The native size is what the position table was made for; a table for more than 224 (DINOv2's is for 518) is
     scaled down to that, but for SigLIP, which is published for each size. 8/7 of the native size, 256 for 224, is
