@@ -103,7 +103,7 @@ def stage_times(assigner, batch):
 
 
 def measure(label, work):
-    """Run ``work`` and print what it returns, or why it failed."""
+    """Run ``work`` and print its result or its error."""
     try:
         facts = {"what": label} | work()
     except Exception as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 20.0
-"""Seconds that the other ranks get to leave after one has failed."""
+"""Seconds in which the other ranks may exit after one has failed."""
 
 
 class Ranks:
@@ -61,7 +61,7 @@ class Ranks:
         return found
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Exit statuses after at most so many seconds; None: still running."""
+        """Exit statuses after at most ``seconds``; None: still running."""
         end = time.monotonic() + seconds
         while None in (found := self.statuses()) and time.monotonic() < end:
             time.sleep(0.1)
@@ -84,6 +84,6 @@ class Ranks:
                 process.wait()
 
     def tail(self, characters: int = 4000) -> str:
-        """The end of what a failed rank wrote, else of rank 0's words."""
+        """The end of what a failed rank wrote, else of rank 0's output."""
         failed = [path for path, process in zip(self.logs, self.processes) if process.poll()]
         return (failed or self.logs)[0].read_text(errors="replace")[-characters:]

@@ -209,7 +209,7 @@ def _paint_all(pipeline: Pipeline, blocks: list[torch.Tensor]) -> list[np.ndarra
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Measure what the command line selects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--batch", type=int, help="images a batch (default: 1,024 for base, 512 for large and VQGAN)")

@@ -113,7 +113,7 @@ def start(rank: int, world: int, port: int, job: dict) -> None:
     tokens = manifest(job["codes"])
     spec = runs.model_spec(values, tokens)
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     launch.barrier()

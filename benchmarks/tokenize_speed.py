@@ -193,7 +193,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
         name: Loading(crops, options.batch, options.workers, name) for name in (("gpu", "cpu") if cuda else ("cpu",))
     }
     for name, loading in loadings.items():
-        if name == "gpu":  # the first call of nvJPEG takes its time
+        if name == "gpu":  # the first call of nvJPEG is slow
             conveyor_speed(images, loading, first_pixels, None, root / "out")
             for part, speed in decoding_parts(images, loading, root / "out", options.seconds).items():
                 report(f"decode, gpu: {part} alone", speed)
@@ -216,7 +216,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
         kinds = "both kinds of tokens" if with_vqgan else "discriminative tokens"
         encode = encode_speed(tokenizer.encode, options.batch, options.seconds)
         report(f"encode, {kinds}", encode)
-        for loading in loadings.values():  # what the compiler does at the first batch belongs to no image
+        for loading in loadings.values():  # compilation at the first batch is not counted
             conveyor_speed(few, loading, tokenizer.encode, tokenizer, root / "out")
         for name, loading in loadings.items():
             speed = conveyor_speed(images, loading, tokenizer.encode, tokenizer, root / "out")

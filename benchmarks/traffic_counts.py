@@ -238,7 +238,7 @@ def _rank(rank: int, world: int, port: int, values: Recipe, out: Path) -> None:
 
 
 def measure(values: Recipe, ranks: int, out: Path) -> None:
-    """Run :func:`count` on so many processes."""
+    """Run :func:`count` on ``ranks`` processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,6 +1,6 @@
 """Training speed beside a plain PyTorch GPT of the same size, on one GPU.
 
-Ours is the real thing: ``digit-ds train`` with a recipe, over MDS shards (of random codes), in a process of its own.
+Ours is ``digit-ds train`` with a recipe, over MDS shards (of random codes), in a process of its own.
 The plain model is what one would write without this project: ``torch.compile``, bf16 autocast, fused AdamW, clipping,
 random tokens already on the device. Same sizes, same dropout, same images a step, post-LayerNorm.
 
@@ -68,7 +68,7 @@ class PlainLayer(nn.Module):
 
 
 class PlainGpt(nn.Module):
-    """What one would write by hand."""
+    """The baseline: a plain PyTorch GPT."""
 
     def __init__(self, layers: int, width: int, heads: int, codes: int):
         super().__init__()

@@ -29,7 +29,7 @@ VARIANTS = {"base": ["zero1"], "large": ["zero1"], "3.7b": ["zero3_overlap", f"{
 
 
 def known_gpu() -> str:
-    """The kind of GPU in the words of ``digit-ds plan``; H100 where it is another."""
+    """Kind of GPU as ``digit-ds plan`` names it; any other counts as H100."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if "A100" in name:
         return "a100-80" if torch.cuda.get_device_properties(0).total_memory > 60 * 2**30 else "a100-40"

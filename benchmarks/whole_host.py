@@ -1,4 +1,4 @@
-"""Everything that wants a host of several GPUs, in one command: tests, weak scaling, losses, checkpoints, stages.
+"""Everything that needs a host of several GPUs, in one command: tests, weak scaling, losses, checkpoints, stages.
 
     python benchmarks/whole_host.py --out results                      # all GPUs; on 8 H100 about two hours
     python benchmarks/whole_host.py --out results --minutes 10         # what fits; the same call goes on

@@ -21,7 +21,7 @@ def pytest_make_collect_report(collector):
 
 
 def _excuse(report, needs_gpu: bool) -> None:
-    """On CI's machine only the want of a GPU excuses a skip."""
+    """On CI's machine only a missing GPU is a valid reason to skip."""
     if report.skipped and "DIGIT_DS_CI" in os.environ and not needs_gpu:
         report.outcome, report.longrepr = "failed", f"skipped on CI's machine: {report.longrepr}"
 

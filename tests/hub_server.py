@@ -13,7 +13,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """What the server holds and what it was asked.
+    """Files of the server and the requests that it received.
 
     Attributes:
         files: repository -> path -> content. plain: paths on the server that are no repository's.

@@ -1,4 +1,4 @@
-"""Twenty kills of each offline stage as a job of two processes, measured against a job that nobody interrupts.
+"""Twenty kills of each offline stage as a job of two processes, measured against an uninterrupted job.
 
     python tests/measure_kills.py OUT [--kills 20]
 

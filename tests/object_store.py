@@ -1,5 +1,5 @@
-"""An S3-compatible server on the loopback address that counts what is fetched, stops in the middle of a body, and dies
-and comes back."""
+"""An S3-compatible server on the loopback address that counts what is fetched, stops in the middle of a body, and
+can be stopped and started again."""
 
 import threading
 from collections import Counter

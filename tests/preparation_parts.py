@@ -160,7 +160,7 @@ def start_ranks(world: int, work: Callable[[], None]) -> list[multiprocessing.Pr
 
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=enter, args=(rank,)) for rank in range(world)]
-    # What earlier tests left must not be finalised in the children: they lack the threads and files that it knows.
+    # What earlier tests left must not be finalised in the children: they lack its threads and files.
     gc.collect()
     gc.freeze()
     for process in processes:
@@ -170,7 +170,7 @@ def start_ranks(world: int, work: Callable[[], None]) -> list[multiprocessing.Pr
 
 
 def run_ranks(world: int, work: Callable[[], None]) -> None:
-    """Run ``work`` in ``world`` processes and see that all end well."""
+    """Run ``work`` in ``world`` processes and assert that all exit with status 0."""
     processes = start_ranks(world, work)
     for process in processes:
         process.join(120)

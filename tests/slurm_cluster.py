@@ -78,7 +78,7 @@ def missing_programs() -> list[str]:
 
 
 def may_unshare() -> bool:
-    """Whether each node can have its own /dev/shm; training needs it, since ranks of a node meet there by name."""
+    """Whether each node can have its own /dev/shm; training needs it: ranks of a node share files there."""
     command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -124,7 +124,7 @@ class Cluster:
                 names=",".join(NODES),
             )
         )
-        # Before the nodes start: they see no later mounts.
+        # Before the nodes start: later mounts are not visible to them.
         self.small_disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(self.small_disk)]
         subprocess.run(mount, capture_output=True, check=False)
@@ -148,7 +148,7 @@ class Cluster:
         self._launch(name, *(private if may_unshare() else []), "slurmd", "-D", "-N", name)
 
     def stop_node(self, name: str) -> None:
-        """Kill the slurmd of one node, as when the machine dies: job processes there are killed too."""
+        """Kill the slurmd of one node, as when the machine fails: job processes there are killed too."""
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()

@@ -1,4 +1,4 @@
-"""What the stand-in for Python does on the cluster: it records how it was called and behaves as a test asks.
+"""The stand-in for Python on the cluster: it records its arguments and behaves as a test specifies.
 
 The mechanics of jobs (order, signals, requeueing, failures) are tested with it in seconds; what the jobs compute is
 tested with the real programs in test_slurm_chain.py. ``STUB`` names a folder: ``behaviour.json`` says what a step

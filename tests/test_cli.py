@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one sentence and exit status 2, a traceback only when asked for."""
+"""The command line: errors are one line with exit status 2, tracebacks are shown with --debug only."""
 
 import subprocess
 import sys
@@ -86,7 +86,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_writing_is_atomic(tmp_path):
-    """A writer that dies half-way leaves the old file and no rubbish."""
+    """A writer that is killed half-way leaves the old file and no temporary one."""
     target = tmp_path / "report.json"
     write_json(target, {"a": 1})
     before = target.read_bytes()

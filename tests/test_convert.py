@@ -339,7 +339,7 @@ def test_wrong_files_are_one_sentence(tmp_path):
 
 @pytest.fixture(scope="module")
 def tool():
-    """``main`` of the script, imported: starting Python and torch anew for every call takes seconds."""
+    """``main`` of the script, imported: starting Python and torch for every call takes seconds."""
     description = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
     module = importlib.util.module_from_spec(description)
     description.loader.exec_module(module)

@@ -35,7 +35,7 @@ def test_a_bijection_is_one_at_every_size():
 
 
 def test_orders_stay_those_of_earlier_versions():
-    """A run that goes on with another version must see the same images."""
+    """A run that continues with another version must read the same images."""
     assert Bijection(12, 3, 1)(np.arange(12)).tolist() == [10, 9, 7, 0, 8, 5, 4, 11, 2, 6, 3, 1]
     keyed, stored = KeyedOrder(6, 2, 3), StoredOrder(6, 2, 3)
     assert places(keyed, range(8)) == [

@@ -1,4 +1,4 @@
-"""digit-ds doctor: what a healthy machine is told, and each fault by its own sentence."""
+"""digit-ds doctor: output on a machine without faults, and the line of each fault."""
 
 import os
 import re

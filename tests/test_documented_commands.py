@@ -243,7 +243,7 @@ def own(tmp_path_factory) -> Iterator[Path]:
         if verb == "train":
             trainings.append(line)
             continue
-        if trainings:  # the two stages beside each other, as the page says
+        if trainings:  # both stages at once, as on the page
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(lambda training: run(training, "train"), trainings))
             trainings = []

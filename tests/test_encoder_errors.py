@@ -1,4 +1,4 @@
-"""Wrong weights, layers, heads and images: one sentence that names what was found and what was expected."""
+"""Wrong weights, layers, heads and images: one line with what was found and what was expected."""
 
 from pathlib import Path
 

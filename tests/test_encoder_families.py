@@ -191,7 +191,7 @@ def test_metas_dinov3_files_are_read_as_huggingfaces(gated, tmp_path):
     torch.save({"teacher": {f"backbone.{name}": value for name, value in meta.items()}}, tmp_path / "run.pth")
     expected = digit_ds.load_encoder(weights, layer=2, num_heads=HEADS)(pictures(256))
     for name in ("bare.pth", "run.pth"):
-        encoder = digit_ds.load_encoder(tmp_path / name, layer=2)  # heads as the periods say
+        encoder = digit_ds.load_encoder(tmp_path / name, layer=2)  # number of heads from the periods
         assert (encoder.num_heads, encoder.image_sizes) == (HEADS, (256,))
         torch.testing.assert_close(encoder(pictures(256)), expected, atol=2e-5, rtol=0)
 

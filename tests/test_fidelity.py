@@ -153,7 +153,7 @@ def test_statistics_of_another_network_are_refused(parts, tmp_path):
     with pytest.raises(UserError, match=r"other.npz: holds statistics of inception-v3-compat-0123456789ab, expected"):
         evaluate(root / "one", tmp_path / "other.npz", tmp_path / "a.json", features=judge)
     assert not (tmp_path / "a.json").exists()
-    np.savez(tmp_path / "foreign.npz", mu=arrays["mu"], sigma=arrays["sigma"])  # ADM's say no more
+    np.savez(tmp_path / "foreign.npz", mu=arrays["mu"], sigma=arrays["sigma"])  # ADM's files hold no more
     evaluate(root / "one", tmp_path / "foreign.npz", tmp_path / "b.json", features=judge)
     with pytest.raises(UserError, match="a name that ends in"):
         save_statistics(root / "two", tmp_path / "two.json", features=judge)
@@ -239,7 +239,7 @@ def test_what_a_loader_process_refuses_is_one_sentence(parts, tmp_path, monkeypa
     monkeypatch.setattr(fidelity, "FEW", 0)  # all pictures are loaded by processes
     whole, folder = (root / "one" / "000000.png").read_bytes(), tmp_path / "pictures"
     folder.mkdir()
-    (folder / "a.png").write_bytes(whole)  # torch-fidelity looks at the first one itself
+    (folder / "a.png").write_bytes(whole)  # torch-fidelity reads the first one itself
     (folder / "broken.png").write_bytes(whole[:40])
     reference = fidelity.OnlineFid(folder, features=root / "judge.safetensors")
     for work in (
@@ -314,7 +314,7 @@ def dino(tmp_path_factory):
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_size=224, patch_size=14)
     model = Dinov2Model(config).eval()
-    with torch.no_grad():  # at its initial values the class token hardly sees the picture
+    with torch.no_grad():  # at initial values the class token hardly depends on the picture
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     path = tmp_path_factory.mktemp("dino") / "dino.safetensors"

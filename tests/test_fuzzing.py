@@ -60,7 +60,7 @@ def bounded():
 
 @contextmanager
 def one_line(*others: type[Exception]):
-    """Let through what a user may cause, and see that its message is one line; time is bounded."""
+    """Accept errors that a user may cause if their message is one line; time is bounded."""
 
     def late(*_):
         raise AssertionError(f"more than {SECONDS} seconds")

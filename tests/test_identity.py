@@ -29,7 +29,7 @@ from digit_ds.training.runs import check_shards
 
 
 def rewrite(directory: Path, change: Callable[[dict], None]) -> Path:
-    """Change every sample of a shard set and make its index and manifest anew."""
+    """Change every sample of a shard set and write its index and manifest again."""
     blocks = ("block-00000", "block-00001")
     for block in blocks:
         samples = []
@@ -280,7 +280,7 @@ def test_guidance_without_class_dropout_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"guidance scale is 2.0, but the model was trained with training.cla"):
         sample(tmp_path / "out", guidance=2.0, **options)
     assert not (tmp_path / "out").exists()
-    for index, provenance in enumerate(({"class_dropout": 0.1}, {})):  # {}: published models do not know
+    for index, provenance in enumerate(({"class_dropout": 0.1}, {})):  # {}: not recorded in published models
         write_json(config, {**known, "provenance": {**known["provenance"], **provenance}})
         sample(tmp_path / f"out{index}", guidance=2.0, **options)
         assert (tmp_path / f"out{index}" / "manifest.json").is_file()

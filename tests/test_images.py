@@ -214,7 +214,7 @@ def no_ghostscript(tmp_path, monkeypatch):
     (programs / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
     (programs / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow looks once for each process
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow searches once per process
     yield
     assert not mark.exists()
 

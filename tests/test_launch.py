@@ -74,7 +74,7 @@ def test_torchrun():
 
 
 def test_torchrun_with_rendezvous_of_two_nodes():
-    # Hosts are told apart by their address, which the two nodes of one machine share: say which of them hosts.
+    # Hosts are distinguished by their address, which the two nodes of one machine share: set the host explicitly.
     where = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     nodes = ([*TORCHRUN, "1", *where, "--rdzv-conf", f"is_host={host}", PROBE] for host in ("true", "false"))
     assert numbers(start(*nodes)) == TWO_NODES
@@ -95,7 +95,7 @@ def test_deepspeed_hostfile():
 
 @pytest.mark.slurm
 def test_srun(cluster):  # noqa: F811
-    """Without any prelude: srun says the ranks, Slurm names the first host, the job's number gives the port."""
+    """Without any prelude: the ranks come from srun, the first host from Slurm, the port from the job's number."""
     seen = start(["srun", "-N2", "--ntasks-per-node=1", sys.executable, PROBE], environment=cluster.environment)
     assert numbers(seen) == TWO_NODES and [one["node"] for one in seen] == ["n1", "n2"]
 

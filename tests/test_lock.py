@@ -17,7 +17,7 @@ from digit_ds.generation.job import SamplingJob
 from digit_ds.lock import DirectoryLock
 from digit_ds.training.loop import train
 
-# Locks, forks a worker as DataLoader would, and says so.
+# Locks, forks a worker as DataLoader would, and prints a line.
 HOLDER = """
 import os, sys, time
 from digit_ds.lock import DirectoryLock
@@ -59,7 +59,7 @@ def test_the_second_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         assert str(refused.value).startswith(f"{out}: {expected}") and "\n" not in str(refused.value)
         process.kill()
         process.wait()
-        os.kill(worker, 0)  # its worker lives on
+        os.kill(worker, 0)  # its worker still runs
         lock = DirectoryLock(out)
         lock.release()
     assert out.is_dir() and not list(out.iterdir())

@@ -43,7 +43,7 @@ def some_tokens(spec: TransformerSpec, batch: int = 2) -> torch.Tensor:
 
 
 def some_order(spec: TransformerSpec, batch: int = 2) -> torch.Tensor | None:
-    """An order of its own for each image, for the models that know one."""
+    """An order of its own for each image, for the models that have one."""
     generator = torch.Generator().manual_seed(4)
     return torch.rand(batch, spec.tokens, generator=generator).argsort(1) if spec.target_positions else None
 

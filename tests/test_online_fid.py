@@ -109,7 +109,7 @@ def test_online_fid_is_evaluates_and_changes_nothing_of_the_run(parts, tmp_path)
 
 
 def held_up(folder: Path, model: Path) -> dict[str, float]:
-    """The first preview ends when rank 1 has done steps meanwhile, the second dies, the third hangs."""
+    """The first preview ends when rank 1 has done steps meanwhile, the second is killed, the third hangs."""
     number = 1 + len(list(folder.glob("drawing-*")))
     (folder / f"drawing-{number}").write_text(f"{os.getpid()}")
     if number == 2:

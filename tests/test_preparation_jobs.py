@@ -106,7 +106,7 @@ def test_killed_at_random_moments_on_any_rank(jobs, whole, tmp_path, name, monke
             time.sleep(0.001)
         time.sleep(draw.random() * 0.05)
         draw.shuffle(processes)
-        for process in processes:  # the first one dies, then the launcher kills the others
+        for process in processes:  # the first one is killed, then the launcher kills the others
             process.kill()
             process.join()
         interrupted += not (out / "manifest.json").exists()

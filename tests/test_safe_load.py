@@ -84,7 +84,7 @@ def test_other_kinds_of_files(tmp_path):
 
 
 def test_a_shards_column_of_pickles_is_refused_and_not_run(tmp_path):
-    """MDS knows an encoding that unpickles; an index of strangers may name it."""
+    """MDS has an encoding that unpickles; an index from an untrusted source may name it."""
     import hashlib
     import json
 

@@ -233,7 +233,7 @@ def test_every_parallel_step_settles_a_token_and_leaves_one():
 
 
 def test_parallel_sampler_runs_the_schedule():
-    """The sampler's own loop: the numbers of masked tokens that the model sees, and only codes in the end."""
+    """The sampler's own loop: the numbers of masked tokens in the model's input, and only codes at the end."""
     model = golden_model("stage2_nar", torch.float64)
     seen = []
     model.register_forward_pre_hook(lambda _, arguments: seen.append((arguments[0] == MASK).sum(-1)[0].item()))

@@ -204,7 +204,7 @@ def test_training_saves_requeues_and_continues(submission, how):
     """Steps taken by all attempts together are exactly the unbroken run's."""
     folder, running = submission.folder, submission.cluster
     steps = 30
-    if how == "time limit":  # at least a minute; Slurm looks every half minute which jobs are near theirs
+    if how == "time limit":  # at least a minute; Slurm checks time limits every half minute
         submission.site |= {"time": "1", "grace_seconds": 59}
         steps = 450
     submission.behave(prior={"steps": steps})
@@ -248,7 +248,7 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
     assert "--dependency=afterok:" in result.stdout and not (submission.folder / "out").exists()
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines()[1 : len(NAMES) + 1]}
     assert set(rows) == set(NAMES) and rows["features"][1:3] == ["2", "0"]
-    # A command runs as it was printed: a shell that has sbatch as a function sees the words that Slurm would get.
+    # A command runs as it was printed: a shell that has sbatch as a function receives what Slurm would get.
     printed = result.stdout[result.stdout.index("# features") : result.stdout.index("# kmeans")].replace("env ", "", 1)
     assert max(map(len, printed.splitlines())) < 140 and "\\\n" in printed
     shown = subprocess.run(

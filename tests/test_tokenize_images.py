@@ -148,7 +148,7 @@ def test_missing_shard_is_found(shards, tmp_path):
 
 
 def killed(*_arguments) -> None:
-    """Ends as a process does that the out-of-memory killer ends."""
+    """Exit as a process that the out-of-memory killer kills."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that can be relied on: the commit protocol, what a run goes on from, and explicit changes on the way."""
+"""Checkpoints: the commit protocol, from which one a run continues, and explicit changes of the recipe."""
 
 import json
 import os
@@ -225,7 +225,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_ranks_follow_rank_0(toke
     straight = recipe(tmp_path / "straight", token_shards, training__steps=10, **options)
     launch(train, (straight,), 2, tmp_path / "log-straight")
     launch(train, (recipe(run, token_shards, training__steps=8, **options),), 2, tmp_path / "log")
-    # Rank 1 sees another state of the file system: there the checkpoint of step 4 is the newest.
+    # On rank 1 the file system is in another state: there the checkpoint of step 4 is the newest.
     shutil.copytree(run, tmp_path / "older" / "run")
     (tmp_path / "older" / "run" / "checkpoints" / "latest").write_text("step_00000004\n")
     cache = str(tmp_path / "cache")  # the default one depends on the absolute path

@@ -1,4 +1,4 @@
-"""A run that is killed, starved, fed NaN or moved goes on as if nothing had happened, or says why it stops."""
+"""A run that is killed, lacks memory, reads NaN or is moved continues with equal results or stops with an error."""
 
 import ctypes
 import fnmatch

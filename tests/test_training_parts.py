@@ -260,7 +260,7 @@ def test_flipped_byte_is_refused(tmp_path):
 
 
 def test_jobs_of_one_node_open_their_shards_one_after_the_other(monkeypatch):
-    """Streaming looks for a free number in shared memory and takes it later; 3 of 12 jobs at once failed."""
+    """Streaming searches a free number in shared memory and claims it later; 3 of 12 simultaneous jobs failed."""
 
     def is_locked() -> bool:
         with stream._lock_file().open("a") as other:

@@ -68,7 +68,7 @@ def name_pattern(rule: Rule, prefix: str = "") -> str:
 
 
 def split_patterns(prefix: str = "") -> dict[Split, list[str]]:
-    """Patterns of parameter names by how ranks share them, as DeepSpeed's universal checkpoint wants them.
+    """Patterns of parameter names by how ranks share them, as DeepSpeed's universal checkpoint expects them.
 
     ``prefix`` stands before each name (that of a wrapping module). Vocabulary tables are listed on their own, but as
     their padding does not depend on the tensor-parallel size they may be joined along dim 0 like ``column`` ones.

@@ -1,4 +1,4 @@
-"""Directories that a job writes: one protocol, decided once for all processes, whatever each of them sees."""
+"""Directories that a job writes: one protocol and one decision for all processes, even if their file systems differ."""
 
 import ctypes
 import os
@@ -121,7 +121,7 @@ def test_ranks_that_read_different_files_end(views, capfd):
 
 @pytest.mark.parametrize("tool", ["extract_features", "tokenize_images"])
 def test_offline_jobs_whose_ranks_see_different_files(tool, views, capfd):
-    """Another encoder, and an output directory that rank 1 sees as another job's."""
+    """Another encoder, and an output directory that on rank 1 is another job's."""
     encoder = make_encoder(views[0] / "encoder.pth")
     make_images(views[0] / "images", 4)
     make_codebook(views[0] / "km.npy", encoder)
@@ -197,7 +197,7 @@ def sampling(models: dict[str, Path], **changed: object) -> None:
 
 
 def test_sampling_whose_ranks_see_different_files(models, views, capfd):
-    """A folder that another job fills, one that is no folder, one that rank 1 does not see, and one that it sees."""
+    """A folder that another job fills, one that is no folder, one missing on rank 1, and one on rank 1 only."""
     work = partial(sampling, models)
     with holder(views[0] / "out") as (process, _):
         assert ranks(views, work) == [2, 2]
@@ -215,7 +215,7 @@ def test_sampling_whose_ranks_see_different_files(models, views, capfd):
     (views[0] / "real").mkdir()
     (views[0] / "out").symlink_to("real")
     (views[1] / "out").mkdir()
-    (views[1] / "out" / "letter.txt").touch()  # rank 1 sees a foreign folder, which is not its to judge
+    (views[1] / "out" / "letter.txt").touch()  # on rank 1 it is a foreign folder, which only rank 0 may refuse
     write_models(views[0] / "own")
     (views[1] / "own").symlink_to(views[0] / "own")
     for folder in views:
@@ -258,7 +258,7 @@ def test_clustering_whose_ranks_see_different_files(views, capfd):
     points = np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32)
     np.save(views[0] / "points.npy", points)
     (views[1] / "points.npy").symlink_to(views[0] / "points.npy")
-    (views[1] / "km.npy").touch()  # what rank 1 sees there is not asked
+    (views[1] / "km.npy").touch()  # the state on rank 1 is not read
     work = partial(train_kmeans, "points.npy", 8, "km.npy", iterations=2, backend="torch")
     assert ranks(views, work) == [2, 2]
     (line,) = lines(capfd.readouterr().err)
@@ -443,7 +443,7 @@ def test_training_whose_file_system_fails_on_one_rank(capfd, tmp_path):
 
 
 def test_what_a_killed_job_left_is_swept_but_not_what_another_job_writes_below(tmp_path):
-    """Samples may lie inside a run's directory, and their job may be alive."""
+    """Samples may lie inside a run's directory, and their job may be running."""
     ours, theirs = (tmp_path / name / ".000001.4242.tmp.png" for name in ("out/images", "out/samples/images"))
     for path in (ours, theirs):
         path.parent.mkdir(parents=True)

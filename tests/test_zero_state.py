@@ -1,4 +1,4 @@
-"""Private fields of DeepSpeed: one file uses them, and says so where an upgrade has moved one."""
+"""Private fields of DeepSpeed: one file uses them, and names the one that an upgrade has moved."""
 
 import ast
 from importlib.metadata import version

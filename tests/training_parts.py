@@ -180,7 +180,7 @@ def train(values: Recipe) -> None:
 
 
 def train_all(recipes: list[Recipe], ports: list[int]) -> None:
-    """Several runs in the same processes (a start of PyTorch on a GPU takes its time), each with a store of its own."""
+    """Several runs in the same processes (starting PyTorch on a GPU takes seconds), each with a store of its own."""
     for values, port in zip(recipes, ports):
         os.environ["MASTER_PORT"] = str(port)
         train(values)

@@ -1,8 +1,8 @@
 """Classifiers that score the demo's pictures, trained on the real training digits alone, with their labels.
 
-The pipeline's models never see them; they only score what it made. A support-vector machine names digits; a small
+The pipeline does not use them; they only score its pictures. A support-vector machine classifies digits; a small
 network, written for ``digit-ds evaluate --features``, gives the features of FID and the classes of the Inception Score.
-Both look at grey values of 8x8 pixels, the size of scikit-learn's originals.
+Both read grey values of 8x8 pixels, the size of scikit-learn's originals.
 
 python -m digit_ds.demo.judge IMAGES OUT.safetensors
 """
@@ -33,7 +33,7 @@ def as_originals(images: Tensor) -> np.ndarray:
 
 
 def train_judge(images: Tensor, labels: np.ndarray) -> SVC:
-    """A support-vector machine that names digits; score it with ``judge.score(as_originals(images), labels)``."""
+    """A support-vector machine that classifies digits; score it with ``judge.score(as_originals(images), labels)``."""
     return SVC(C=10.0).fit(as_originals(images), labels)
 
 

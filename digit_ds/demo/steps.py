@@ -1,4 +1,4 @@
-"""Commands that write a completion file, so that an interrupted run continues and nothing is done twice.
+"""Commands that write a completion file each, so that an interrupted run continues and no step is run twice.
 
 The file names its command without the folders of this machine: a folder of results may be moved and
 continued elsewhere.
@@ -74,7 +74,7 @@ class Step:
             return subprocess.Popen(self.command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
 
     def finish(self, seconds: float) -> None:
-        """Leave the note."""
+        """Write the completion file."""
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         note = {"command": self.portable_command, "seconds": round(seconds, 1), "peak_gib": round(peak, 2)}
         write_json(self.note, note)

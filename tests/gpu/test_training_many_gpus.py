@@ -105,8 +105,8 @@ def straight(token_shards, tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize(("before", "after"), RESHAPED)
 @pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGKILL, signal.SIGSTOP], ids=["USR1", "KILL", "STOP"])
 def test_signal_to_one_rank_then_another_layout(how, before, after, token_shards, straight, tmp_path):
-    """USR1: all save the same step and leave with 75. Killed or stopped for good: the others end by themselves. The run
-    then goes on at another layout, from that step or from the newest checkpoint, as if nothing had happened.
+    """USR1: all save the same step and leave with 75. Killed or stopped permanently: the others exit by themselves.
+    The run then continues at another layout, from that step or from the newest checkpoint, with equal results.
     """
     run = tmp_path / "run"
 

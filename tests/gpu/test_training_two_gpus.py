@@ -1,4 +1,4 @@
-"""Training over NCCL on two GPUs: layouts, signals and dead ranks, as tests/ holds them over gloo."""
+"""Training over NCCL on two GPUs: layouts, signals and killed ranks, as in tests/ over gloo."""
 
 import os
 import signal
@@ -125,7 +125,7 @@ def test_bf16_layouts_follow_float32(name, runs):
 
 @pytest.mark.parametrize("how", [signal.SIGUSR1, signal.SIGKILL, signal.SIGSTOP], ids=["USR1", "KILL", "STOP"])
 def test_a_signal_to_one_rank(how, token_shards, tmp_path):
-    """USR1: both save the same step and leave with 75. Killed or stopped for good: the other ends by itself."""
+    """USR1: both save the same step and leave with 75. Killed or stopped permanently: the other exits by itself."""
     # Long enough for one rank to wait for the other's compiler.
     values = recipe(tmp_path / "run", token_shards, training__steps=100_000, training__timeout_seconds=40.0, **SIZES)
     group = start(train, (values,), 2, tmp_path / "log")
