@@ -86,6 +86,11 @@ def sample_hash(samples: Tensor) -> int:
     return int((mixed >> np.uint64(24)).sum())
 
 
+def chained_hash(before: int, samples: int) -> int:
+    """``sample_ids_hash`` after a step: from that before it and the sum of :func:`sample_hash` over all ranks."""
+    return (before * 6364136223846793005 + samples) % 2**64
+
+
 class TokenStream:
     """The endless sequence of samples of one shard directory.
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from digit_ds.errors import UserError
 from digit_ds.parallel import decide, launch
 from digit_ds.parallel.frameworks import parallel_state
-from digit_ds.parallel.mailbox import total
+from digit_ds.parallel.mailbox import MAIL, total
 
 LEAVE_SECONDS = 30.0
 """How long a process may take to say why it failed and to end."""
@@ -57,9 +57,9 @@ class Topology:
         """Number of processes of the job."""
         return self.tensor_size * self.data_size
 
-    def sum(self, values: list[int]) -> list[int]:
-        """Whole numbers, summed over all processes."""
-        return values if self.world_size == 1 else total(self.mailbox, values)
+    def sum(self, values: list[int], tag: int = MAIL) -> list[int]:
+        """Whole numbers, summed over all processes. Sums at the same time need different tags."""
+        return values if self.world_size == 1 else total(self.mailbox, values, tag)
 
 
 def initialize(tensor_size: int, timeout_seconds: float) -> Topology:

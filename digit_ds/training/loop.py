@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from digit_ds.config import Recipe
-from digit_ds.data.stream import Chunks, TokenBatch, TokenStream, sample_hash
+from digit_ds.data.stream import Chunks, TokenBatch, TokenStream, chained_hash, sample_hash
 from digit_ds.model.megatron import seed_dropout
 from digit_ds.model.sequences import Sequence, training_sequence
 from digit_ds.model.weights import parameter_count
@@ -27,6 +27,7 @@ from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.engine import check_start
 from digit_ds.training.flops import flops_per_image
 from digit_ds.training.guard import Diverged, SkipGuard
+from digit_ds.training.metric_lines import MetricLines, Samples
 from digit_ds.training.metrics import Clock, Reporter, memory_gib, peak_tflops, warn
 from digit_ds.training.pace import Pace
 from digit_ds.training.preemption import STATUS, StopSignal
@@ -139,6 +140,8 @@ class _Run:
         self.checkpoints.parent = begin.parent
         self.replicas = ReplicaCheck(self.engine)
         self.mailbox = Mailbox(place.mailbox)
+        self.sent_at = 0
+        """The step whose message is or was last under way."""
         patience = recipe.training.timeout_seconds
         self.preview = Preview(self.folder, recipe.training.ema_decay > 0, sample_grid, figures, patience)
         self.checkpoints.in_use = self.preview.in_use
@@ -150,6 +153,7 @@ class _Run:
         self.used_tokens = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
         self.peak = peak_tflops(recipe.monitor.peak_tflops)
         self.report = Reporter(self.folder, self.progress.step, training.steps, runs.recipe_text(recipe))
+        self.lines = MetricLines(place, parallel_state.get_data_parallel_group(), self.pace, self.report)
 
     def run(self, watchdog: Watchdog, stop: StopSignal) -> bool:
         """All steps that are left; whether a signal ended them before."""
@@ -170,24 +174,28 @@ class _Run:
         try:
             while progress.step < steps and not stopped:
                 with self._profiled(progress.step + 1):
-                    loss, nll, samples = self._step(batches, clock)
-                stopped = self._exchange(stop, samples)
-                progress.seconds += clock.tick()
+                    loss, nll, sample_sum = self._step(batches, clock)
+                stopped, samples = self._exchange(stop, sample_sum)
                 warn(*self.guard.read(keep=1))
-                self.report.advance()
                 last = stopped or progress.step == steps
+                validates, saves = self._validates_at(progress.step), last or self._saves_at(progress.step)
+                if (validates or saves) and self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # what it has yet to do is time of this step
+                progress.seconds += clock.tick()
+                self.report.advance()
                 if last or progress.step % recipe.monitor.log_every == 0:
-                    self._log(loss, nll, clock)
-                if self.validation and (every := recipe.monitor.validate_every) and progress.step % every == 0:
-                    self._validate()
-                if last or progress.step % recipe.checkpoint.every == 0:
-                    self._save(wait=last)
-                if not stopped:  # after a signal there is no time left
-                    self.preview.begin(self.checkpoints.take_new())
-                    self.preview.collect(self.report)
-                clock.pause()
+                    self._log(loss, nll, samples, clock)
+                with clock.paused():
+                    if validates:
+                        self._validate()
+                    if saves:
+                        self._save(wait=last)
+                    if not stopped:  # after a signal there is no time left
+                        self.preview.begin(self.checkpoints.take_new())
+                        self.preview.collect(self.report)
                 watchdog.reset()
         except Diverged as error:
+            self.lines.wait()
             warn(*error.messages)
             raise
         finally:
@@ -254,20 +262,25 @@ class _Run:
             labels = batch.labels.to(self.device, non_blocking=True)
         return training_sequence(self.spec, codes, vq, labels, class_dropout=class_dropout, random_share=random_share)
 
-    def _exchange(self, stop: StopSignal, samples: int) -> bool:
+    def _exchange(self, stop: StopSignal, samples: int) -> tuple[bool, Samples]:
         """Once a step, between hosts: is a stop requested, whose save is done, which samples, hashes of copies.
 
-        What was sent is read at the end of the next step, when it has long arrived. Where the step is logged or saved,
-        which all ranks wait for in any case, it is read at once: the line and the checkpoint hold its samples. All
-        ranks read at the same steps, so all come to the same decision.
+        What was sent is read at the end of the next step, when it has long arrived. Where the step is saved, which all
+        ranks wait for in any case, it is read at once: the checkpoint holds its samples. All ranks read at the same
+        steps, so all come to the same decision.
+
+        Returns:
+            Whether to stop, and the samples of this step.
         """
         stopped = self._read_mail()  # of the step before
         own = samples if self.place.tensor_rank == 0 else 0
+        found = Samples(self.progress.samples_hash, own)
         self.mailbox.send([int(stop.requested()), *self.checkpoints.status, own, *self.replicas.status])
+        self.sent_at = self.progress.step
         self.replicas.note(self.progress.step)
-        if stopped or self._waits_at(self.progress.step):
+        if stopped or self._saves_at(self.progress.step):
             stopped |= self._read_mail()
-        return stopped
+        return stopped, found
 
     def _read_mail(self) -> bool:
         """Act on the sums of the last message, if one is under way; whether a stop was requested."""
@@ -275,55 +288,49 @@ class _Run:
             return False
         stopped, written, failed, samples, *hashes = sums
         self.checkpoints.poll(written, failed)
-        self.replicas.poll(self.progress.step, hashes)
-        self.progress.samples_hash = (self.progress.samples_hash * 6364136223846793005 + samples) % 2**64
+        self.replicas.poll(self.sent_at, hashes)
+        self.progress.samples_hash = chained_hash(self.progress.samples_hash, samples)
         return stopped > 0
 
-    def _waits_at(self, step: int) -> bool:
-        """Whether ranks wait for each other after ``step``: it is logged or saved."""
-        recipe = self.recipe
-        return step == recipe.training.steps or not (step % recipe.monitor.log_every and step % recipe.checkpoint.every)
+    def _saves_at(self, step: int) -> bool:
+        return step == self.recipe.training.steps or step % self.recipe.checkpoint.every == 0
 
-    def _log(self, loss: Tensor, nll: Tensor, clock: Clock) -> None:
-        """One line of metrics; the one place of a step where the host waits for the device."""
+    def _validates_at(self, step: int) -> bool:
+        every = self.recipe.monitor.validate_every
+        return self.validation is not None and every > 0 and step % every == 0
+
+    def _log(self, loss: Tensor, nll: Tensor, samples: Samples, clock: Clock) -> None:
+        """Begin the line of metrics of this step; the numbers of other ranks are still to come."""
         recipe, progress = self.recipe, self.progress
-        group = parallel_state.get_data_parallel_group()
-        values = torch.stack([loss, nll]).float()
-        dist.all_reduce(values, group=group)
-        dist.all_reduce(self.used_tokens, dist.ReduceOp.MAX, group=group)
-        used = int(self.used_tokens.sum())
-        self.used_tokens.zero_()
-        loss_value, nll_value = (values / self.place.data_size).tolist()
         rates = clock.summary(recipe.training.global_batch, self.spec.sequence_length)
-        ranks, slow = self.pace.summary()
-        if slow:
-            self.report.say(f"warning: {slow}")
         tflops = rates["images_per_second"] * flops_per_image(self.spec) / self.place.world_size / 1e12
-        self.report.log(
-            {
-                "step": progress.step,
-                "images": progress.images,
-                "epoch": progress.images / self.stream.manifest.images,
-                "loss": loss_value,
-                "nll": nll_value,
-                "grad_norm": float(self.engine.gradient_norm),
-                "lr": learning_rate(recipe, progress.step - 1),
-                **rates,
-                **ranks,
-                "tflops": tflops,
-                "mfu": tflops / self.peak if self.peak else None,
-                "memory_gib": memory_gib(self.device),
-                "token_usage": used / self.spec.vocabulary.output_size,
-                "skipped_updates": progress.skipped,
-                "training_seconds": progress.seconds,
-                "sample_ids_hash": f"{progress.samples_hash:016x}",
-            }
-        )
+        to_come = dict.fromkeys(("rank_seconds_max", "rank_seconds_median", "slowest_rank"))
+        values = {
+            "step": progress.step,
+            "images": progress.images,
+            "epoch": progress.images / self.stream.manifest.images,
+            "loss": None,
+            "nll": None,
+            "grad_norm": None,
+            "lr": learning_rate(recipe, progress.step - 1),
+            **rates,
+            **to_come,
+            "tflops": tflops,
+            "mfu": tflops / self.peak if self.peak else None,
+            "memory_gib": memory_gib(self.device),
+            "token_usage": None,
+            "skipped_updates": progress.skipped,
+            "training_seconds": progress.seconds,
+            "sample_ids_hash": None,
+        }
+        self.lines.begin(values, loss, nll, self.engine.gradient_norm, self.used_tokens, samples)
+        self.used_tokens = torch.zeros_like(self.used_tokens)
 
     @torch.no_grad()
     def _validate(self) -> None:
         """Mean nll over all validation images."""
         assert self.validation is not None
+        self.lines.wait()
         self.engine.evaluate()
         seed_dropout(self.recipe.training.seed, 0, self.place.data_rank)  # NAR masks: the same at every validation
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -341,6 +348,7 @@ class _Run:
     def _save(self, wait: bool) -> None:
         """Begin a checkpoint of this step; ``wait``: until it is complete."""
         warn(*self.guard.read(keep=0))
+        self.lines.wait()  # no checkpoint is ahead of the metrics
         self.checkpoints.wait()  # for the one before
         self.preview.begin(self.checkpoints.take_new())  # before this save removes it
         save = self.checkpoints.save if wait else self.checkpoints.start

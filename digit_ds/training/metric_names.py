@@ -10,7 +10,7 @@ MEANINGS = {
     "lr": "learning rate of the step",
     "images_per_second": "images a second of all ranks, over the steps since the last line",
     "tokens_per_second": "the same in tokens of the model's input",
-    "step_seconds": "mean seconds a step since the last line",
+    "step_seconds": "mean seconds a step since the last line, without validations, checkpoints and previews",
     "step_seconds_p50": "their median",
     "step_seconds_p95": "their 95th percentile",
     "data_wait_seconds": "seconds a step that this rank waited for data",

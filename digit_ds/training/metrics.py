@@ -3,7 +3,10 @@
 import json
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +48,12 @@ def peak_tflops(stated: float | None) -> float | None:
 
 
 class Reporter:
-    """Writes on rank 0; the other ranks hold one that does nothing."""
+    """Writes on rank 0; the other ranks hold one that does nothing. Lines may come from any thread."""
 
     def __init__(self, run: Path, step: int, steps: int, recipe_text: str) -> None:
         self.path = run / "metrics.jsonl"
         self.active = launch.is_main()
+        self._lock = threading.Lock()
         self._bar = progress(total=steps, initial=step, description=run.name, unit="steps")
         if self.active:
             self._forget_after(step)
@@ -76,8 +80,11 @@ class Reporter:
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line of metrics (``step`` among them); numbers that are not finite become null."""
-        if not self.active:
-            return
+        with self._lock:
+            if self.active:
+                self._log(values)
+
+    def _log(self, values: dict[str, Any]) -> None:
         clean = {key: _clean(value) for key, value in values.items()}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(clean) + "\n")
@@ -102,10 +109,12 @@ class Reporter:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Flush everything."""
-        self._bar.close()
-        if self.active:
-            self._board.close()
+        """Flush everything; what a thread logs from then on is not written."""
+        with self._lock:
+            self._bar.close()
+            if self.active:
+                self._board.close()
+            self.active = False
 
 
 def _clean(value: Any) -> Any:
@@ -120,9 +129,12 @@ class Clock:
         self._waits = 0.0
         self._last = time.perf_counter()
 
-    def pause(self) -> None:
-        """What happened since the last step (a validation, a checkpoint) is not step time."""
-        self._last = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (a validation, a checkpoint) is not step time."""
+        begin = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - begin
 
     def waited(self, seconds: float) -> None:
         """Time spent waiting for a batch."""

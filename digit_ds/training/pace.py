@@ -10,6 +10,7 @@ they gather weights, and only waiting for data tells the ranks apart.
 
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ LEAST_SECONDS = 0.02
 WINDOWS = 2
 """It is named after so many logged windows in a row: a single one may be a compilation or a slow file system."""
 
+Marks = list[tuple[Any, Any]]
+"""Begin and end of each micro-batch's own work: seconds, or CUDA events."""
+
 
 class Pace:
     """Times the own work of this rank and compares it with the other ranks' once per logged window."""
@@ -33,7 +37,7 @@ class Pace:
         self._hosts = [launch.host()] * place.world_size
         if place.world_size > 1:
             dist.all_gather_object(self._hosts, launch.host(), group=place.mailbox)
-        self._marks: list[tuple] = []  # begin and end of each micro-batch's own work
+        self._marks: Marks = []
         self._begun: float | torch.cuda.Event = 0.0
         self._slow: int | None = None  # the rank that was slow in the window before
         self._windows = 0  # in how many of them in a row
@@ -53,18 +57,27 @@ class Pace:
         event.record()
         return event
 
-    def summary(self) -> tuple[dict[str, float | int], str | None]:
-        """Own seconds a step since the last call, over all ranks; a message when one rank starts to delay the others.
-
-        Every rank calls it, after the device has done the steps that it is about. The median is the lower one of two,
-        so that of two ranks the faster is the usual one.
-        """
+    def take(self) -> Marks:
+        """The times of the steps since the last call, for :meth:`own_nanoseconds`."""
         marks, self._marks = self._marks, []
+        return marks
+
+    def own_nanoseconds(self, marks: Marks) -> list[int]:
+        """This rank's own time a step in its place among all ranks, zeros elsewhere: what is to be summed over ranks.
+
+        The device must have done the steps. For any thread.
+        """
         own = sum(b.elapsed_time(e) / 1e3 if self._on_gpu else e - b for b, e in marks)
-        own *= self._micro_batches / len(marks)
         nanoseconds = [0] * self._place.world_size
-        nanoseconds[launch.rank()] = round(own * 1e9)
-        seconds = [value / 1e9 for value in self._place.sum(nanoseconds)]
+        nanoseconds[launch.rank()] = round(own * self._micro_batches / len(marks) * 1e9)
+        return nanoseconds
+
+    def compare(self, nanoseconds: list[int]) -> tuple[dict[str, float | int], str | None]:
+        """Own seconds a step over all ranks; a message when one rank starts to delay the others.
+
+        The median is the lower one of two, so that of two ranks the faster is the usual one.
+        """
+        seconds = [value / 1e9 for value in nanoseconds]
         median, slowest = statistics.median_low(seconds), max(range(len(seconds)), key=seconds.__getitem__)
         values = {"rank_seconds_max": seconds[slowest], "rank_seconds_median": median, "slowest_rank": slowest}
         slow = slowest if seconds[slowest] > max(SLOW * median, median + LEAST_SECONDS) else None
