@@ -1,5 +1,6 @@
 """``digit-ds plan``: its predictions against measured steps, what it leaves out, and the recipes that follow it."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from digit_ds.config import load_recipe
 from digit_ds.errors import UserError
 from digit_ds.model.weights import check_tensor_size, parameter_count
 from digit_ds.training.deepspeed_config import read_deepspeed_config
-from digit_ds.training.estimate import largest, memory_by_part, with_micro_batch, zero_of
+from digit_ds.training.estimate import host_memory, largest, memory_by_part, with_micro_batch, zero_of
 from digit_ds.training.plan import GPUS, layouts
 from digit_ds.training.settings import PlanSettings
 
@@ -48,9 +49,87 @@ def test_what_training_refuses_or_what_does_not_fit_is_left_out(name, gpus, kind
 
 
 def test_a_model_that_does_not_fit_is_refused():
-    with pytest.raises(UserError, match=r"no layout of prior_7b\.yaml fits 2 x a100-40 with 39\.4 GiB"):
+    with pytest.raises(UserError, match=r"no layout of prior_7b\.yaml fits 1 x a100-40 with 39\.4 GiB .* host memory"):
         spec = spec_of("prior_7b")
-        layouts(settings("prior_7b", gpus=2, gpu="a100-40"), load_recipe(RECIPES / "prior_7b.yaml"), spec)
+        layouts(settings("prior_7b", gpus=1, gpu="a100-40"), load_recipe(RECIPES / "prior_7b.yaml"), spec)
+
+
+def test_the_optimizer_goes_to_host_memory_where_nothing_else_fits(capsys):
+    spec, recipe = spec_of("prior_7b"), load_recipe(RECIPES / "prior_7b.yaml")
+    found = layouts(settings("prior_7b", gpus=2, gpu="a100-40"), recipe, spec)
+    assert {layout.recipe.deepspeed for layout in found} == {"zero2_offload.json", "zero3_offload.json"}
+    for layout in found:
+        data_size = 2 // layout.recipe.parallel.tensor
+        read_deepspeed_config(layout.recipe, data_size)
+        parts = memory_by_part(layout.recipe, spec, data_size, *zero_of(layout.recipe))
+        assert sum(parts.values()) == pytest.approx(layout.memory) and layout.memory < 0.9 * GPUS["a100-40"].memory
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(RECIPES / "prior_7b.yaml"), *PLANNED, "--gpus", "2", "--gpu", "a100-40"])
+    assert not ended.value.code
+    output = capsys.readouterr().out
+    assert output.count("slower, not measured") == 8 and "images/s   MFU   hours" not in output
+    command = output[output.index("digit-ds train") :].replace("\\\n", " ").split()
+    assert command[3:] == found[0].overrides
+    shipped = {"deepspeed": str(RECIPES / found[0].recipe.deepspeed)}
+    assert load_recipe(Path(command[2]), command[3:]) == found[0].recipe.model_copy(update=shipped)
+
+
+def test_host_memory_holds_page_locked_buffers_in_powers_of_two():
+    """6.58e9 parameters: 32 GiB each for masters and gradients, 16 for bf16 weights, 24.5 each for both moments."""
+    spec, recipe = spec_of("prior_7b"), load_recipe(RECIPES / "prior_7b.yaml")
+    found = layouts(settings("prior_7b", gpus=1), recipe, spec)
+    (second,) = {layout.host_memory for layout in found if layout.recipe.deepspeed == "zero2_offload.json"}
+    assert second == pytest.approx(32 + 32 + 16 + 2 * 24.52, abs=0.1)
+
+
+def count_large_tensors(values, out: Path) -> None:
+    """At the end of a training on CPUs, where host and device are one: parameters, bytes of tensors of their size."""
+    import gc
+
+    import torch
+
+    from digit_ds.training import loop
+
+    save = loop._Run._save
+
+    def counting(self, wait):
+        parameters = sum(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+                         for parameter in self.engine.model.parameters())  # fmt: skip
+        tensors = [held for held in gc.get_objects() if type(held) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        large = [size for size in storages.values() if 1.5 * parameters < size < 5 * parameters]
+        out.write_text(json.dumps([parameters, sum(large)]))
+        save(self, wait)
+
+    loop._Run._save = counting
+    loop.train(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_host_memory_is_what_deepspeed_holds(stage, precision, tmp_path):
+    from training_parts import launch, recipe, write_shards
+
+    from digit_ds.data.shards import read_manifest
+    from digit_ds.training.runs import model_spec
+
+    config = json.loads((RECIPES / f"zero{stage}_offload.json").read_text())
+    for part in ("offload_optimizer", "offload_param"):
+        if part in config["zero_optimization"]:
+            config["zero_optimization"][part]["pin_memory"] = False  # nothing is on CPUs
+    (tmp_path / "offload.json").write_text(json.dumps(config))
+    shards = write_shards(tmp_path / "shards")
+    values = recipe(
+        tmp_path / "run", shards, deepspeed=str(tmp_path / "offload.json"), training__precision=precision,
+        training__steps=2, model__width=64, training__micro_batch=8, training__ema_decay=0.9,
+    )  # fmt: skip
+    launch(count_large_tensors, (values, tmp_path / "counted"), 1, tmp_path / "log")
+    parameters, held = json.loads((tmp_path / "counted").read_text())
+    if stage == 2:  # the weights of the device
+        held -= parameters * (2 if precision == "bf16" else 4)
+    spec = model_spec(values, read_manifest(shards))
+    assert host_memory(values, spec, 1) * 2**30 == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["prior_1.7b", "prior_3.7b", "prior_7b"])

@@ -59,6 +59,36 @@ def memory_by_part(
     return {name: size / _GIB for name, size in parts.items()}
 
 
+def host_memory(recipe: Recipe, spec: TransformerSpec, data_size: int) -> float:
+    """GiB of host memory that one rank's offloaded state takes; 0: nothing is offloaded.
+
+    Of its part DeepSpeed keeps the float32 master weights, their gradients and the optimizer's states; under ZeRO 2 a
+    copy of the weights in the compute precision and, in float32 with several micro-batches, the sum of earlier
+    gradients; under ZeRO 3 a second buffer of the gradients and, with ``offload_param``, the weights. PyTorch allocates
+    page-locked memory in powers of two. Data, caches and the rest of the process are not counted.
+    """
+    zero = read_json(find_config(recipe.deepspeed)).get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device") != "cpu":
+        return 0.0
+    count, low = device_parameters(spec, recipe.parallel.tensor), 2 if recipe.training.precision == "bf16" else 4
+    own = -(-count // data_size)
+    states = 2 + (1 if recipe.training.ema_decay else 0)
+    free, locked = 4 * own * states, [4 * own, 4 * own]
+    if zero["stage"] == 3:
+        free += 4 * own
+        if (zero.get("offload_param") or {}).get("device") == "cpu":
+            locked.append(low * own)
+    else:
+        locked += [low * own]
+        assert recipe.training.micro_batch != "auto"
+        if low == 4 and recipe.training.global_batch > recipe.training.micro_batch * data_size:
+            locked.append(4 * own)
+    if offload.get("pin_memory"):
+        locked = [1 << (size - 1).bit_length() for size in locked]
+    return (free + sum(locked)) / _GIB
+
+
 def zero_of(recipe: Recipe) -> tuple[int, bool]:
     """ZeRO stage of the recipe's DeepSpeed file, and whether the optimizer's state lies in host memory."""
     zero = read_json(find_config(recipe.deepspeed)).get("zero_optimization", {})

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from digit_ds.config import Recipe
@@ -10,13 +10,15 @@ from digit_ds.errors import UserError
 from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import read_deepspeed_config
-from digit_ds.training.estimate import SHARE, memory_by_part, planned_shards, with_micro_batch, zero_of
+from digit_ds.training.estimate import SHARE, host_memory, memory_by_part, planned_shards, with_micro_batch, zero_of
 from digit_ds.training.flops import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import PlanSettings
 from digit_ds.training.traffic import data_traffic, norm_traffic, tensor_traffic
 
 FILES = ("zero1.json", "zero2_overlap.json", "zero3_overlap.json")
+OFFLOADING = ("zero2_offload.json", "zero3_offload.json")
+"""Optimizer in host memory: proposed where nothing fits without. How much slower it is was not measured."""
 RECOMPUTE = ("none", "attention", "feed_forward", "layer")
 # Measured on H100, docs/training.md ("Speed and memory"); other GPUs are taken to reach the same shares of their peaks.
 EFFICIENCY = ((1024, 0.43), (1536, 0.45), (3072, 0.50))
@@ -55,8 +57,10 @@ class Layout:
     recipe: Recipe
     memory: float
     """GiB of one GPU, estimated."""
+    host_memory: float
+    """GiB of one host for what its ranks offload, computed."""
     images_per_second: float
-    """Of all GPUs, predicted."""
+    """Of all GPUs, predicted; where something is offloaded, what the same layout would reach if that took no time."""
     mfu: float
 
     @property
@@ -88,15 +92,27 @@ def plan(settings: PlanSettings, recipe: Recipe) -> None:
     images = recipe.training.steps * recipe.training.global_batch
     print(f"{spec.kind}, {weights.parameter_count(spec):,} parameters, {recipe.training.global_batch:,} images a step")
     print(f"{settings.gpus} x {settings.gpu}, {settings.per_host} a host, {settings.link:g} GB/s a GPU between hosts")
-    print("tensor sequence deepspeed           micro-batch recompute      GiB images/s   MFU   hours")
+    offloads = found[0].host_memory > 0
+    if offloads:
+        print("no layout fits with the optimizer on the GPUs; with it in host memory:")
+    print(
+        "tensor sequence deepspeed           micro-batch recompute      GiB "
+        + ("host GiB  images/s" if offloads else "images/s   MFU   hours")
+    )
     for layout in found[: settings.show]:
         training, parallel = layout.recipe.training, layout.recipe.parallel
+        speed = f"{layout.images_per_second:8,.0f} {layout.mfu:5.1%} {images / layout.images_per_second / 3600:7.1f}"
         print(
             f"{parallel.tensor:6} {'yes' if parallel.sequence else 'no':8} {layout.recipe.deepspeed:19} "
-            f"{training.micro_batch:11} {training.recompute:12} {layout.memory:5.1f} {layout.images_per_second:8,.0f} "
-            f"{layout.mfu:5.1%} {images / layout.images_per_second / 3600:7.1f}"
+            f"{training.micro_batch:11} {training.recompute:12} {layout.memory:5.1f} "
+            + (f"{layout.host_memory:8,.0f}  slower, not measured" if offloads else speed)
         )
-    print("predicted; measured figures of one and two H100 are the base of the prediction (docs/training.md)")
+    if offloads:
+        print(
+            "host GiB: page-locked buffers and optimizer states of all ranks of one host, computed; data is additional"
+        )
+    else:
+        print("predicted; measured figures of one and two H100 are the base of the prediction (docs/training.md)")
     given = [word for word in settings.overrides if not word.startswith(("deepspeed=", "parallel."))]
     print(f"digit-ds train {settings.recipe} \\\n    " + " \\\n    ".join([*given, *found[0].overrides]))
 
@@ -104,18 +120,33 @@ def plan(settings: PlanSettings, recipe: Recipe) -> None:
 def layouts(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> list[Layout]:
     """All that fit and that training accepts, each with its best micro-batch, fastest first.
 
+    Layouts that keep the optimizer in host memory only where no other fits.
+
     Raises:
         UserError: there is none.
     """
+    found = _fitting(settings, recipe, spec, FILES) or _fitting(settings, recipe, spec, OFFLOADING)
+    if not found:
+        raise UserError(
+            f"no layout of {settings.recipe} fits {settings.gpus} x {settings.gpu} with {GPUS[settings.gpu].memory:g} "
+            f"GiB and training.global_batch {recipe.training.global_batch}, also with the optimizer in host memory, "
+            "expected more GPUs or another batch"
+        )
+    return sorted(found, key=lambda layout: (-round(layout.images_per_second, 1), layout.memory))
+
+
+def _fitting(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec, files: Sequence[str]) -> list[Layout]:
+    """Those of these DeepSpeed files."""
     gpu = GPUS[settings.gpu]
     found: dict[tuple, Layout] = {}
-    for candidate in _candidates(settings, recipe, spec):
+    for candidate in _candidates(settings, recipe, spec, files):
         data_size = settings.gpus // candidate.parallel.tensor
         parts = memory_by_part(candidate, spec, data_size, *zero_of(candidate))
         if sum(parts.values()) <= SHARE * gpu.memory:
             seconds = predicted_step(settings, candidate, spec).seconds
             speed = candidate.training.global_batch / seconds
             mfu = speed * flops_per_image(spec) / (settings.gpus * gpu.peak * 1e12)
+            host = min(settings.gpus, settings.per_host) * host_memory(candidate, spec, data_size)
             kind = (
                 candidate.deepspeed,
                 candidate.parallel.tensor,
@@ -123,18 +154,15 @@ def layouts(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> li
                 candidate.training.recompute,
             )
             if kind not in found or speed >= found[kind].images_per_second:  # of equal ones the larger micro-batch
-                found[kind] = Layout(candidate, sum(parts.values()), speed, mfu)
-    if not found:
-        raise UserError(
-            f"no layout of {settings.recipe} fits {settings.gpus} x {settings.gpu} with {gpu.memory:g} GiB and "
-            f"training.global_batch {recipe.training.global_batch}, expected more GPUs or another batch"
-        )
-    return sorted(found.values(), key=lambda layout: (-round(layout.images_per_second, 1), layout.memory))
+                found[kind] = Layout(candidate, sum(parts.values()), host, speed, mfu)
+    return list(found.values())
 
 
-def _candidates(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> Iterator[Recipe]:
+def _candidates(
+    settings: PlanSettings, recipe: Recipe, spec: TransformerSpec, files: Sequence[str]
+) -> Iterator[Recipe]:
     """Every layout that training would not refuse, its micro-batch any number that divides a rank's images."""
-    for tensor, file, recompute in itertools.product((1, 2, 4, 8), FILES, RECOMPUTE):
+    for tensor, file, recompute in itertools.product((1, 2, 4, 8), files, RECOMPUTE):
         if settings.gpus % tensor or settings.per_host % tensor or recipe.training.global_batch % settings.gpus:
             continue
         data_size = settings.gpus // tensor
