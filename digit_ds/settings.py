@@ -282,7 +282,7 @@ class Parser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> Any:
         """argparse's options that ``option_string`` abbreviates, with a warning: another option can make it ambiguous.
 
-        A parser above verbs also looks at the options of its verbs, which these parse themselves.
+        A parser above verbs is also given the options of its verbs, which these parse themselves.
         """
         found = super()._get_option_tuples(option_string)
         if len(found) == 1 and option_string.startswith("--") and self._subparsers is None:

@@ -1,6 +1,6 @@
 """Directories that a job writes: one protocol for every stage.
 
-1. All processes of the job call ``WorkDirectory(path, look)`` together; rank 0 alone looks at the file system.
+1. All processes of the job call ``WorkDirectory(path, look)`` together; rank 0 alone reads the file system.
 2. ``look`` reads what lies there: nothing (a new job), this very job (it continues, or is complete), or something else,
    which ``is_begun`` refuses with one line that names the first setting that differs.
 3. Rank 0 looks, locks the directory unless the job is complete, and looks again: another job may have come first.
@@ -27,7 +27,7 @@ from digit_ds.parallel.launch import host, rank, world_size
 Found = TypeVar("Found")
 
 SEEN_SECONDS = 10.0
-"""How long a directory that rank 0 made may stay unseen elsewhere: network file systems remember what was not there."""
+"""Seconds until a directory that rank 0 made must be visible elsewhere: network file systems cache attributes."""
 
 
 class WorkDirectory(Generic[Found]):

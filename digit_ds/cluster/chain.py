@@ -232,7 +232,7 @@ def in_one_line(value: Any) -> str:
 
 
 def sbatch(step: Step, site: Site, folder: Path, after: list[int]) -> tuple[list[str], dict]:
-    """The sbatch command of a step whose logs and state go into ``folder``, and the variables that it wants set."""
+    """The sbatch command of a step whose logs and state go into ``folder``, and the environment variables to set."""
     wanted = site.resources(step.name)
     command = [
         "sbatch", "--parsable", f"--job-name=digit-{step.name}", f"--output={folder}/logs/%x-%j.out",

@@ -254,7 +254,7 @@ def _record(folder: Path, name: str, kind: str = "") -> dict[str, Any]:
 
 
 def _queue(optional: bool = False) -> dict[int, tuple[str, str, str]]:
-    """State, reason and nodes of this user's jobs that Slurm still knows; ``optional``: none without Slurm."""
+    """State, reason and nodes of this user's jobs that Slurm still lists; ``optional``: none without Slurm."""
     command = ["squeue", "--me", "--states=all", "--noheader", "--format=%i|%T|%r|%N"]
     try:
         result = subprocess.run(command, capture_output=True, text=True)

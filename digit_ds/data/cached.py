@@ -54,7 +54,7 @@ class CachedShards(StreamingDataset):
                 self._reason(shard_id).write_text(str(error), encoding="utf-8")
             self._shard_states[shard_id] = _FAILED  # others would wait forever
             raise
-        except RuntimeError:  # another process set the state between the two looks at it
+        except RuntimeError:  # another process set the state between the two reads of it
             self._refuse_failed(shard_id)
             raise
         self._refuse_failed(shard_id)  # by a process that this one waited for

@@ -62,7 +62,7 @@ def _read(place: str, content: str) -> bytes:
 
 
 def _read_other(address: str, content: str) -> bytes:
-    """From any other store that StreamingDataset knows."""
+    """From any other store that StreamingDataset supports."""
     from streaming.base.storage import CloudDownloader
 
     with tempfile.TemporaryDirectory(prefix="digit_ds-download-") as folder:

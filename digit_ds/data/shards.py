@@ -158,7 +158,7 @@ def read_index(directory: Path) -> list[dict[str, Any]]:
 
 
 def check_columns(names: Any, encodings: Any, source: Path | str) -> None:
-    """Refuse a shard with other columns than :data:`COLUMNS`: MDS knows encodings that unpickle, and so run code.
+    """Refuse a shard with other columns than :data:`COLUMNS`: MDS has encodings that unpickle, and so run code.
 
     Raises:
         UserError: names ``source`` and the first column that differs.

@@ -1,4 +1,4 @@
-"""Preflight: every process looks at its machine, rank 0 says in one line each what is fine and what is not."""
+"""Preflight: every process checks its machine; rank 0 prints one line for each check."""
 
 import random
 import shutil
@@ -81,7 +81,7 @@ def _everywhere(own: Any) -> list[Any]:
 
 
 def _name(rank: int, hosts: list[str]) -> str:
-    """A rank and its host as people look for them."""
+    """A rank and its host, for messages."""
     return f"rank {rank} ({hosts[rank]})"
 
 

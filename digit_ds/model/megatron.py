@@ -56,7 +56,7 @@ def _config(tensor_size: int, sequence_parallel: bool = False) -> ModelParallelC
 
 
 class _Column(ColumnParallelLinear):
-    """Output features cut over ranks. Megatron-core says what a rank holds; its own forward does not compile."""
+    """Output features split over ranks. Megatron-core decides what a rank holds; its own forward does not compile."""
 
     def __init__(self, *sizes: int, **options) -> None:
         super().__init__(*sizes, **options)
@@ -155,7 +155,7 @@ class _Attention(nn.Module):
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         if turn is not None:
-            # Megatron-core's own function would turn in the activations' precision, bfloat16, and wants [T, B, ...].
+            # Megatron-core's own function rotates in the activations' precision, bfloat16, and expects [T, B, ...].
             qk = rotate(qk, turn)
         query, key = qk.transpose(1, 2).unbind(3)  # [B, heads, T, D / H] each
         value = value.squeeze(3).transpose(1, 2)

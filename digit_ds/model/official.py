@@ -36,7 +36,7 @@ CENTROIDS, CENTROID_NORM, VERSION = "centroids", "centroid_norm", "decoder.versi
 def from_official(settings: FromOfficial) -> TransformerSpec:
     """Convert a published checkpoint of any of the four models to a released model directory.
 
-    Every size is read from the tensors but for the number of heads, which only the configuration tells, and the token
+    Every size is read from the tensors but for the number of heads, which only the configuration states, and the token
     grid, which no checkpoint states. Weights keep their dtype; what it carries is written in float32. Optimizer state
     is not read.
 
@@ -172,7 +172,7 @@ def _read_spec(
 
 
 def _encoder_layer(found: FairseqCheckpoint) -> int | None:
-    """Which block from the encoder's end the tokens were made from, where the configuration says so."""
+    """Which block from the encoder's end the tokens were made from, if the configuration states it."""
     encoder = found.option("pretrained_enc_config")
     return encoder.get("layer") if isinstance(encoder, dict) else None
 

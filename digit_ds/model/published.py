@@ -1,4 +1,4 @@
-"""What the published models' configuration says: their names, their options, and how to write one anew."""
+"""The configuration of published models: their names, their options, and how to write one."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -135,7 +135,7 @@ class TransformerSpec(Architecture):
 
     @property
     def unpublished(self) -> list[str]:
-        """Choices that the published architecture does not know, as ``name value``."""
+        """Options that the published architecture does not have, as ``name value``."""
         return [
             f"{option.name} {getattr(self, option.name)}"
             for option in _modern()

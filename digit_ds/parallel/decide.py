@@ -1,4 +1,4 @@
-"""Decisions that a group of processes takes once: rank 0 looks at the file system and decides, all ranks follow.
+"""Decisions that a group of processes takes once: rank 0 reads the file system and decides, all ranks follow.
 
 Processes that look at one file system separately can see different states of it (attribute caches of network file
 systems). A refusal ends every process with exit status 2 and is printed once, by rank 0. Every function is the

@@ -1,6 +1,6 @@
 """DeepSpeed and Megatron-core, imported without their warnings about packages that this project does not use.
 
-Import them from here: whoever imports either of them first sees its warnings.
+Import them from here: the first import of either prints its warnings.
 """
 
 import logging

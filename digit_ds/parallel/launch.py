@@ -291,7 +291,7 @@ def _first_host(nodes: str | None) -> str:
         host = hosts.stdout.split()[0]
         try:
             socket.getaddrinfo(host, None)
-        except OSError:  # node names that are not host names: Slurm knows the address
+        except OSError:  # node names that are not host names: Slurm has the address
             node = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=True)
             if (address := re.search(r"NodeAddr=(\S+)", node.stdout)) is None:
                 raise UserError(f"scontrol show node {host} says no NodeAddr, expected the node's address") from None

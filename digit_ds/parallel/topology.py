@@ -50,7 +50,7 @@ class Topology:
     data_size: int
     data_rank: int
     mailbox: dist.ProcessGroup
-    """A gloo group of all processes: small numbers travel between hosts without touching a device's queue."""
+    """A gloo group of all processes: exchanges small numbers between hosts without using a device's queue."""
 
     @property
     def world_size(self) -> int:
@@ -102,7 +102,7 @@ def initialize(tensor_size: int, timeout_seconds: float) -> Topology:
 
 
 def abandon() -> None:
-    """Leave after a failure, when other ranks may be dead or wait for what never comes.
+    """Exit after a failure, when other ranks may have ended or wait for a message that is not sent.
 
     NCCL would wait for them too, and the error would not be printed. Its groups are left to the end of the
     process, which is forced after ``LEAVE_SECONDS`` where it does not come by itself.

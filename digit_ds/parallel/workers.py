@@ -30,7 +30,7 @@ def ignore_stop_signals(_worker: int = 0) -> None:
 def _wait_for_parent(forker: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None  # a worker process has a parent
-    # getppid() tells that a forking parent exited; with a fork server the parent is another process, seen by its pipe.
+    # getppid() shows that a forking parent exited; with a fork server the parent is another process: its pipe shows it.
     while os.getppid() == forker and parent.is_alive():
         received = signal.sigtimedwait(_STOPPING, _POLL_SECONDS)
         if received and received.si_signo == signal.SIGTERM and received.si_pid == parent.pid:

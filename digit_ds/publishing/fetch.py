@@ -109,7 +109,7 @@ class _Fetching:
         self._copy(source, self.encoder)
 
     def _download(self, address: str) -> Path:
-        """A file of Meta's server, by PyTorch's client, which starts anew what was interrupted."""
+        """A file of Meta's server, by PyTorch's client, which starts an interrupted download again."""
         import http.client
 
         import torch

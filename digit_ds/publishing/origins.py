@@ -49,7 +49,7 @@ class Repository:
         }
 
     def bring(self, path: str) -> Path:
-        """Download a file. One that is damaged is removed, so that the next call fetches it anew."""
+        """Download a file. One that is damaged is removed, so that the next call downloads it again."""
         import huggingface_hub
 
         name, expected = f"{self.name}/{path}", self.files[path]

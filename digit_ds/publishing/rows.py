@@ -16,7 +16,7 @@ from digit_ds.publishing.settings import Size
 REPOSITORY = "DAMO-NLP-SG/DiGIT"
 VQGAN = "vqgan_jax_strongaug.ckpt"
 VQGAN_ADDRESS = "https://drive.google.com/file/d/13S_unB87n6KKuuMdyMnyExW0G1kplTbP/view"
-"""MAGE's VQGAN; the drive wants a browser."""
+"""MAGE's VQGAN; the download needs a browser."""
 LAST = "checkpoint_last.pt"
 
 

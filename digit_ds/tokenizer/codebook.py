@@ -152,7 +152,7 @@ def split_centroids(centroids: Tensor) -> Tensor:
     """
     halves = centroids.square().sum(1, keepdim=True) / -2  # [K, 1]
     right = torch.cat([*reversed(_split(centroids)), *_split(halves)], 1)
-    return torch.nn.functional.pad(right, (0, -right.shape[1] % 8))  # tensor cores want rows of whole 16 bytes
+    return torch.nn.functional.pad(right, (0, -right.shape[1] % 8))  # tensor cores need rows of a multiple of 16 bytes
 
 
 def beside(features: Tensor, split: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a family of vision transformers has in common that its files do not tell."""
+"""Properties of each family of vision transformers that its files do not state."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

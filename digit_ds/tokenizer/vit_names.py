@@ -112,7 +112,7 @@ def _plain_mlp(state: dict[str, Tensor]) -> None:
 
 
 def _without_key_bias(state: dict[str, Tensor]) -> None:
-    """DINOv3 has no bias of the keys: Meta's files mask it, Hugging Face's lack it. Zeros stand for it."""
+    """DINOv3 has no bias of the keys: Meta's files mask it, Hugging Face's lack it. It is replaced by zeros."""
     for name in list(state):
         if name.endswith(".attn.query.bias"):
             state.setdefault(name.replace(".query.", ".key."), torch.zeros_like(state[name]))

@@ -55,7 +55,7 @@ class GuardedAdamW(torch.optim.AdamW):
         return state
 
     def own_norm(self) -> Tensor:
-        """Norm over the gradients that this optimizer sees: the whole model's for one process without ZeRO."""
+        """Norm over the gradients of this optimizer: the whole model's for one process without ZeRO."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 

@@ -190,15 +190,15 @@ class Step:
     repeated: float
     """What tensor-parallel ranks all compute."""
     tensor: float
-    """Collectives between tensor-parallel ranks, which travel alone."""
+    """Collectives between tensor-parallel ranks, which do not overlap with computation."""
     data: float
-    """Collectives between data-parallel ranks that travel alone: none issued beside computation, or no room for it."""
+    """Exposed collectives between data-parallel ranks: not overlapped, or longer than the computation beside them."""
     beside: float
-    """By how much collectives slow down the computation that hides them."""
+    """Slowdown of the computation that collectives overlap with."""
     own: float
     """What ZeRO 3 costs besides its collectives."""
     hidden: float
-    """Collectives that computation hides; no part of the step."""
+    """Overlapped collectives; no part of the step."""
 
     @property
     def seconds(self) -> float:
@@ -207,10 +207,10 @@ class Step:
 
 
 def predicted_step(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> Step:
-    """A step: computation, collectives that nothing hides, and what hidden ones and ZeRO 3 cost.
+    """Time of a step: computation, exposed collectives, and the cost of overlapped ones and of ZeRO 3.
 
-    Gradients of ``overlap_comm`` travel beside the backward pass, two thirds of the computation; sums between
-    tensor-parallel ranks and ZeRO 1's gradients travel alone.
+    Gradients of ``overlap_comm`` overlap with the backward pass, two thirds of the computation; sums between
+    tensor-parallel ranks and ZeRO 1's gradients do not overlap.
     """
     gpu, training, tensor = GPUS[settings.gpu], recipe.training, recipe.parallel.tensor
     assert training.micro_batch != "auto"

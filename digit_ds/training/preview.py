@@ -52,7 +52,7 @@ class _Drawing(NamedTuple):
     figures: Figures | None
 
     def of(self, checkpoint: Path) -> "_Drawn":
-        """Draw; what fails is in the answer, except for want of memory on the GPU."""
+        """Draw; an error is part of the answer, except lack of memory on the GPU."""
         grid, figures, problem = None, None, None
         shutil.rmtree(self.model, ignore_errors=True)
         try:

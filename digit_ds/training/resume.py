@@ -43,7 +43,7 @@ from digit_ds.training.stored import (
 )
 
 SEEN_SECONDS = 10.0
-"""How long a checkpoint that rank 0 sees may stay unseen on another rank: network file systems remember old states."""
+"""Seconds until a checkpoint of rank 0 must be visible on all ranks: network file systems cache attributes."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def begin(
     changes: Changes,
     differences: Iterable[Difference],
 ) -> Beginning:
-    """Build the engine and fill it, from the run's checkpoint or anew, and write down what was done."""
+    """Build the engine and fill it, from the run's checkpoint or with new weights, and record which."""
     run = Path(recipe.run)
     stored = choose_checkpoint(run, changes.rollback)
     origin = provenance(recipe, manifest)
@@ -198,7 +198,7 @@ def _warn(run: Path, checkpoint: Path, problem: str) -> None:
 
 
 def _unseen(checkpoint: Path) -> str | None:
-    """What this rank misses of a checkpoint that rank 0 sees."""
+    """What is missing on this rank of a checkpoint that is complete on rank 0; None: nothing."""
     end = time.monotonic() + SEEN_SECONDS
     while (problem := incompleteness(checkpoint)) is not None and time.monotonic() < end:
         time.sleep(0.2)

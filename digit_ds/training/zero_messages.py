@@ -1,6 +1,6 @@
 """Elements of each message that DeepSpeed makes of a model's parameters in a step.
 
-Gradients travel in buckets, in the order of the backward pass; weights under ZeRO 3 by the trace of the modules, some
+Gradients are sent in buckets, in the order of the backward pass; weights under ZeRO 3 by the trace of the modules, some
 ahead of their use. Sizes follow from the parameters and the options of the DeepSpeed file alone. Sources:
 DeepSpeed 0.19, ``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``partitioned_param_coordinator.py``.
 """
