@@ -321,7 +321,7 @@ def test_contradicting_deepspeed_file_is_refused(file, overrides, words, tmp_pat
 def test_missing_deepspeed_file_and_uneven_batches_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nosuch\.json"):
         read_deepspeed_config(recipe(tmp_path, tmp_path, deepspeed="nosuch.json"), 1)
-    with pytest.raises(UserError, match="not a multiple"):
+    with pytest.raises(UserError, match="expected a multiple"):
         read_deepspeed_config(recipe(tmp_path, tmp_path), data_size=3)
 
 
