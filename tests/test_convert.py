@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from calls import from_official, to_official
+from safetensors.torch import save_file
 from small_models import random_ids
 
 from digit_ds.errors import UserError
@@ -19,7 +20,7 @@ from digit_ds.model.official import CARRIED
 from digit_ds.model.released import read_model, save_model
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import load_model
-from digit_ds.model.weights import initial_state
+from digit_ds.model.weights import initial_state, parameters
 
 GOLDEN = Path(__file__).parent / "golden"
 TOOL = Path(__file__).parent.parent / "tools" / "convert_checkpoint.py"
@@ -171,6 +172,24 @@ def test_official_round_trip_is_bit_exact(tmp_path, variant, dtype):
     assert back["cfg"] == original["cfg"] and back["args"] is None
     # Without the VQGAN in the golden files of these two, there is nothing to put back.
     assert lacking == (["VQGAN"] if variant in ("stage2_nar", "stage2_vq") else [])
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_model_is_byte_for_byte_that_of_tensors_in_memory(tmp_path, dtype, zipped):
+    """Query, key and value are joined while the file is written; files of PyTorch before 1.6 cannot be mapped."""
+    sizes = dict(layers=3, width=24, heads=4, ffn=36, pre=True, positions=300, outputs=38, extra_rows=7)
+    checkpoint = published("prior", **sizes, dtype=dtype)
+    path = tmp_path / "checkpoint.pt"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+    spec = from_official(path, tmp_path / "model", grid=(4, 4))
+    expected = {}
+    for parameter in parameters(spec):
+        parts = [checkpoint["model"][f"decoder.{name}"] for name in parameter.official]
+        by_head = [torch.cat(rows) for rows in zip(*(part.chunk(4) for part in parts))]
+        expected[parameter.name] = torch.cat(by_head) if len(parts) == 3 else parts[0]
+    save_file(expected, tmp_path / "expected.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
 
 
 def test_what_a_checkpoint_carries_is_written_and_put_back(tmp_path):

@@ -8,6 +8,7 @@ formats on request.
 """
 
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from digit_ds.errors import UserError
 from digit_ds.files import write_atomically
 from digit_ds.model.fairseq import FairseqCheckpoint, read_checkpoint, write_checkpoint
 from digit_ds.model.published import KINDS, PUBLISHED_OPTIONS, kind_of, published_cfg
-from digit_ds.model.released import read_model, refuse_existing, save_model
+from digit_ds.model.released import read_model, refuse_existing, write_model
 from digit_ds.model.settings import FromOfficial, ToOfficial
 from digit_ds.model.spec import TransformerSpec
-from digit_ds.model.tensor_file import whole, write_tensors
-from digit_ds.model.weights import POSITION_OFFSET, State, from_official_names, to_official_names
+from digit_ds.model.tensor_file import Content, whole, write_tensors
+from digit_ds.model.weights import POSITION_OFFSET, State, from_official_names, fuse_qkv, to_official_names
 from digit_ds.safe_load import load_torch, read_tensors
 from digit_ds.tokenizer.codebook import load_codebook, save_codebook
 from digit_ds.vocabulary import SPECIALS
@@ -50,14 +51,16 @@ def from_official(settings: FromOfficial) -> TransformerSpec:
     decoder.pop("version", None)  # always 3, made again on the way back
     carried = {name: value for name, value in found.model.items() if not name.startswith(DECODER)}
     spec = _read_spec(found, decoder, settings.grid, str(checkpoint))
-    state = from_official_names(decoder, spec, str(checkpoint))
+    contents = {
+        name: _content(parts, spec.heads) for name, parts in from_official_names(decoder, spec, str(checkpoint)).items()
+    }
     _write_carried(carried, settings, _encoder_layer(found))
     if carried and not settings.drop_carried:
         write_tensors(out_dir / CARRIED, {name: whole(value) for name, value in carried.items()})
     provenance: dict[str, Any] = {"official": {"file": checkpoint.name, "cfg": found.cfg, "args": found.args}}
     if (layer := _encoder_layer(found)) is not None:
         provenance["layer"] = layer
-    save_model(out_dir, spec, state, provenance)
+    write_model(out_dir, spec, contents, provenance)
     return spec
 
 
@@ -119,6 +122,15 @@ def write_carried_vqgan(model_dir: Path | str, out: Path | str) -> bool:
     if vqgan:
         write_atomically(out, lambda temporary: torch.save({"state_dict": vqgan}, temporary))
     return bool(vqgan)
+
+
+def _content(parts: list[Tensor], heads: int) -> Content:
+    """A parameter of ours; query, key and value are joined when it is written."""
+    if len(parts) == 1:
+        return whole(parts[0])
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+    shape = (len(parts) * parts[0].shape[0], *parts[0].shape[1:])
+    return Content(dtype, shape, lambda: [fuse_qkv(parts, heads)])
 
 
 def _read_spec(
@@ -186,15 +198,13 @@ def _write_carried(carried: Mapping[str, Tensor], settings: FromOfficial, layer:
             raise UserError(f"{settings.checkpoint}: carries no {part}, expected one to write to {path}")
         if path is not None and Path(path).exists():
             raise UserError(f"{path}: exists already, expected a new file")
-    if encoder_out is not None:
-        encoder = _under(carried, ENCODER)
-        write_atomically(encoder_out, lambda temporary: torch.save(encoder, temporary))
+    if encoder_out is not None:  # no part stays in memory while the next is written
+        write_atomically(encoder_out, lambda temporary: torch.save(_under(carried, ENCODER), temporary))
     if codebook_out is not None:
         provenance = {} if layer is None else {"layer": layer}
         save_codebook(codebook_out, carried[CENTROIDS].T.float().contiguous(), provenance)
     if vqgan_out is not None:
-        vqgan = {"state_dict": _under(carried, VQGAN)}
-        write_atomically(vqgan_out, lambda temporary: torch.save(vqgan, temporary))
+        write_atomically(vqgan_out, lambda temporary: torch.save({"state_dict": _under(carried, VQGAN)}, temporary))
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:

@@ -239,9 +239,12 @@ def split_qkv(fused: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
 
 
-def from_official_names(official: Mapping[str, Tensor], spec: TransformerSpec, source: str) -> State:
-    """Published decoder tensors (names without ``decoder.``) -> our state dict; dtypes stay as they are."""
-    state: State = {}
+def from_official_names(official: Mapping[str, Tensor], spec: TransformerSpec, source: str) -> dict[str, list[Tensor]]:
+    """Published decoder tensors (names without ``decoder.``) by our names, as they are.
+
+    Three tensors of one name are query, key and value, to be joined by :func:`fuse_qkv`.
+    """
+    found: dict[str, list[Tensor]] = {}
     for parameter in parameters(spec):
         if missing := [name for name in parameter.official if name not in official]:
             raise UserError(
@@ -255,11 +258,11 @@ def from_official_names(official: Mapping[str, Tensor], spec: TransformerSpec, s
                     f"{source}: tensor 'decoder.{name}' has shape {list(part.shape)}, expected {list(shape)} "
                     "by the checkpoint's other tensors"
                 )
-        state[parameter.name] = parts[0] if len(parts) == 1 else fuse_qkv(parts, spec.heads)
+        found[parameter.name] = parts
     known = {name for parameter in parameters(spec) for name in parameter.official}
     if extra := sorted(set(official) - known):
         raise UserError(f"{source}: tensor 'decoder.{extra[0]}' belongs to no published DiGIT {spec.kind} model")
-    return state
+    return found
 
 
 def to_official_names(state: Mapping[str, Tensor], spec: TransformerSpec) -> State:
