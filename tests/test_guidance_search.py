@@ -69,10 +69,13 @@ def test_a_search_that_was_interrupted_gives_what_the_verbs_give(parts, tmp_path
         ({"scales": []}, "scales"),
         ({"reference": "nowhere"}, "nowhere"),
         ({"features": None}, "Inception weights: no file was given"),
+        ({"prior": "unconditional", "scales": [1.0, 2.0]}, r"unconditional: is unconditional, but guidance scale is 2"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_anything_is_drawn(parts, tmp_path: Path, change, message):
     drawing, scoring = parts
+    if "prior" in change:
+        change = {**change, "prior": drawing["prior"].with_name(change["prior"])}
     with pytest.raises(UserError, match=message):
         search_guidance(tmp_path / "out", **{**drawing, **scoring, "scales": [2.0], **change})
     assert not (tmp_path / "out").exists()

@@ -141,4 +141,5 @@ def test_a_folder_that_another_process_fills_with_samples_is_refused(tmp_path):
             job.begin()
     assert not job.is_complete()  # what the killed one leaves is no other folder's
     job.begin()
+    job.start()
     assert (tmp_path / "out" / "manifest.json").exists()

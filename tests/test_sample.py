@@ -272,6 +272,10 @@ def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
     [
         ({"classes": [CLASSES]}, r"class 3 is outside of .*, expected 0\.\.2"),
         ({"prior": "unconditional", "per_class": 3, "count": None}, "is unconditional"),
+        ({"prior": "unconditional", "classes": [1]}, "unconditional: is unconditional, but classes are given"),
+        ({"prior": "unconditional", "guidance": 2.0}, r"unconditional: is unconditional, but guidance scale is 2\.0"),
+        ({"prior": "cut"}, r"cut/model\.safetensors"),
+        ({"from_images": "pictures"}, r"needs the encoder's weights .*--encoder, --codebook"),
         ({"per_class": 2}, "count is 4 and per_class is 2, expected one of them"),
         ({"pixel_decoder": None}, "writes discriminative tokens, expected a pixel decoder too"),
         ({"pixel_decoder": "vq"}, "has kind vq, expected ar or nar"),
@@ -283,8 +287,15 @@ def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(models, tmp_path, change, message):
+    """The corrected command may name the same folder."""
+    cut = tmp_path / "cut"
+    shutil.copytree(models["prior"], cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-64])
+    make_images(tmp_path / "pictures", 1)
+    if "from_images" in change:
+        change = {**change, "from_images": tmp_path / change["from_images"], "keep": 3}
     with pytest.raises(UserError, match=message):
-        run(models, tmp_path / "out", **{"count": 4, **change})
+        run({**models, "cut": cut}, tmp_path / "out", **{"count": 4, **change})
     assert not (tmp_path / "out").exists()
 
 

@@ -97,22 +97,23 @@ class SamplingJob:
         return True
 
     def begin(self) -> WorkDirectory[bool]:
-        """Make the directory and its manifest, locked until the end; all processes together.
+        """Lock the directory until the end; all processes together. Nothing is written before :meth:`start`.
 
         Returns:
-            The directory; ``found`` says whether the job is complete, in which case nothing was made or locked.
+            The directory; ``found`` says whether the job is complete, in which case nothing was made or locked. One
+            that was made is removed at its release unless the job has started.
 
         Raises:
             UserError: another process is writing there, or came first with another job.
         """
         self._directory = WorkDirectory(self.out, self.is_complete, bool)
-        if not self._directory.found:
-            try:
-                from_main(self._make)
-            except BaseException:
-                self._directory.release()
-                raise
         return self._directory
+
+    def start(self) -> None:
+        """Write the manifest, which claims the directory, once nothing is left that could be refused; all processes
+        together.
+        """
+        from_main(self._make)
 
     def _make(self) -> None:
         make_directory(self.out / "images")

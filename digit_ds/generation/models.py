@@ -31,6 +31,8 @@ class StageModel(NamedTuple):
     provenance: dict[str, Any]
 
 
+PRIORS = ("prior", "vq")
+"""Kinds of models that write first-stage tokens."""
 Stages = dict[str, StageModel]
 """By ``prior`` and ``pixel_decoder``; one of them may be absent."""
 
@@ -78,7 +80,7 @@ def read_stages(settings: ModelSettings) -> Stages:
     """
     stages = {}
     for name, directory, kinds in (
-        ("prior", settings.prior, ("prior", "vq")),
+        ("prior", settings.prior, PRIORS),
         ("pixel_decoder", settings.pixel_decoder, ("ar", "nar")),
     ):
         if directory is not None:
@@ -205,15 +207,24 @@ def check_parts(settings: ModelSettings, stages: Stages, painter: Vqgan, others:
 
 
 def check_guidance(first: StageModel, decoding: Decoding) -> None:
-    """Refuse guidance of a model that has no unconditional half; warn where that is not known."""
-    if not decoding.guidance.active:
+    """Refuse guidance of a prior that has no classes or no unconditional half; warn where the latter is not known.
+
+    Raises:
+        UserError: names the model. A pixel decoder whose first-stage tokens are given draws without guidance.
+    """
+    if not decoding.guidance.active or first.spec.kind not in PRIORS:
         return
+    if not first.spec.classes:
+        raise UserError(
+            f"{first.given}: is unconditional, but guidance scale is {decoding.guidance.scale}, expected 1 (no "
+            "guidance) or a class-conditional prior (--guidance, --prior)"
+        )
     if first.provenance.get("class_dropout") == 0:
         raise UserError(
             f"{first.directory}: guidance scale is {decoding.guidance.scale}, but the model was trained with "
             "training.class_dropout 0 and has no unconditional half, expected 1 (no guidance)"
         )
-    if first.spec.classes and "class_dropout" not in first.provenance and launch.is_main():
+    if "class_dropout" not in first.provenance and launch.is_main():
         print(
             f"warning: {first.directory}: does not say whether it was trained with class dropout, which guidance "
             f"(scale {decoding.guidance.scale}) needs",

@@ -107,6 +107,7 @@ def sample(settings: SampleSettings) -> None:
                 )
                 for name, model in stages.items()
             }
+        job.start()
         pipeline = Pipeline(samplers.get("prior"), samplers.get("pixel_decoder"), painter)
         _run(job, pipeline, source, settings.keep, rows)
         wait_for_all()

@@ -1,5 +1,6 @@
 """``digit-ds guidance``: pictures and scores for every scale and exponent, and which combination is best."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from digit_ds.evaluation.fidelity import evaluate
 from digit_ds.evaluation.pictures import open_pictures
 from digit_ds.evaluation.settings import EvaluateSettings
 from digit_ds.files import make_directory, write_json
+from digit_ds.generation.models import check_guidance, first_stage, needed_stages, read_stages
 from digit_ds.generation.sample import sample
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.parallel import launch
@@ -31,8 +33,8 @@ def search_guidance(settings: GuidanceSettings) -> dict[str, Any]:
         UserError: a part is missing or does not fit, or ``out`` holds pictures of other settings.
     """
     launch.initialize()
-    from_main(partial(_look_at_reference, settings))  # before hours of sampling
     jobs = settings.jobs()
+    from_main(partial(_check, settings, list(jobs.values())))  # before hours of sampling
     result: dict[str, Any] = {}
     tried: list[dict[str, Any]] = []
     for number, (name, job) in enumerate(jobs.items(), 1):
@@ -48,10 +50,14 @@ def search_guidance(settings: GuidanceSettings) -> dict[str, Any]:
     return result
 
 
-def _look_at_reference(settings: GuidanceSettings) -> None:
-    """Refuse what cannot be scored."""
+def _check(settings: GuidanceSettings, jobs: Sequence[SampleSettings]) -> None:
+    """Refuse what cannot be scored, and guidance that a later combination would be refused for."""
     open_extractor(settings.inception_weights, settings.features)
     open_pictures(settings.reference)
+    given = settings.from_images is not None or settings.from_tokens is not None
+    first = first_stage(needed_stages(read_stages(settings), given, settings.keep))
+    if guided := [job for job in jobs if job.guidance != 1]:
+        check_guidance(first, guided[0].prior_decoding)
 
 
 def _score(settings: GuidanceSettings, name: str, job: SampleSettings) -> dict[str, Any]:
