@@ -113,6 +113,31 @@ class Section(BaseModel):
                 f"{source}: {first_problem(error, cls)}" if source else first_problem(error, cls)
             ) from error
 
+    @classmethod
+    def problems(cls, values: Mapping[str, Any]) -> list[str]:
+        """Everything for which ``read`` would refuse ``values``, one phrase for each key; empty if it accepts them."""
+        given = _by_field(cls, values)
+        try:
+            cls.model_validate(given)
+        except ValidationError as error:
+            found: dict[tuple[int | str, ...], str] = {}
+            for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+                place = _place(given, problem)
+                found.setdefault(place, _phrase({**problem, "loc": place}, cls))
+            return list(found.values())
+        return []
+
+
+def _place(values: Any, problem: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """The key of a problem: pydantic adds the members of a union, of which each refuses the value."""
+    place: list[int | str] = []
+    for part in problem["loc"]:
+        if not isinstance(values, Mapping) or (part not in values and problem["type"] != "missing"):
+            break
+        place.append(part)
+        values = values.get(part)
+    return tuple(place)
+
 
 def _docstrings(kind: type) -> dict[str, str]:
     """The docstrings under the fields of a class."""
@@ -169,7 +194,13 @@ def first_problem(error: ValidationError, section: type[Section], flags: bool = 
     """The first thing that is wrong as a phrase: key (with ``flags`` the option), what was found, what was expected."""
     problems = error.errors()
     # A misspelt required key is unknown and missing at once: its spelling is what the user can look for.
-    problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
+    return _phrase(
+        next((found for found in problems if found["type"] == "extra_forbidden"), problems[0]), section, flags
+    )
+
+
+def _phrase(problem: Mapping[str, Any], section: type[Section], flags: bool = False) -> str:
+    """One of pydantic's problems as ``first_problem`` gives it."""
     where = [part for part in problem["loc"] if part != "[key]"]
     fields: Any = section
     for number, part in enumerate(where):  # list positions and union members are not sections

@@ -22,7 +22,8 @@ class Submission:
 
     def __init__(self, folder: Path, running: Cluster):
         self.folder, self.cluster = folder, running
-        for name in ("images", "encoder.pth", "vqgan.ckpt"):
+        (folder / "images").mkdir()
+        for name in ("images/a.png", "encoder.pth", "vqgan.ckpt"):
             (folder / name).write_text("not read here")
         stub = folder / "python"
         stub.write_text(f'#!/bin/sh\nexec {sys.executable} -S {HOME}/tests/slurm_stub.py "$@"\n')
@@ -35,7 +36,7 @@ class Submission:
             "features": images,
             "kmeans": {"clusters": 16},
             "tokenize": images | {"vqgan": str(folder / "vqgan.ckpt"), "views": 2},
-            "tokenize_validation": images,
+            "tokenize_validation": images | {"vqgan": str(folder / "vqgan.ckpt")},
             "prior": {"recipe": str(recipe)},
             "decoder": {"recipe": str(recipe), "overrides": {"optimizer.learning_rate": 5e-4, "model.kind": "ar"}},
             "sample": {"vqgan": str(folder / "vqgan.ckpt"), "count": 8},
@@ -47,6 +48,7 @@ class Submission:
             "gpus_per_node": 0,
             "cpus_per_task": 1,
             "time": "5",
+            "grace_seconds": 60,
             "python": str(stub),
             "environment": {"STUB": str(folder)},
             "steps": {"evaluate": {"nodes": 1}, "prior": {"cpus_per_task": 2}},
@@ -269,7 +271,10 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
         (lambda s: s.site.update(nodes="two"), "site.yaml: nodes is 'two', expected: a valid integer"),
         (lambda s: s.site.update(steps={"train": {}}), "site.yaml: steps.train is 'train', expected:"),
         (lambda s: s.site.update(python="/nowhere/python"), "/nowhere/python of the site cannot be started"),
-        (lambda s: s.chain["kmeans"].update(cluster=3), "chain.yaml: kmeans.cluster is not an option of tools/train_k"),
+        (
+            lambda s: s.chain["kmeans"].update(cluster=3),
+            "chain.yaml: kmeans.cluster is not an option of digit-ds kmeans",
+        ),
         (
             lambda s: s.chain["features"].update(images="/no"),
             "chain.yaml: features.images is /no, which does not exist",
@@ -328,7 +333,7 @@ def test_all_problems_are_said_at_once(tmp_path):
         f"features.encoder is {tmp_path / 'encoder.pth'}, which is an empty file",
         f"sample.vqgan is {tmp_path / 'vqgan.ckpt'}, which is an empty file",
         "unknown key 'training.step'",
-        "kmeans.cluster is not an option of tools/train_kmeans.py",
+        "kmeans.cluster is not an option of digit-ds kmeans",
     ):
         assert sum(words in line for line in lines) == 1, (words, result.stderr)
 

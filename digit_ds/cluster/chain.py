@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from digit_ds import shipped
+from digit_ds.cluster.limits import Memory, TimeLimit
 from digit_ds.clustering.settings import KMeansSettings
+from digit_ds.config import Recipe, load_recipe
 from digit_ds.errors import UserError
 from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings
 from digit_ds.generation.settings import SampleSettings
@@ -30,8 +33,8 @@ class Resources(Section):
     gpus_per_node: int | None = Field(None, ge=0)
     tasks_per_node: int | None = Field(None, ge=1)
     cpus_per_task: int | None = Field(None, ge=1)
-    memory: str | None = None
-    time: str | None = None
+    memory: Memory | None = None
+    time: TimeLimit | None = None
 
 
 class Site(Section):
@@ -43,8 +46,8 @@ class Site(Section):
     gpus_per_node: int = Field(..., ge=0)
     tasks_per_node: int | None = Field(None, ge=1)
     cpus_per_task: int = Field(..., ge=1)
-    memory: str | None = None
-    time: str
+    memory: Memory | None = None
+    time: TimeLimit
     grace_seconds: int = Field(300, ge=1)
     python: str = ".venv/bin/python" if shipped.ROOT == shipped.HOME else sys.executable
     container: list[str] = Field([])
@@ -195,23 +198,31 @@ def training_recipe(path: str) -> Path:
     return found if found.is_file() else (shipped.find(path) or found).resolve()
 
 
-def check_options(step: Step, source: str) -> None:
-    """Refuse options of a step's command that it does not have, or values that it would refuse.
+def recipe_of(training: Training) -> Recipe:
+    """The recipe of a training step with its overrides.
 
     Raises:
-        UserError: names ``source``, the step, its option, and what was expected.
+        UserError: training would refuse it.
     """
+    overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
+    return load_recipe(training_recipe(training.recipe), ["run=x", "data.shards=x", *overrides])
+
+
+def option_problems(step: Step, source: str) -> Iterator[str]:
+    """Options of a step that its command does not have, and values that it would refuse; ``source`` is the chain."""
     if (section := SETTINGS.get(step.name)) is None:
         return
-    known = spellings(section)
+    known, verb = spellings(section), step.name.removesuffix("_validation")
     for name in step.options:
         if name not in known:
-            raise UserError(
-                f"{source}: {step.name}.{name} is not an option of {' '.join(step.command)}, expected one of "
+            yield (
+                f"{source}: {step.name}.{name} is not an option of digit-ds {verb}, expected one of "
                 f"{', '.join(dict.fromkeys(known.values()))}"
             )
     made = {"out": str(step.product)} | step.options  # tokenize.sbatch takes its output folder by place
-    section.read({name: value for name, value in made.items() if value is not None}, f"{source}: {step.name}")
+    given = {name: value for name, value in made.items() if name in known and value is not None}
+    for problem in section.problems(given):
+        yield f"{source}: {step.name}: {problem}"
 
 
 def _flags(options: dict[str, Any]) -> list[str]:

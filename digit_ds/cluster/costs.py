@@ -4,9 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from digit_ds.cluster.chain import Chain, Site, Step, in_one_line, training_recipe
+from digit_ds.cluster.chain import Chain, Site, Step, recipe_of
 from digit_ds.clustering.settings import KMeansSettings
-from digit_ds.config import load_recipe
 from digit_ds.model.weights import parameter_count
 from digit_ds.training.estimate import shards_to_come
 from digit_ds.training.flops import PEAKS, flops_per_image
@@ -95,9 +94,7 @@ def _tokens(step: Step, images: int) -> tuple[float, float]:
 
 
 def _training(step: Step, chain: Chain, images: int) -> tuple[float, float]:
-    training = getattr(chain, step.name)
-    overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
-    recipe = load_recipe(training_recipe(training.recipe), ["run=x", "data.shards=x", *overrides])
+    recipe = recipe_of(getattr(chain, step.name))
     # As many tokens as the model has positions for: the encoder and the images are not read here.
     side = min(GRID, math.isqrt(recipe.model.max_positions - 1))
     shards = shards_to_come(images, side, int(_number(chain.kmeans, "clusters")), vq_codes=1024, classes=1000)

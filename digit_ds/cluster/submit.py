@@ -4,14 +4,12 @@ Submitting again is always safe: what is complete is skipped, what is queued or 
 what failed is started again and continues from what it had done.
 """
 
-import itertools
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,14 @@ from digit_ds.cluster.chain import (
     Site,
     Step,
     absolute,
-    check_options,
-    in_one_line,
     load,
     sbatch,
     steps,
-    training_recipe,
 )
 from digit_ds.cluster.settings import SubmitSettings
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 
-PATHS = ("images", "encoder", "vqgan", "vqgan_config", "reference", "features", "inception_weights", "classifier")
-"""Options that name files or folders which must be there before anything starts."""
 WIDTH = 100
 """Characters of a printed line."""
 QUEUED = (
@@ -51,19 +44,19 @@ def submit(settings: SubmitSettings) -> None:
         SystemExit: with status 1 where ``--status`` reports a failed step, with the doctor's where it finds a problem.
     """
     path = shipped.find(settings.chain) or Path(settings.chain)
-    chain = load(path, Chain)
-    folder = absolute(chain.out)
     if settings.status:
-        raise SystemExit(_status(steps(chain), folder))
-    site = load(_site(settings), Site)
+        chain = load(path, Chain)
+        raise SystemExit(_status(steps(chain), absolute(chain.out)))
     if settings.doctor:
-        raise SystemExit(_doctor(site, folder))
-    _check(chain, site, path, settings.dry_run)
+        raise SystemExit(_doctor(load(_site(settings), Site), absolute(load(path, Chain).out)))
+    from digit_ds.cluster.checks import load_checked  # here, because --status need not wait for recipes
+
+    chain, site = load_checked(path, _site(settings), every=settings.dry_run)
     if settings.dry_run:
         from digit_ds.cluster.costs import table  # here, because --status need not wait for the model
 
         print("\n".join(table(chain, site, steps(chain), settings.images)))
-    _submit(steps(chain), site, folder, settings)
+    _submit(steps(chain), site, absolute(chain.out), settings)
 
 
 def _site(settings: SubmitSettings) -> Path:
@@ -79,69 +72,6 @@ def _site(settings: SubmitSettings) -> Path:
         example = shipped.HOME / "slurm" / "site.example.yaml"
         raise UserError(f"{path}: does not exist, expected your cluster's site file: copy {example} there and edit it")
     return path
-
-
-def _check(chain: Chain, site: Site, path: Path, every: bool) -> None:
-    """Refuse now what would fail hours later.
-
-    Raises:
-        UserError: the first problem; with ``every`` the last one, and those before it are printed, a line each.
-    """
-    found = itertools.chain(
-        _missing_inputs(chain, path), _unfit_recipes(chain, site, path), _unknown_options(chain, site, path)
-    )
-    problems = list(found if every else itertools.islice(found, 1))
-    for problem in problems[:-1]:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        raise UserError(problems[-1])
-
-
-def _missing_inputs(chain: Chain, path: Path) -> Iterator[str]:
-    """Files and folders that are not there, or empty."""
-    for name in ("features", "tokenize", "tokenize_validation", "sample", "evaluate", "probe"):
-        for option in PATHS:
-            value = getattr(chain, name).get(option)
-            if value is None:
-                continue
-            found = absolute(str(value))
-            if not found.exists():
-                yield f"{path}: {name}.{option} is {value}, which does not exist"
-            elif found.is_file() and not found.stat().st_size:
-                yield f"{path}: {name}.{option} is {value}, which is an empty file"
-
-
-def _unfit_recipes(chain: Chain, site: Site, path: Path) -> Iterator[str]:
-    """Recipes that training would refuse on the ranks of their steps."""
-    from digit_ds.config import load_recipe  # here, because --status need not wait for them
-    from digit_ds.training.deepspeed_config import read_deepspeed_config
-
-    os.chdir(shipped.ROOT)  # as the jobs do: a DeepSpeed file may be named relative to it
-    for name in ("prior", "decoder"):
-        training, wanted = getattr(chain, name), site.resources(name)
-        overrides = [f"{key}={in_one_line(value)}" for key, value in training.overrides.items()]
-        ranks = wanted["nodes"] * wanted["tasks_per_node"]
-        try:
-            recipe = load_recipe(training_recipe(training.recipe), ["run=x", "data.shards=x", *overrides])
-        except UserError as error:
-            yield str(error)
-            continue
-        try:
-            read_deepspeed_config(recipe, max(1, ranks // recipe.parallel.tensor))
-        except UserError as error:
-            yield f"{path}: {name} on {ranks} ranks: {error}"
-
-
-def _unknown_options(chain: Chain, site: Site, path: Path) -> Iterator[str]:
-    """An interpreter that is not there, and options that no command has."""
-    program = site.interpreter()[0]
-    if shutil.which(program) is None:
-        yield f"{program} of the site cannot be started, expected the container's program or Python"
-    for step in steps(chain):
-        try:
-            check_options(step, str(path))
-        except UserError as error:
-            yield str(error)
 
 
 def _submit(chain_steps: list[Step], site: Site, folder: Path, settings: SubmitSettings) -> None:
@@ -204,6 +134,7 @@ def _doctor(site: Site, folder: Path) -> int:
     command, variables = sbatch(step, site, folder, [])
     if shutil.which(command[0]) is None:
         raise UserError(f"{command[0]} is not installed here, expected a login node of a Slurm cluster")
+    _queue()  # refuses where no controller answers, before anything is written
     _make_folders(folder)
     result = subprocess.run(
         [*command[:1], "--wait", *command[1:]], env=os.environ | variables, capture_output=True, text=True
@@ -265,7 +196,8 @@ def _queue(optional: bool = False) -> dict[int, tuple[str, str, str]]:
     if result.returncode and optional:
         return {}
     if result.returncode:
-        raise UserError(f"squeue failed: {result.stderr.strip().splitlines()[-1]}")
+        said = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
+        raise UserError(f"squeue failed: {said}; expected a running Slurm controller: check SLURM_CONF")
     rows = [line.split("|") for line in result.stdout.splitlines()]
     return {int(job): (state, reason, nodes) for job, state, reason, nodes in rows if job.isdigit()}
 
