@@ -344,3 +344,22 @@ def test_the_doctor_without_slurm_is_one_line(tmp_path):
     result = submission.call("--doctor")
     assert result.returncode == 2 and not (tmp_path / "out").exists()
     assert result.stderr == "error: sbatch is not installed here, expected a login node of a Slurm cluster\n"
+
+
+@pytest.mark.parametrize("action", [[], ["--doctor"], ["--status"]])
+def test_without_a_controller_the_configuration_is_named_and_nothing_is_written(tmp_path, action):
+    submission = Submission(tmp_path, None)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("squeue", "sbatch"):
+        said = "slurm_load_jobs error: Unable to contact slurm controller"
+        (programs / name).write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        (programs / name).chmod(0o755)
+    path = f"{programs}:/usr/bin:/bin"
+    submission.cluster = type("NoCluster", (), {"environment": os.environ | {"PATH": path}})
+    result = submission.call(*action)
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert result.stderr == (
+        "error: squeue failed: slurm_load_jobs error: Unable to contact slurm controller; expected a running Slurm "
+        "controller: check SLURM_CONF\n"
+    )
