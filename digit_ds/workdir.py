@@ -128,13 +128,24 @@ def is_begun(
         if path.exists() and not (path.is_dir() and is_empty(path)):
             raise UserError(f"{path}: {foreign}, expected an empty or a new directory")
         return False
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            key, theirs, ours = _first_difference(name, found.get(name), wanted.get(name))
             raise UserError(
-                f"{path}: {another} whose {key} is {_brief(found.get(key))}, but this one's is "
-                f"{_brief(wanted.get(key))}; expected the same settings or name another output folder"
+                f"{path}: {another} whose {key} is {_brief(theirs)}, but this one's is {_brief(ours)}; expected the "
+                "same settings or a new --out folder"
             )
     return True
+
+
+def _first_difference(key: str, found: Any, wanted: Any) -> tuple[str, Any, Any]:
+    """The dotted key of the first value that differs below ``key``, and both values; None: the key is not there."""
+    theirs, ours = ({} if value is None else value for value in (found, wanted))
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                return _first_difference(f"{key}.{name}", theirs.get(name), ours.get(name))
+    return key, found, wanted
 
 
 def _brief(value: Any) -> str:

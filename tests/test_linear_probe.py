@@ -86,7 +86,7 @@ def test_probe_reads_what_is_there_and_repeats(parts, tmp_path, monkeypatch, cap
     capsys.readouterr()
     assert probe(parts / "prior", parts / "train", parts / "val", tmp_path / "out", passes=20, batch=48) == result
     assert "complete already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="name another output folder"):
+    with pytest.raises(UserError, match="expected the same settings or a new --out folder"):
         probe(parts / "prior", parts / "train", parts / "val", tmp_path / "out", passes=3)
     monkeypatch.setattr(linear_probe, "CACHE_BYTES", 0)
     again = probe(parts / "prior", parts / "train", parts / "val", tmp_path / "again", passes=20, batch=48)

@@ -161,6 +161,31 @@ def test_the_first_differing_setting_is_named(tmp_path):
         f"{tmp_path}: already holds the results of another run whose views is 2, but this one's is 3"
     )
     assert is_begun(tmp_path, {"seed": 1}, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "message"),
+    [
+        (
+            {"choice_temperature": 4.5, "guidance": {"interval": [0.0, 1.0], "scale": 2.0}, "temperature": 1.0},
+            {"choice_temperature": 4.5, "guidance": {"interval": [0.0, 1.0], "scale": 1.0}, "temperature": 2.0},
+            "whose decoding.guidance.scale is 2.0, but this one's is 1.0;",
+        ),
+        ({"steps": 8}, {"steps": 8, "top_k": 200}, "whose decoding.top_k is none, but this one's is 200;"),
+        (None, {"steps": 8}, "whose decoding.steps is none, but this one's is 8;"),
+        ({"classes": [1, 2]}, {"classes": [1]}, "whose decoding.classes is [1, 2], but this one's is [1];"),
+        ({"steps": {}}, {"steps": None}, "whose decoding.steps is {}, but this one's is none;"),
+        ({"steps": {"a": 1}}, {"steps": 8}, "whose decoding.steps is {'a': 1}, but this one's is 8;"),
+    ],
+)
+def test_a_differing_setting_is_named_at_any_depth(tmp_path, found, wanted, message):
+    with pytest.raises(UserError) as refused:
+        is_begun(tmp_path, {"a": 1, "decoding": found}, {"a": 1, "decoding": wanted}, another="holds a job")
+    expected = f"{tmp_path}: holds a job {message} expected the same settings or a new --out folder"
+    assert str(refused.value) == expected
+
+
+def test_a_new_folder_has_no_settings(tmp_path):
     assert not is_begun(tmp_path / "new", None, {"seed": 1})
 
 
