@@ -192,7 +192,7 @@ class PreviewConfig(Section):
     """Pictures of a row."""
     top_k: int | None = Field(None, ge=1)
     """First-stage codes are drawn from the k most probable; published: 200 (base), 400 (large); unset: from all."""
-    decoder_top_p: float | None = Field(None, gt=0)
+    decoder_top_p: float | None = Field(None, gt=0, le=1)
     """An ``ar`` decoder's codes are drawn from the most probable of this mass; published: 0.8; unset: from all."""
     fid_samples: int = Field(0, ge=0)
     """N: the FID of N pictures, classes in turn, is logged as ``online_fid_N``; 0: none. It compares checkpoints of

@@ -7,13 +7,14 @@ values, ``add_options`` and ``from_options`` make them from a command line, ``re
 
 import argparse
 import ast
+import difflib
 import inspect
 import re
 import reprlib
 import sys
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -203,10 +204,12 @@ def _phrase(problem: Mapping[str, Any], section: type[Section], flags: bool = Fa
     """One of pydantic's problems as ``first_problem`` gives it."""
     where = [part for part in problem["loc"] if part != "[key]"]
     fields: Any = section
+    named: FieldInfo | None = None  # the innermost field
     for number, part in enumerate(where):  # list positions and union members are not sections
         if not (isinstance(fields, type) and issubclass(fields, Section)) or part not in fields.model_fields:
             break
-        where[number], fields = key_of(fields, part), fields.model_fields[part].annotation
+        named = fields.model_fields[part]
+        where[number], fields = key_of(fields, part), named.annotation
     key = ".".join(map(str, where))
     if flags and key:
         field = section.model_fields.get(str(problem["loc"][0]))
@@ -217,10 +220,34 @@ def _phrase(problem: Mapping[str, Any], section: type[Section], flags: bool = Fa
         return f"unknown key {key!r}, expected one of {names}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
-    said = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    said = _expected(problem, named)
     if not key:  # a check of several fields together
         return said if problem["type"] == "value_error" else f"is {brief(problem['input'])}, expected: {_small(said)}"
     return f"{key} is {brief(problem['input'])}, expected: {_small(said)}"
+
+
+_BOUNDS = {"gt": "greater than", "ge": "greater than or equal to", "lt": "less than", "le": "less than or equal to"}
+_ELEMENTS = {int: "integers", float: "numbers", str: "strings"}
+
+
+def _expected(problem: Mapping[str, Any], field: FieldInfo | None) -> str:
+    """What pydantic expected; all bounds of a number, and what a list holds."""
+    if field is not None and problem["type"].startswith(("greater_than", "less_than")):
+        bounds = [
+            f"{words} {getattr(part, name):g}"
+            for part in field.metadata
+            for name, words in _BOUNDS.items()
+            if hasattr(part, name)
+        ]
+        if len(bounds) > 1:
+            return " and ".join(bounds)
+    if field is not None and problem["type"] == "list_type" and get_origin(kind := _plain(field.annotation)) is list:
+        (inner,) = get_args(kind)
+        kinds = get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (inner,)
+        elements = [_ELEMENTS.get(_plain(one)) for one in kinds]
+        if all(elements):
+            return f"a list of {' or '.join(map(str, elements))}"
+    return str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
 
 
 def brief(value: Any) -> str:
@@ -301,14 +328,33 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """As argparse's, which would give all positional arguments to the first place that takes one."""
-        several = any(action.nargs == "*" for action in self._get_positional_actions())
-        if self._intermixes or not several:
+        if self._intermixes:
             return super().parse_known_args(args, namespace)
-        self._intermixes = True  # what follows calls this
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._intermixes = False
+        several = any(action.nargs == "*" for action in self._get_positional_actions())
+        if several:
+            self._intermixes = True  # what follows calls this
+            try:
+                found, unknown = self.parse_known_intermixed_args(args, namespace)
+            finally:
+                self._intermixes = False
+        else:
+            found, unknown = super().parse_known_args(args, namespace)
+        if unknown and self._subparsers is None:  # a verb names its own help and options, which those above lack
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._similar(unknown)}")
+        return found, unknown
+
+    def _similar(self, unknown: Sequence[str]) -> str:
+        """The options that the unknown ones resemble."""
+        shown = [
+            name
+            for action in self._actions
+            if action.help != argparse.SUPPRESS
+            for name in action.option_strings
+            if name.startswith("--")
+        ]
+        given = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        near = dict.fromkeys(name for word in given for name in difflib.get_close_matches(word, shown, n=1))
+        return f"; similar: {', '.join(near)}" if near else ""
 
     def _get_option_tuples(self, option_string: str) -> Any:
         """argparse's options that ``option_string`` abbreviates, with a warning: another option can make it ambiguous.

@@ -266,7 +266,8 @@ class TestClasses:
 
     def test_names_are_drawn_as_labels_are(self):
         assert self.choose(None, ["symbols", "1"], count=3)[0] == [2, 1, 2]
-        with pytest.raises(UserError, match=r"class 'goldfish' is unknown to model, expected a label or one of 10, 2"):
+        message = "class 'goldfish' is unknown to model, expected a label 0..2 or a name of 3 classes; names: 10, 2"
+        with pytest.raises(UserError, match=message):
             self.choose(None, ["goldfish"], count=1)
 
 

@@ -92,8 +92,9 @@ def test_given_pictures_are_those_of_the_command(own, tmp_path):
 @pytest.mark.parametrize(
     ("method", "given", "options", "message"),
     [
-        ("sample", (), {"classes": ["bea"]}, r"class 'bea' is unknown to .*prior, expected a label or one of bee$"),
-        ("sample", (), {"classes": ["zebra"]}, r"one of ant, bee, cat$"),
+        ("sample", (), {"classes": ["bea"]}, r"prior, expected a label 0..2 or a name of 3 classes; similar: bee$"),
+        ("sample", (), {"classes": ["zebra"]}, r"a name of 3 classes; names: ant, bee, cat$"),
+        ("sample", (), {"classes": 1}, "classes is 1, expected: a list of integers or strings$"),
         ("sample", (), {"cuont": 3}, "cuont"),
         ("sample", (), {"keep": 3}, "keep: is not an option here"),
         ("sample", (), {"count": 0}, "count is 0, expected"),

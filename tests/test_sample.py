@@ -282,6 +282,10 @@ def test_pixels_that_are_not_finite_are_no_picture(models, tmp_path):
         ({"prior": "vq"}, "writes VQ tokens itself"),
         ({"prior": None}, "prior is not given, expected"),
         ({"keep": 3}, "keep is given"),
+        (
+            {"from_images": "pictures", "keep": 17},
+            r"keep is 17, but a picture of .*prior has 16 tokens, expected 0 to 16 \(--keep\)",
+        ),
         ({"labels": "val.csv"}, "val.csv: labels are given without pictures"),
         ({"batch": -1}, "batch is -1"),
     ],
@@ -293,7 +297,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(models, tmp_path, 
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-64])
     make_images(tmp_path / "pictures", 1)
     if "from_images" in change:
-        change = {**change, "from_images": tmp_path / change["from_images"], "keep": 3}
+        change = {"keep": 3, **change, "from_images": tmp_path / change["from_images"]}
     with pytest.raises(UserError, match=message):
         run({**models, "cut": cut}, tmp_path / "out", **{"count": 4, **change})
     assert not (tmp_path / "out").exists()
@@ -338,6 +342,7 @@ def test_without_a_count_a_few_pictures_of_each_class_are_drawn(models, tmp_path
             for value in (float("nan"), 1e308)
         ),
         *(("temperature", float("inf")), ("batch", 0), ("steps", 0), ("per_class", 0), ("keep", -1), ("top_p", 0.0)),
+        *(("top_p", 1.5), ("decoder_top_p", 1.5)),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_with_their_name(option, value):

@@ -60,7 +60,9 @@ def test_every_kind_of_field_comes_from_the_command_line_and_from_yaml():
         (["--scale", "nan"], "--scale is nan, expected: a finite number"),
         (["--scale=-inf"], "--scale is -inf, expected: a finite number"),
         (["--precision", "fp8"], "--precision is 'fp8', expected: 'fp32' or 'bf16'"),
-        (["--flop"], "draw: unrecognized arguments: --flop; see draw --help"),
+        (["--flop"], "draw: unrecognized arguments: --flop; similar: --flip; see draw --help"),
+        (["--xyz=1", "7"], "draw: unrecognized arguments: --xyz=1 7; see draw --help"),
+        (["--clases", "1"], "draw: unrecognized arguments: --clases 1; similar: --classes; see draw --help"),
         (["--interval", "1"], "draw: argument --interval: expected 2 arguments; see draw --help"),
         (["--out", ""], "--out is '', expected: a path, not an empty text"),
     ],
@@ -86,6 +88,16 @@ def test_an_option_of_a_verb_is_no_abbreviation_of_one_above_it(capsys):
     assert parser.parse_args(["draw", "pictures", "--out", "o"]).out == "o"
     assert parser.parse_args(["draw", "pictures", "--ou", "o"]).out == "o"
     assert capsys.readouterr().err == "warning: --ou is an abbreviation of --out, expected the full name\n"
+
+
+def test_a_misspelt_option_of_a_verb_names_the_help_of_the_verb():
+    parser = Parser(prog="draws")
+    add_options(parser.add_subparsers(parser_class=Parser).add_parser("draw"), Drawing)
+    with pytest.raises(UserError) as caught:
+        parser.parse_args(["draw", "pictures", "--out", "o", "--clases", "1"])
+    assert (
+        str(caught.value) == "draws draw: unrecognized arguments: --clases 1; similar: --classes; see draws draw --help"
+    )
 
 
 def test_a_wrong_positional_argument_has_the_name_of_the_help():
@@ -117,6 +129,29 @@ def test_a_wrong_positional_argument_has_the_name_of_the_help():
 def test_what_is_wrong_in_yaml_is_one_line_with_the_key(values, message):
     with pytest.raises(UserError) as caught:
         Drawing.read(values, "chain.yaml: draw")
+    assert str(caught.value) == message
+
+
+class Expected(Section):
+    """Values that are described when one of another kind is given."""
+
+    share: float | None = Field(None, gt=0, le=1)
+    labels: list[int] | None = None
+    names: list[int | str] | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 1.5}, "share is 1.5, expected: greater than 0 and less than or equal to 1"),
+        ({"share": 0.0}, "share is 0.0, expected: greater than 0 and less than or equal to 1"),
+        ({"labels": 1}, "labels is 1, expected: a list of integers"),
+        ({"names": "ant"}, "names is 'ant', expected: a list of integers or strings"),
+    ],
+)
+def test_what_is_expected_is_said_in_full(values, message):
+    with pytest.raises(UserError) as caught:
+        Expected.read(values)
     assert str(caught.value) == message
 
 

@@ -112,10 +112,13 @@ def _label(model: Path | str, spec: TransformerSpec, names: list[str], given: in
     """A label from itself or from a class name; digits are a label."""
     if isinstance(given, str) and not given.lstrip("-").isdigit():
         if given not in names:
-            raise UserError(
-                f"class {given!r} is unknown to {model}, expected "
-                + (f"a label or one of {_some(_near(given, names))}" if names else f"a label 0..{spec.classes - 1}")
-            )
+            expected = f"a label 0..{spec.classes - 1}"
+            if names:
+                near = _near(given, names)
+                expected += f" or a name of {len(names)} classes; " + (
+                    f"similar: {_some(near)}" if near else f"names: {_some(names)}"
+                )
+            raise UserError(f"class {given!r} is unknown to {model}, expected {expected}")
         return names.index(given)
     if not 0 <= (label := int(given)) < spec.classes:
         raise UserError(f"class {label} is outside of {model}, expected 0..{spec.classes - 1}")
@@ -123,11 +126,11 @@ def _label(model: Path | str, spec: TransformerSpec, names: list[str], given: in
 
 
 def _near(given: str, names: list[str]) -> list[str]:
-    """Names that resemble what was given or contain it; all names where none does."""
+    """Names that resemble what was given or contain it."""
     folded = {name.casefold(): name for name in reversed(names)}
     near = difflib.get_close_matches(given.casefold(), folded, n=5)
     near += [name for name in folded if given.casefold() in name and name not in near]
-    return [folded[name] for name in near] or names
+    return [folded[name] for name in near]
 
 
 def _some(names: list[str]) -> str:

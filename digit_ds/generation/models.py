@@ -118,6 +118,11 @@ def needed_stages(stages: Stages, given: bool, keep: int | None) -> Stages:
     if "prior" not in stages:
         raise UserError("prior is not given, expected a model that samples the first-stage tokens (--prior)")
     prior, decoder = stages["prior"], stages.get("pixel_decoder")
+    if keep is not None and keep > prior.spec.tokens:
+        raise UserError(
+            f"keep is {keep}, but a picture of {prior.given} has {prior.spec.tokens} tokens, expected 0 to "
+            f"{prior.spec.tokens} (--keep)"
+        )
     if prior.spec.kind == "vq":
         if decoder is not None:
             raise UserError(

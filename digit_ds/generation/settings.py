@@ -107,8 +107,8 @@ class Decoding:
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top-k is {self.top_k}, expected at least 1")
-        if self.top_p is not None and not self.top_p > 0:
-            raise UserError(f"top-p is {self.top_p}, expected a number above 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top-p is {self.top_p}, expected greater than 0, at most 1")
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}, expected at least 1")
         if not 0 <= self.choice_temperature <= LARGEST:
@@ -186,7 +186,7 @@ class DrawSettings(Section):
     """Sampling temperature, by which the logits are divided."""
     top_k: Annotated[int | None, _PRIOR] = Field(None, ge=1)
     """Sample from the k most probable codes only; 1 is greedy decoding; default: all codes."""
-    top_p: Annotated[float | None, _PRIOR] = Field(None, gt=0)
+    top_p: Annotated[float | None, _PRIOR] = Field(None, gt=0, le=1)
     """Sample from the fewest most probable codes whose probabilities sum to at least this; default: all codes."""
     guidance: Annotated[_Scale, _PRIOR] = 1.0
     """Scale of classifier-free guidance; 1: no guidance."""
@@ -204,7 +204,7 @@ class DrawSettings(Section):
     """Sampling temperature, by which the logits are divided."""
     decoder_top_k: Annotated[int | None, _PIXELS] = Field(None, ge=1)
     """Sample from the k most probable codes only; default: all codes."""
-    decoder_top_p: Annotated[float | None, _PIXELS] = Field(None, gt=0)
+    decoder_top_p: Annotated[float | None, _PIXELS] = Field(None, gt=0, le=1)
     """Sample from the fewest most probable codes whose probabilities sum to at least this; default: all codes."""
     steps: Annotated[int, _PIXELS] = Field(8, ge=1)
     """Number of iterations of a NAR decoder."""
