@@ -183,7 +183,7 @@ class PreviewConfig(Section):
     vqgan: PathText | None = None
     """VQGAN checkpoint that paints; unset: no pictures."""
     vqgan_config: PathText | None = None
-    """Its taming-style YAML; unset: MAGE's."""
+    """Its taming-style YAML; unset: the .yaml of the checkpoint's name beside it, or MAGE's."""
     partner: PathText | None = None
     """Model directory of the other stage: a pixel decoder for a prior, a prior for a pixel decoder."""
     rows: int = Field(8, ge=1)

@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from tqdm import tqdm
 
 from digit_ds.files import sha256
+from digit_ds.publishing.trial import write_encoder, write_vqgan
 from digit_ds.tokenizer.codebook import save_codebook
-from digit_ds.tokenizer.vqgan_network import VqganNetwork
 
 REPOSITORY = Path(__file__).parent.parent
 WIDTH, PATCH, TABLE, DEPTH, SIZE = 16, 4, 8, 4, 32
@@ -44,34 +43,7 @@ def make_images(
 
 def make_encoder(path: Path, seed: int = 0) -> Path:
     """Random weights in the key layout of dinov2_vitb14_reg4_pretrain.pth, for images of 32 pixels: 8 x 8 patches."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * 0.3
-
-    state = {
-        "cls_token": draw(1, 1, WIDTH),
-        "register_tokens": draw(1, 4, WIDTH),
-        "mask_token": draw(1, WIDTH),
-        "pos_embed": draw(1, 1 + TABLE * TABLE, WIDTH),
-        "patch_embed.proj.weight": draw(WIDTH, 3, PATCH, PATCH),
-        "patch_embed.proj.bias": draw(WIDTH),
-        "norm.weight": 1 + draw(WIDTH),
-        "norm.bias": draw(WIDTH),
-    }
-    for block in range(DEPTH):
-        prefix = f"blocks.{block}."
-        for norm in ("norm1", "norm2"):
-            state |= {f"{prefix}{norm}.weight": 1 + draw(WIDTH), f"{prefix}{norm}.bias": draw(WIDTH)}
-        for name, rows, columns in (
-            ("attn.qkv", 3 * WIDTH, WIDTH),
-            ("attn.proj", WIDTH, WIDTH),
-            ("mlp.fc1", 4 * WIDTH, WIDTH),
-            ("mlp.fc2", WIDTH, 4 * WIDTH),
-        ):
-            state |= {f"{prefix}{name}.weight": draw(rows, columns), f"{prefix}{name}.bias": draw(rows)}
-        state |= {f"{prefix}ls1.gamma": 1 + draw(WIDTH), f"{prefix}ls2.gamma": 1 + draw(WIDTH)}
-    torch.save(state, path)
+    write_encoder(path, WIDTH, DEPTH, PATCH, TABLE, seed)
     return path
 
 
@@ -85,22 +57,7 @@ def make_codebook(path: Path, encoder: Path | None = None, codes: int = 24, widt
 
 def make_vqgan(path: Path, levels: int = 3) -> tuple[Path, Path]:
     """A random VQGAN and its configuration: 2 ** (levels - 1) pixels a token."""
-    torch.manual_seed(2)
-    ddconfig = {
-        "z_channels": 8,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 32,
-        "ch_mult": [1] * levels,
-        "num_res_blocks": 1,
-        "resolution": SIZE,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-        "double_z": False,
-    }
-    torch.save({"state_dict": VqganNetwork(ddconfig, 32).state_dict()}, path)
-    config = {"model": {"params": {"embed_dim": 8, "n_embed": 32, "ddconfig": ddconfig}}}
-    path.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+    write_vqgan(path, 32, levels)
     return path, path.with_suffix(".yaml")
 
 

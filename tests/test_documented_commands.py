@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from preparation_parts import call, make_encoder, make_images, make_vqgan
 from sklearn.datasets import load_digits
 from test_slurm_chain import commands
@@ -59,6 +60,15 @@ SMALL = {
     "probe": ["--passes", "1"],
 }
 """Words that a command gets at its end; of an option given twice the last one counts."""
+TRIAL_SCORES = "--features weights/trial_network.safetensors"
+OWN_PICTURES = (ROOT / "docs" / "own_pictures.md").read_text(encoding="utf-8")
+TRIAL = {
+    "train": [
+        *re.findall(r"^`(model\.layers=2 .*)`$", OWN_PICTURES, re.MULTILINE)[0].split(),
+        *("training.steps=2", "training.global_batch=8", "training.micro_batch=8", "data.workers=0"),
+    ]
+}
+"""Words of the pages that are run over the networks of ``digit-ds fetch trial``: those of a trial, with fewer steps."""
 PLACES = {
     "--images DIR": "--images images",
     "--encoder WEIGHTS": "--encoder encoder.pth",
@@ -105,12 +115,12 @@ def block(page: str, beginning: str) -> str:
     return found
 
 
-def run(words: str, verb: str) -> None:
+def run(words: str, verb: str, small: Mapping[str, list[str]] = SMALL) -> None:
     """Type a documented line in the working directory; but for training without a process of its own (imports)."""
     for placeholder, part in PLACES.items():
         words = re.sub(rf"{re.escape(placeholder)}(?!\w)", part, words)
     program, *line = shlex.split(words.replace("[", "").replace("]", ""), comments=True)
-    line += SMALL.get(verb, [])
+    line += small.get(verb, [])
     if program.startswith("tools/"):
         assert os.access(ROOT / program, os.X_OK)
         assert call(Path(program).stem, *line) == 0
@@ -231,12 +241,8 @@ def own(tmp_path_factory) -> Iterator[Path]:
     """After docs/own_pictures.md; the working directory of what follows."""
     home, before = tmp_path_factory.mktemp("own"), Path.cwd()
     make_images(home / "pictures", 24)
-    (home / "weights").mkdir()
-    make_encoder(home / "weights" / "dinov2_vitb14_reg4_pretrain.pth")
-    make_vqgan(home / "weights" / "vqgan_of_base_decoder.ckpt")
-    (home / "weights" / "vqgan_of_base_decoder.yaml").rename(home / "vqgan.yaml")
-    make_feature_network(home / "network.safetensors")
     os.chdir(home)
+    run("digit-ds fetch trial", "fetch")
     trainings = []
     for line in lines_of("docs/own_pictures.md"):
         verb = shlex.split(line)[1]
@@ -245,9 +251,9 @@ def own(tmp_path_factory) -> Iterator[Path]:
             continue
         if trainings:  # both stages at once, as on the page
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(lambda training: run(training, "train"), trainings))
+                list(pool.map(lambda training: run(training, "train", TRIAL), trainings))
             trainings = []
-        run(smaller(line), verb)
+        run(smaller(line), verb, TRIAL)
     yield home
     os.chdir(before)
 
@@ -258,15 +264,13 @@ def lines_of(page: str) -> list[str]:
 
 
 def smaller(line: str) -> str:
-    """A line of the pages about own pictures, over the stand-ins."""
+    """A line of the pages about own pictures, over the trial networks, with fewer pictures."""
     for shown, here in (
-        ("--sheet ", "--num-heads 2 --vqgan-config vqgan.yaml --sheet "),
-        ("--codebook own/km.npy --keep 128", "--num-heads 2 --codebook own/km.npy --keep 32"),
-        ("--codebook own/km.npy --out", "--num-heads 2 --codebook own/km.npy --out"),
-        ("--count 5000", "--count 3 --vqgan-config vqgan.yaml"),
+        ("--clusters 1024", "--clusters 16"),
+        ("--count 5000", "--count 3"),
         ("--per-class 8", "--per-class 1"),
-        ("--size 256", "--size 32"),
-        ("--inception-weights weights/weights-inception-2015-12-05-6726825d.pth", "--features network.safetensors"),
+        ("--inception-weights weights/weights-inception-2015-12-05-6726825d.pth", TRIAL_SCORES),
+        ("--size 256", "--size 128"),
     ):
         line = line.replace(shown, here)
     return line
@@ -283,13 +287,13 @@ def test_own_pictures_become_samples_and_scores(own):
 def test_the_how_to_page(own):
     (own / "more").symlink_to("own")
     for line in lines_of("docs/howto.md"):
-        run(smaller(line), shlex.split(line)[1])
+        run(smaller(line), shlex.split(line)[1], TRIAL)
     assert len(read_json(own / "own" / "guidance" / "guidance.json")["tried"]) == 5
     kept, rebuilt = (
         load_npz(own / "own" / name / "tokens.npz", "discriminative")["discriminative"]
         for name in ("completed", "rebuilt")
     )
-    assert (kept[:, :32] == rebuilt[:, :32]).all() and not (kept[:, 32:] == rebuilt[:, 32:]).all()
+    assert (kept[:, :128] == rebuilt[:, :128]).all() and not (kept[:, 128:] == rebuilt[:, 128:]).all()
     weights = [own / "own" / "models" / name / "model.safetensors" for name in ("prior", "prior_again")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     started = read_model(own / "own" / "models" / "prior").spec
@@ -325,7 +329,7 @@ def test_the_page_of_published_weights(tmp_path, monkeypatch, capsys):
     make_images(tmp_path / "pictures", 2)
     make_images(tmp_path / "data" / "imagenet" / "val", 4)
     make_feature_network(tmp_path / "network.safetensors")
-    lines = [line for found in blocks() if found.page == "docs/published.md" for line in found.text.splitlines()]
+    lines = [line for line in lines_of("docs/published.md") if "fetch trial" not in line]
     verbs = [shlex.split(line)[1] for line in lines]
     assert verbs == ["fetch", *["sample"] * 3, "fetch", *["sample"] * 2, "evaluate", "publish"]
     for line, verb in zip(lines[:-1], verbs):
@@ -351,6 +355,33 @@ def test_the_page_of_published_weights(tmp_path, monkeypatch, capsys):
     )
     kept = rebuilt["discriminative"] == completed["discriminative"]
     assert kept[:, :128].all() and not kept[:, 128:].all()
+    assert read_json(tmp_path / "scores.json")["samples"] == 4
+
+
+def test_the_page_of_published_weights_without_a_download(tmp_path, monkeypatch, capsys):
+    """As it says: all but ``fetch base`` as it stands, with the features of the trial's own network; fewer pictures."""
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "pictures", 2)
+    make_images(tmp_path / "data" / "imagenet" / "val", 4)
+    lines = [line for line in lines_of("docs/published.md") if "fetch base" not in line and "publish" not in line]
+    for line in lines:
+        verb = shlex.split(line)[1]
+        for shown, here in (
+            ("--count 64 ", "--count 2 "),
+            ("--count 50000", "--count 4"),
+            ("--per-class 8", "--per-class 1"),
+            (" --vqgan-compile", ""),
+            ("--inception-weights weights/weights-inception-2015-12-05-6726825d.pth", TRIAL_SCORES),
+            ("--size 256", "--size 128"),
+            ("--size 256", "--size 128"),
+        ):
+            line = line.replace(shown, here)
+        run(line, verb, {})
+        if verb == "fetch":
+            assert capsys.readouterr().out.strip().splitlines()[-1] == lines[1].replace("--count 64 ", "")
+    assert len(list((tmp_path / "classes" / "images").glob("*.png"))) == 4
+    picture = next((tmp_path / "samples" / "images").glob("*.png"))
+    assert Image.open(picture).size == (128, 128)
     assert read_json(tmp_path / "scores.json")["samples"] == 4
 
 

@@ -18,8 +18,10 @@ from hub_server import Hub, serving
 
 from digit_ds.errors import UserError
 from digit_ds.files import sha256
-from digit_ds.model.released import WEIGHTS
+from digit_ds.model.released import WEIGHTS, read_model
+from digit_ds.publishing import fetch as fetching
 from digit_ds.publishing.rows import find_checkpoint
+from digit_ds.publishing.settings import FetchSettings
 from digit_ds.tokenizer.codebook import save_codebook
 
 ROOT = Path(__file__).parents[1]
@@ -246,3 +248,27 @@ def test_which_checkpoint_is_meant():
         find_checkpoint(names, "large", "prior", None, "repo")
     with pytest.raises(UserError, match=r"repo: has no checkpoint other.pt, expected one of base_8k_stage1_cls"):
         find_checkpoint(names, "large", "prior", "other.pt", "repo")
+
+
+def test_trial_networks_are_written_without_a_download(tmp_path, capsys):
+    folder = tmp_path / "weights"
+
+    def fetch_trial(**options) -> dict[str, str]:
+        fetching.fetch(FetchSettings(size="trial", dir=str(folder), **options))
+        return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+    first = fetch_trial()
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"digit-ds sample --prior {folder}/base_prior --decoder")
+    parts = read_model(folder / "base_decoder").provenance
+    assert parts["vqgan_sha256"] == first["vqgan_of_base_decoder.ckpt"]
+    assert parts["codebook_sha256"] == first["km_8k.npy"] and parts["encoder_sha256"] == first[ENCODER]
+    (folder / "km_8k.npy").write_bytes(b"half")  # of a killed call
+    assert fetch_trial() == first
+    with pytest.raises(UserError, match=r"^--prior x\.pt: is given with trial, expected base or large with it$"):
+        fetch_trial(prior="x.pt")
+    with pytest.raises(UserError, match=r"weights: holds the files of fetch trial, expected another folder"):
+        fetching.fetch(FetchSettings(size="base", dir=str(folder), source=str(tmp_path)))
+    assert {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()} == first
+    (folder / "trial.json").unlink()
+    with pytest.raises(UserError, match=r"weights: holds base_8k_stage1_cls, expected a new folder for the trial"):
+        fetch_trial()

@@ -29,6 +29,7 @@ from digit_ds.data.images import Crops, decode, walk
 from digit_ds.data.shards import COLUMNS, iterate, merge_blocks, read_manifest, write_block
 from digit_ds.errors import UserError
 from digit_ds.preparation import verify
+from digit_ds.preparation.recheck import recheck
 from digit_ds.preparation.verify import verify_shards
 from digit_ds.tokenizer.tokenizer import Tokenizer
 
@@ -254,6 +255,9 @@ def test_tokenising_a_sample_again(parts, shards, tmp_path, capsys):
     assert output.count("tokenised again: 100.00% equal") == 2
     pixels = np.asarray(Image.open(sheet))
     assert pixels.shape == (8 * 168 + 8, 3 * 168 + 8, 3)
+    tokenizer = Tokenizer(**{k: v for k, v in parts.items() if k != "images"})
+    last = recheck(shards, parts["images"], tokenizer, 12).views[-1]  # the rows are spread over all samples
+    assert (pixels[7 * 168 + 8 : 8 * 168 : 5, 8:168:5] == last).all()
     first = next(s for s in iterate(shards) if s["image_id"].startswith("cat"))
     assert len(np.unique(first["discriminative"])) > 1
     # Other images under the same names.

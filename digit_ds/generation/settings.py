@@ -146,7 +146,7 @@ class ModelSettings(Section):
     vqgan: PathText
     """VQGAN checkpoint."""
     vqgan_config: PathText | None = None
-    """Configuration of the VQGAN, taming-style YAML; default: MAGE's."""
+    """Configuration of the VQGAN, taming-style YAML; default: a .yaml of the checkpoint's name beside it, or MAGE's."""
     encoder: Annotated[PathText | None, Option(group=_GIVEN)] = None
     """Encoder weights, to tokenise given pictures."""
     num_heads: Annotated[int | None, Option(group=_GIVEN)] = Field(None, ge=1)

@@ -150,11 +150,14 @@ def _view(source: ImageSource, crops: Crops, sample: dict[str, Any]) -> np.ndarr
 def write_sheet(path: Path | str, found: Recheck, tokenizer: Tokenizer) -> None:
     """A picture with a row for each of some samples: image, map of its discriminative tokens, VQGAN's reconstruction.
 
+    The rows are spread over all samples, so over classes too.
+
     In the map each code has a colour of its own, the same in all rows.
     """
-    samples, size = found.samples[:ROWS], found.views.shape[1]
+    chosen = np.unique(np.linspace(0, len(found.samples) - 1, ROWS).round().astype(int)).tolist()
+    samples, size = [found.samples[number] for number in chosen], found.views.shape[1]
     cell = size * max(1, -(-CELL // size))
-    columns = [found.views[:ROWS]]
+    columns = [found.views[chosen]]
     maps = np.stack([sample["discriminative"].reshape(tokenizer.grid) for sample in samples])  # [B, rows, columns]
     columns.append(_palette(tokenizer.codebook.codes)[maps])
     if tokenizer.vqgan is not None:

@@ -106,7 +106,7 @@ class TokenSettings(JobSettings):
     vqgan: Annotated[PathText | None, Option(metavar="CKPT")] = None
     """VQGAN checkpoint; default: none, only discriminative tokens are written."""
     vqgan_config: Annotated[PathText | None, Option(metavar="YAML")] = None
-    """Configuration of the VQGAN, taming-style YAML; default: MAGE's."""
+    """Configuration of the VQGAN, taming-style YAML; default: a .yaml of the checkpoint's name beside it, or MAGE's."""
     views: int | None = Field(None, ge=1)
     """Views, each one sample, per image; default: 1, with ten-crop 10."""
     crops: CropKind = "training"
@@ -143,7 +143,7 @@ class VerifySettings(Section):
     vqgan: Annotated[PathText | None, Option(metavar="CKPT", group="tokenising a sample again")] = None
     """VQGAN that the shards were made with, if they hold VQ tokens."""
     vqgan_config: Annotated[PathText | None, Option(metavar="YAML", group="tokenising a sample again")] = None
-    """Configuration of the VQGAN, taming-style YAML; default: MAGE's."""
+    """Configuration of the VQGAN, taming-style YAML; default: a .yaml of the checkpoint's name beside it, or MAGE's."""
     precision: Annotated[Precision, Option(group="tokenising a sample again")] = "fp32"
     """Floating-point precision of the networks."""
     sample: Annotated[int, Option(group="tokenising a sample again")] = Field(64, ge=1)

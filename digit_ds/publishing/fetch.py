@@ -10,8 +10,17 @@ from digit_ds.errors import UserError, file_error
 from digit_ds.files import make_directory, write_atomically
 from digit_ds.lock import DirectoryLock, remove_unfinished
 from digit_ds.publishing.origins import Folder, Origin, Repository
-from digit_ds.publishing.rows import REPOSITORY, ROWS, VQGAN, VQGAN_ADDRESS, find_checkpoint, find_file, folder_of
-from digit_ds.publishing.settings import FetchSettings
+from digit_ds.publishing.rows import (
+    REPOSITORY,
+    ROWS,
+    TRIAL,
+    VQGAN,
+    VQGAN_ADDRESS,
+    find_checkpoint,
+    find_file,
+    folder_of,
+)
+from digit_ds.publishing.settings import FetchSettings, Size
 
 CARRIED_VQGAN = "vqgan_of_{}.ckpt"
 """The VQGAN as a pixel decoder's checkpoint carries it, by the name of the decoder's directory."""
@@ -32,19 +41,35 @@ def fetch(settings: FetchSettings) -> None:
         raise file_error(error, folder) or error from error
     try:
         remove_unfinished(folder)
-        _Fetching(settings, folder).run()
+        if settings.size == "trial":
+            _write_trial(settings, folder)
+        else:
+            _Fetching(settings, settings.size, folder).run()
     finally:
         lock.release()
+
+
+def _write_trial(settings: FetchSettings, folder: Path) -> None:
+    from digit_ds.publishing.trial import write_trial
+
+    for name, given in (("from", settings.source), ("prior", settings.prior), ("decoder", settings.decoder)):
+        if given is not None:
+            raise UserError(f"--{name} {given}: is given with trial, expected base or large with it")
+    parts = write_trial(folder)
+    print(f"{folder}: small random networks; their pictures are noise\n")
+    print(f"Pictures:\n{_command(parts['prior'], parts['decoder'], parts['vqgan'], ROWS['base'].top_k)}")
 
 
 class _Fetching:
     """One run of the command; the origin is asked only when something is missing."""
 
-    def __init__(self, settings: FetchSettings, folder: Path):
-        self.settings, self.folder, self.row = settings, folder, ROWS[settings.size]
+    def __init__(self, settings: FetchSettings, size: Size, folder: Path):
+        if (folder / TRIAL).exists():
+            raise UserError(f"{folder}: holds the files of fetch trial, expected another folder (--dir), or delete it")
+        self.settings, self.size, self.folder, self.row = settings, size, folder, ROWS[size]
         self.staging = folder / ".downloads"
-        self.prior = folder / folder_of(settings.size, "prior", settings.prior)
-        self.decoder = folder / folder_of(settings.size, "decoder", settings.decoder)
+        self.prior = folder / folder_of(size, "prior", settings.prior)
+        self.decoder = folder / folder_of(size, "decoder", settings.decoder)
         self.codebook = folder / self.row.codebook
         self.encoder = folder / PurePosixPath(self.row.encoder).name
 
@@ -69,7 +94,7 @@ class _Fetching:
         vqgan = self._find_vqgan()
         self._check()
         shutil.rmtree(self.staging, ignore_errors=True)
-        print(f"\nPictures:\n{self._command(vqgan)}")
+        print(f"\nPictures:\n{_command(self.prior, self.decoder, vqgan, self.row.top_k)}")
 
     def _fetch_codebook(self) -> None:
         if not self._is_there(self.codebook):
@@ -83,7 +108,7 @@ class _Fetching:
     def _fetch_model(self, part: str, out: Path, wanted: str | None) -> None:
         if self._is_there(out / "config.json"):
             return
-        path = find_checkpoint(self.origin.files, self.settings.size, part, wanted, self.origin.name)
+        path = find_checkpoint(self.origin.files, self.size, part, wanted, self.origin.name)
         source = self.origin.bring(path)
         from digit_ds.model.official import from_official
         from digit_ds.model.settings import FromOfficial
@@ -171,15 +196,6 @@ class _Fetching:
                     f"{self.codebook}"
                 )
 
-    def _command(self, vqgan: Path) -> str:
-        from digit_ds.model.released import read_config
-
-        models = ["--prior", self.prior, "--decoder", self.decoder, "--vqgan", vqgan]
-        drawing: list[object] = ["--top-k", self.row.top_k]
-        if read_config(self.decoder)[0].kind == "ar":
-            drawing += ["--decoder-top-p", 0.8]
-        return shlex.join(map(str, ["digit-ds", "sample", *models, *drawing, "--out", "samples"]))
-
     def _copied(self, name: str) -> Path | None:
         """A file of that name in the folder of copied files."""
         if self.settings.source is None:
@@ -199,3 +215,14 @@ class _Fetching:
         if there := path.exists():
             print(f"{path}: is there already")
         return there
+
+
+def _command(prior: Path, decoder: Path, vqgan: Path, top_k: int) -> str:
+    """The line that samples pictures from the fetched models."""
+    from digit_ds.model.released import read_config
+
+    models = ["--prior", prior, "--decoder", decoder, "--vqgan", vqgan]
+    drawing: list[object] = ["--top-k", top_k]
+    if read_config(decoder)[0].kind == "ar":
+        drawing += ["--decoder-top-p", 0.8]
+    return shlex.join(map(str, ["digit-ds", "sample", *models, *drawing, "--out", "samples"]))

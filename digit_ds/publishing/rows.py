@@ -18,6 +18,8 @@ VQGAN = "vqgan_jax_strongaug.ckpt"
 VQGAN_ADDRESS = "https://drive.google.com/file/d/13S_unB87n6KKuuMdyMnyExW0G1kplTbP/view"
 """MAGE's VQGAN; the download needs a browser."""
 LAST = "checkpoint_last.pt"
+TRIAL = "trial.json"
+"""File in a folder of random trial networks."""
 
 
 class Row(NamedTuple):

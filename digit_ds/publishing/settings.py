@@ -13,11 +13,12 @@ class FetchSettings(Section):
 
     An interrupted download continues; files that exist are not downloaded again. The prior, the pixel decoder and the
     codebook come from DAMO-NLP-SG/DiGIT on the Hugging Face Hub, DINOv2 from Meta's server. The environment variables
-    HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are used.
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are used. ``trial`` downloads nothing: it writes small random networks
+    under the names of base, to try commands; their pictures are noise of 128 pixels.
     """
 
-    size: Annotated[Size, Option(positional=True)]
-    """Model size: base (219M parameters, 8,192 codes) or large (732M parameters, 16,384 codes)."""
+    size: Annotated[Size | Literal["trial"], Option(positional=True)]
+    """Model size: base (219M parameters, 8,192 codes), large (732M parameters, 16,384 codes) or trial."""
     dir: PathText = "weights"
     """Folder to write."""
     source: Annotated[PathText | None, Option(name="from", metavar="DIR")] = None

@@ -104,13 +104,16 @@ def load_vqgan(
     Args:
         checkpoint: the file. Keys of the training loss and its discriminator are passed over, all others must fit.
         config: a taming-style dict (``embed_dim``, ``n_embed``, ``ddconfig``, as they are or inside
-            ``model.params``), a YAML file of that form, or None for MAGE's.
+            ``model.params``), a YAML file of that form, or None: the YAML file beside the checkpoint that has its name
+            (``vqgan.yaml`` of ``vqgan.ckpt``), or MAGE's where there is none.
         device: where to put it.
         dtype: of the network. Codes are compared in float32 whatever it is, and float32 means no TF32 on a GPU.
 
     Raises:
         UserError: checkpoint or configuration cannot be used, or they disagree.
     """
+    if config is None and (beside := Path(checkpoint).with_suffix(".yaml")).is_file():
+        config = beside
     parameters, config_name = _read_config(config)
     content = load_torch(checkpoint)
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
