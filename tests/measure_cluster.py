@@ -1,8 +1,8 @@
-"""The digits chain at full size on a real two-node cluster, measured against `make demo`; not part of the test suite.
+"""The digits chain at full size on a real two-node cluster, beside the demo's steps; not part of the test suite.
 
-    python -m digit_ds demo --out DEMO
     python tests/measure_cluster.py DEMO OUT
 
+0. DEMO, a new folder or that of an earlier call: the steps of the demo at the scale of the chain (digits_chain.py).
 1. `slurm/digits.yaml`, with the demo's images and stand-ins, two ranks a job: its figures beside those of
    DEMO/report.json. The models differ from the demo's only by the dropout that other micro-batches draw.
 2. Both trainings again in slices of one minute by Slurm's time limit, the decoder also put back into the queue at
@@ -20,11 +20,14 @@ import time
 from pathlib import Path
 
 import yaml
+from digits_chain import DIGITS
 from slurm_cluster import Cluster, running_cluster
 
 from digit_ds.demo.digits import read_images, read_labels
-from digit_ds.demo.judge import as_originals, train_judge
+from digit_ds.demo.judge import Judge
 from digit_ds.demo.report import prior_nll, read_job
+from digit_ds.demo.run import steps
+from digit_ds.demo.steps import run_steps
 from digit_ds.files import read_json, sha256, write_json
 
 HOME = Path(__file__).resolve().parents[1]
@@ -38,6 +41,7 @@ REQUEUES = 4
 
 def main(demo: Path, out: Path) -> int:
     """Run both measurements and leave them in OUT/measured.json."""
+    run_steps(steps(demo.resolve(), DIGITS))
     out.mkdir(parents=True, exist_ok=True)
     chain = _chain(demo, out)
     with running_cluster() as cluster:
@@ -84,10 +88,10 @@ def _run_chain(cluster: Cluster, out: Path) -> None:
 def _compare(demo: Path, out: Path) -> dict:
     """Figures of the chain beside the demo's."""
     made, expected = out / "chain", read_json(demo / "report.json")
-    judge = train_judge(*(read(demo / "images" / "train") for read in (read_images, read_labels)))
+    judge = Judge(*(read(demo / "images" / "train") for read in (read_images, read_labels)))
     pictures, labels = read_job(made / "samples")
     found = {
-        "class_accuracy": float((judge.predict(as_originals(pictures)) == labels).mean()),
+        "class_accuracy": float((judge.predict(pictures) == labels).mean()),
         "best_probe_accuracy": read_json(made / "probe" / "probe.json")["best_accuracy"],
         "prior_nll": prior_nll(made / "models" / "prior", made / "shards" / "validation"),
         "fid": read_json(made / "scores.json")["fid"],

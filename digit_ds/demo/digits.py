@@ -1,8 +1,8 @@
-"""scikit-learn's handwritten digits (1,797 real images of 8x8 pixels, 10 classes) as an image folder.
+"""A set of handwritten digits as an image folder: 10 classes, RGB, 32 x 32 pixels.
 
-OUT/train/{0..9}/0000.png and OUT/val/{0..9}/0000.png, RGB; a file's number is the image's in scikit-learn's order.
+OUT/train/{0..9}/0000.png and OUT/val/{0..9}/0000.png; a file's number is the image's in the order of the set.
 
-python -m digit_ds.demo.digits OUT
+python -m digit_ds.demo.digits OUT [--set mnist]
 """
 
 import argparse
@@ -13,35 +13,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from digit_ds.data.images import decode, walk
+from digit_ds.demo.picture_sets import SETS
 from digit_ds.errors import run_command
 
-SIZE = 32
-"""Side of the written images in pixels."""
-HELD_OUT = 360
-"""Images of ``val``, drawn in equal shares from the classes."""
 
-
-def write_digits(out: Path) -> None:
-    """Write both halves to the new folder ``out``; it appears complete or not at all."""
+def write_digits(out: Path, name: str = "digits") -> None:
+    """Write both halves of the set ``name`` to the new folder ``out``; it appears complete or not at all."""
     if out.exists():  # a run that was killed right after this
         return
-    digits = load_digits()
-    numbers = np.arange(len(digits.target))
-    train, held_out = train_test_split(numbers, test_size=HELD_OUT, stratify=digits.target, random_state=0)
+    grey, labels = SETS[name].read()
+    numbers = np.arange(len(labels))
+    train, held_out = train_test_split(numbers, test_size=SETS[name].held_out, stratify=labels, random_state=0)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         for split, chosen in (("train", train), ("val", held_out)):
             for number in chosen:
-                grey = Image.fromarray(np.round(digits.images[number] * (255 / 16)).astype(np.uint8))
-                image = grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
-                folder = temporary / split / str(digits.target[number])
+                folder = temporary / split / str(labels[number])
                 folder.mkdir(parents=True, exist_ok=True)
-                image.save(folder / f"{number:04d}.png")
+                Image.fromarray(grey[number]).convert("RGB").save(folder / f"{number:04d}.png")
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -62,7 +55,9 @@ def main(arguments: list[str]) -> None:
     """Parse the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
-    write_digits(parser.parse_args(arguments).out)
+    parser.add_argument("--set", choices=SETS, default="digits", help="which digits (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    write_digits(options.out, options.set)
 
 
 if __name__ == "__main__":

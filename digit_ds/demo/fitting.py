@@ -1,7 +1,7 @@
-"""The small training loop of the two stand-ins: AdamW, warm-up and cosine, continues after an interruption."""
+"""The small training loop of the two stand-ins: AdamW and Muon, warm-up and cosine, continues after an interruption."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from digit_ds.parallel.progress import progress
 
 WARMUP_STEPS = 20
 SAVE_EVERY = 50
+MUON_RATE = 0.03
 
 
 def fit(
@@ -25,32 +26,44 @@ def fit(
     weight_decay: float,
     unfinished: Path,
     description: str,
+    matrices: Sequence[nn.Parameter] = (),
 ) -> None:
     """Minimise ``loss(share of the steps done)`` over the parameters of ``module``.
+
+    Muon (https://kellerjordan.github.io/posts/muon) updates ``matrices``, hidden weights of a transformer, AdamW the
+    other parameters: with it a ViT needs about half the steps.
 
     The state lies in the file ``unfinished`` meanwhile; the caller removes it once the result is saved. Randomness
     comes from torch's global generator, which is saved too: an interrupted run ends with the weights of a whole one.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+    others = [parameter for parameter in module.parameters() if all(parameter is not matrix for matrix in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, MUON_RATE, momentum=0.9, weight_decay=0.01))
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     start = 0
     if unfinished.exists():
         saved = torch.load(unfinished, weights_only=True)
         if saved["steps"] == steps:
             start = saved["step"]
             module.load_state_dict(saved["module"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             torch.set_rng_state(saved["random"])
 
     with progress(total=steps, initial=start, description=description, unit="step") as bar:
         for step in range(start, steps):
             share = step / steps
             factor = min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * share))
-            optimizer.param_groups[0]["lr"] = learning_rate * factor
             value = loss(share)
-            optimizer.zero_grad()
+            module.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * factor
+                optimizer.step()
             bar.update(1)
             if (step + 1) % SAVE_EVERY == 0:
                 bar.set_postfix(loss=f"{value.item():.3f}")
@@ -58,7 +71,7 @@ def fit(
                     "steps": steps,
                     "step": step + 1,
                     "module": module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "random": torch.get_rng_state(),
                 }
                 write_atomically(unfinished, partial(torch.save, state))

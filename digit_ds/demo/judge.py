@@ -1,8 +1,8 @@
 """Classifiers that score the demo's pictures, trained on the real training digits alone, with their labels.
 
-The pipeline does not use them; they only score its pictures. A support-vector machine classifies digits; a small
-network, written for ``digit-ds evaluate --features``, gives the features of FID and the classes of the Inception Score.
-Both read grey values of 8x8 pixels, the size of scikit-learn's originals.
+The pipeline does not use them; they only score its pictures. A support-vector machine classifies digits by their
+histograms of oriented gradients; a small network on grey values, written for ``digit-ds evaluate --features``, gives
+the features of FID and the classes of the Inception Score.
 
 python -m digit_ds.demo.judge IMAGES OUT.safetensors
 """
@@ -19,28 +19,40 @@ from torch import Tensor
 
 from digit_ds.data.feature_network import save_feature_network
 from digit_ds.demo.digits import read_images, read_labels
+from digit_ds.demo.hog import describe
 from digit_ds.errors import run_command
 
-SIDE = 8
+SIDE = 16
+"""Side in pixels of what the network is given."""
 HIDDEN = (128, 64)
 """Widths of the network's hidden layers; the second gives the features."""
 
 
-def as_originals(images: Tensor) -> np.ndarray:
-    """Images [B, 3, H, W] in [0, 1] -> grey values of 8x8 pixels, float32 [B, 64]."""
-    grey = images.clamp(0, 1).mean(1, keepdim=True)
-    return F.interpolate(grey, size=(SIDE, SIDE), mode="area").flatten(1).numpy()
+class Judge:
+    """A support-vector machine that classifies digits.
 
+    Args:
+        images: training images [B, 3, H, W] in [0, 1].
+        labels: their digits [B].
+    """
 
-def train_judge(images: Tensor, labels: np.ndarray) -> SVC:
-    """A support-vector machine that classifies digits; score it with ``judge.score(as_originals(images), labels)``."""
-    return SVC(C=10.0).fit(as_originals(images), labels)
+    def __init__(self, images: Tensor, labels: np.ndarray):
+        self._machine = SVC(C=10.0).fit(describe(images).numpy(), labels)
+
+    def predict(self, images: Tensor) -> np.ndarray:
+        """Classes of images [B, 3, H, W]: int64 [B]."""
+        return self._machine.predict(describe(images).numpy())
+
+    def score(self, images: Tensor, labels: np.ndarray) -> float:
+        """Share of the images whose class is that of ``labels``."""
+        return float((self.predict(images) == labels).mean())
 
 
 def train_network(images: Path, out: Path) -> None:
     """Train the network on an image folder and write it as a feature network."""
+    grey = F.interpolate(read_images(images).mean(1, keepdim=True), size=(SIDE, SIDE), mode="area").flatten(1).numpy()
     network = MLPClassifier(HIDDEN, random_state=0, max_iter=100, early_stopping=False)
-    network.fit(as_originals(read_images(images)), read_labels(images))
+    network.fit(grey, read_labels(images))
     classes = [str(label) for label in network.classes_]
     weights = [torch.from_numpy(weight.T) for weight in network.coefs_]
     biases = [torch.from_numpy(bias) for bias in network.intercepts_]

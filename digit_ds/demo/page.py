@@ -33,7 +33,7 @@ def write_page(out: Path, figures: dict[str, Any]) -> None:
     """Write ``out/report.html`` from the measured ``figures`` and the files in ``out``."""
     sections = [
         "<h1>DiGIT on handwritten digits</h1>",
-        "<p>Every stage of the pipeline ran on scikit-learn's 1,797 digits: a codebook of discriminative tokens, a "
+        f"<p>Every stage of the pipeline ran on {escape(figures['pictures'])}: a codebook of discriminative tokens, a "
         "class-conditional prior over them, an autoregressive pixel decoder, a VQGAN. Encoder and VQGAN are small "
         "networks that stand in for DINOv2 and for MAGE's VQGAN; they saw no labels.</p>",
         _figure_table(figures),

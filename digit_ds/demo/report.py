@@ -1,6 +1,6 @@
 """The demo's results: samples.png, report.json, report.html, and tb/ with pictures for TensorBoard.
 
-python -m digit_ds.demo.report OUT
+python -m digit_ds.demo.report OUT [--set mnist]
 """
 
 import argparse
@@ -17,8 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from digit_ds.data.images import open_image
 from digit_ds.data.shards import iterate, read_manifest
 from digit_ds.demo.digits import read_images, read_labels
-from digit_ds.demo.judge import HIDDEN, as_originals, train_judge
+from digit_ds.demo.judge import HIDDEN, Judge
 from digit_ds.demo.page import write_page
+from digit_ds.demo.picture_sets import SETS
 from digit_ds.demo.pictures import labelled_grid
 from digit_ds.demo.run import steps
 from digit_ds.demo.stages import FULL
@@ -32,9 +33,9 @@ _JOBS = ("samples", "reconstructions", "completions")
 """Folders of sampling jobs."""
 
 
-def write_report(out: Path) -> None:
-    """Measure what the steps left in ``out`` and write the files."""
-    figures = measure(out)
+def write_report(out: Path, pictures: str) -> None:
+    """Measure what the steps left in ``out`` and write the files; ``pictures`` is the name of the set."""
+    figures = {"pictures": SETS[pictures].title} | measure(out)
     write_json(out / "report.json", figures)
     samples = labelled_grid(*read_job(out / "samples"), GRID_COLUMNS)
     write_atomically(out / "samples.png", samples.save)
@@ -57,10 +58,10 @@ def measure(out: Path) -> dict[str, Any]:
     """All figures of report.json."""
     held_out = out / "images" / "val"
     training = out / "images" / "train"
-    judge = train_judge(read_images(training), read_labels(training))
+    judge = Judge(read_images(training), read_labels(training))
 
     pictures, labels = read_job(out / "samples")
-    named = judge.predict(as_originals(pictures))
+    named = judge.predict(pictures)
     rebuilt, rebuilt_labels = read_job(out / "reconstructions")
     tokens = np.stack([sample["discriminative"] for sample in iterate(out / "shards" / "train")])  # [B, G]
     codes = read_manifest(out / "shards" / "train").discriminative_codes
@@ -72,8 +73,8 @@ def measure(out: Path) -> dict[str, Any]:
         "class_accuracy": float((named == labels).mean()),
         "class_accuracy_of_each": [float((named[labels == digit] == digit).mean()) for digit in range(10)],
         "samples": len(labels),
-        "real_accuracy": judge.score(as_originals(read_images(held_out)), read_labels(held_out)),
-        "reconstruction_accuracy": judge.score(as_originals(rebuilt), rebuilt_labels),
+        "real_accuracy": judge.score(read_images(held_out), read_labels(held_out)),
+        "reconstruction_accuracy": judge.score(rebuilt, rebuilt_labels),
         "reconstructions": len(rebuilt_labels),
         "codes": codes,
         "codebook_perplexity": math.exp(entropy),
@@ -147,7 +148,9 @@ def main(arguments: list[str]) -> None:
     """Parse the command line and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the demo's folder")
-    write_report(parser.parse_args(arguments).out)
+    parser.add_argument("--set", choices=SETS, default="digits", help="the digits that it used (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    write_report(options.out, options.set)
 
 
 if __name__ == "__main__":

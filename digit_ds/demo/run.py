@@ -36,7 +36,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
     """All steps in their order."""
     stages = Stages(out, scale)
     prior, pixel_decoder = out / "models" / "prior", out / "models" / "pixel_ar"
-    pixel_sampling = ("--decoder", pixel_decoder, "--decoder-top-p", 0.8)
+    pixel_sampling = ("--decoder", pixel_decoder, "--decoder-top-p", scale.decoder_top_p)
     prior_sampling = ("--prior", prior, "--temperature", 0.9, "--guidance", 2.5)
     half = load_recipe(RECIPES / "prior.yaml").model.max_positions // 2
     return [
@@ -57,5 +57,8 @@ def steps(out: Path, scale: Scale) -> list[Step]:
         stages.evaluate("evaluate_real", stages.held_out_images, out / "fidelity_real.json", needs=("judge",)),
         stages.evaluate("evaluate", out / "samples" / "images", out / "fidelity.json", needs=("sample",)),
         stages.probe("probe", prior, out / "probe", needs=("export_prior",)),
-        stages.module("report", "report", out, needs=("reconstruct", "complete", "evaluate", "evaluate_real", "probe")),
+        stages.module(
+            *("report", "report", out, "--set", scale.pictures),
+            needs=("reconstruct", "complete", "evaluate", "evaluate_real", "probe"),
+        ),
     ]

@@ -9,4 +9,4 @@ class DemoSettings(Section):
     out: PathText = "demo_out"
     """Folder for all outputs."""
     small: bool = False
-    """Run only a few steps of each stage, to check that all stages work."""
+    """Run only a few steps of each stage, on smaller pictures, to check that all stages work."""

@@ -18,8 +18,10 @@ RECIPES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Scale:
-    """How much work is done."""
+    """Which pictures are used and how much work is done."""
 
+    pictures: str
+    """A name of ``picture_sets.SETS``."""
     encoder_steps: int
     vqgan_steps: int
     codes: int
@@ -29,21 +31,27 @@ class Scale:
     """Overrides of prior.yaml and vq_baseline.yaml."""
     pixels: tuple[str, ...]
     """Overrides of pixel_ar.yaml and pixel_nar.yaml."""
+    decoder_top_p: float
+    """Of the autoregressive pixel decoder."""
     per_class: int
 
 
+_SELDOM = ("monitor.validate_every=200", "checkpoint.every=200")
 FULL = Scale(
-    encoder_steps=400,
-    vqgan_steps=400,
-    codes=256,
+    pictures="mnist",
+    encoder_steps=1000,
+    vqgan_steps=450,
+    codes=512,
     kmeans_iterations=20,
-    views=8,
-    first_stage=(),
-    pixels=(),
+    views=4,
+    first_stage=("training.steps=800", "model.dropout=0.05", *_SELDOM),
+    pixels=("training.steps=1200", "model.positions=rotary2d", "model.qk_norm=true", "model.dropout=0.0", *_SELDOM),
+    decoder_top_p=0.4,
     per_class=50,
 )
 _NARROW = ("model.layers=2", "model.width=64", "model.heads=2", "checkpoint.every=100")
 SMALL = Scale(
+    pictures="digits",
     encoder_steps=60,
     vqgan_steps=80,
     codes=64,
@@ -51,6 +59,7 @@ SMALL = Scale(
     views=8,
     first_stage=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
     pixels=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
+    decoder_top_p=0.8,
     per_class=10,
 )
 
@@ -81,8 +90,7 @@ class Stages:
         )
         extract = ("features", "--images", self.train_images, "--encoder", self.encoder)
         return [
-            self.module("digits", "digits", self.out / "images"),
-            self.module("judge", "judge", self.train_images, self.judge, needs=("digits",)),
+            self.module("digits", "digits", self.out / "images", "--set", scale.pictures),
             self.module(
                 *("encoder", "stand_in_encoder", self.train_images, self.encoder, "--steps", scale.encoder_steps),
                 needs=("digits",),
@@ -108,6 +116,8 @@ class Stages:
             ),
             self.verb("verify_train", "verify", self.train_shards, needs=("tokens_train",)),
             self.verb("verify_val", "verify", self.held_out_shards, needs=("tokens_val",)),
+            # Nothing above waits for it.
+            self.module("judge", "judge", self.train_images, self.judge, needs=("digits",)),
         ]
 
     def train(self, name: str, recipe: str, run: Path, *overrides: str) -> Step:

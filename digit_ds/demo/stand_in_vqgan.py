@@ -17,7 +17,7 @@ from digit_ds.errors import run_command
 from digit_ds.files import write_atomically
 from digit_ds.tokenizer.vqgan_network import VqganNetwork
 
-CODES = 128
+CODES = 256
 CONFIG = {
     "double_z": False,
     "z_channels": 32,
@@ -31,6 +31,8 @@ CONFIG = {
     "dropout": 0.0,
 }
 BATCH = 16
+CONTINUOUS_SHARE = 0.25
+"""Share of the steps before the codebook is there: it starts as latents of an autoencoder that can already draw."""
 COMMITMENT = 0.25
 RESTART_EVERY = 10
 RARE = 0.03
@@ -54,10 +56,12 @@ class _Training(nn.Module):
         """Reconstruction, codebook and commitment terms with a straight-through gradient; no discriminator."""
         images = distort(draw(self.images, BATCH), turn=0.1, stretch=0.05, move=2)
         latents = self.network.encode(images.contiguous(memory_format=torch.channels_last))  # [B, C, h, w]
+        if share < CONTINUOUS_SHARE:
+            return 10 * F.mse_loss(self.network.decode(latents), images)
         vectors = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)  # [B*h*w, C]
         codebook = self.network.codebook.weight
         if self.step == 0:
-            codebook.data.copy_(vectors[torch.randperm(len(vectors))[:CODES]])
+            codebook.data.copy_(vectors[torch.randperm(len(vectors))[:CODES]])  # B*h*w is at least CODES
         codes = self.network.quantise(latents.detach())
         self.usage.mul_(0.99).add_(torch.bincount(codes.flatten(), minlength=CODES))
         quantised = self.network.embed(codes)
@@ -68,7 +72,7 @@ class _Training(nn.Module):
             + COMMITMENT * F.mse_loss(latents, quantised.detach())
         )
         self.step += 1
-        if self.step % RESTART_EVERY == 0 and share < 0.7:
+        if self.step % RESTART_EVERY == 0 and share < 0.8:
             self._restart_rare_codes(codebook, vectors)
         return loss
 

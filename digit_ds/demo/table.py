@@ -46,7 +46,6 @@ SEARCH_SEED = 1000
 """Learning rates and guidance scales are chosen with it; its models are not reported."""
 TEMPERATURE = 0.9
 """Of the first stage, in every row, as in the demo."""
-DECODER_TOP_P = 0.8
 SCALES = (1.5, 2.5, 4.0)
 """Constant guidance scales that are tried; the one of the lowest FID against held-out digits is taken."""
 
@@ -197,7 +196,8 @@ class Study:
         return [*words, *self._decoding(*pixels)] if pixels else words
 
     def _decoding(self, kind: str, model: Path) -> list[object]:
-        return ["--decoder", model, *(["--decoder-top-p", DECODER_TOP_P] if kind == "pixel_ar" else [])]
+        top_p = self.stages.scale.decoder_top_p
+        return ["--decoder", model, *(["--decoder-top-p", top_p] if kind == "pixel_ar" else [])]
 
     def _guidance(self, model: str, chosen: dict[str, str]) -> Step:
         """The search for the scale, with the AR decoder."""
