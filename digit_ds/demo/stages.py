@@ -36,6 +36,8 @@ class Scale:
     per_class: int
 
 
+_ROTARY = ("model.positions=rotary2d", "model.qk_norm=true")
+"""A pixel decoder finds the place of each token sooner with them."""
 _SELDOM = ("monitor.validate_every=200", "checkpoint.every=200")
 FULL = Scale(
     pictures="mnist",
@@ -45,7 +47,7 @@ FULL = Scale(
     kmeans_iterations=20,
     views=4,
     first_stage=("training.steps=800", "model.dropout=0.05", *_SELDOM),
-    pixels=("training.steps=1200", "model.positions=rotary2d", "model.qk_norm=true", "model.dropout=0.0", *_SELDOM),
+    pixels=(*_ROTARY, *_SELDOM, "training.steps=1200", "model.dropout=0.0"),
     decoder_top_p=0.4,
     per_class=50,
 )
@@ -58,8 +60,8 @@ SMALL = Scale(
     kmeans_iterations=5,
     views=8,
     first_stage=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
-    pixels=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
-    decoder_top_p=0.8,
+    pixels=(*_NARROW, *_ROTARY, "optimizer.learning_rate=4e-3", "training.steps=400"),
+    decoder_top_p=0.4,
     per_class=10,
 )
 
