@@ -216,13 +216,12 @@ def test_the_tools_of_the_preparation_page(chain):
 def test_python_of_the_readme(chain):
     code = block("README.md", "import digit_ds")
     for shown, here in (
-        ("dinov2_vitb14_reg4_pretrain.pth", "encoder.pth"),
+        ("weights/dinov2_vitb14_reg4_pretrain.pth", "encoder.pth"),
         ("layer=3", "layer=3, num_heads=2"),
-        ("km_8k.npy", "km.npy"),
-        ('"vqgan_jax_strongaug.ckpt"', '"vqgan.ckpt", vqgan_config="vqgan.yaml", num_heads=2'),
-        ("prior_dir", "prior"),
-        ("decoder_dir", "decoder"),
-        ("goldfish", "cat"),
+        ("weights/km_8k.npy", "km.npy"),
+        ('"weights/vqgan_of_base_decoder.ckpt"', '"vqgan.ckpt", vqgan_config="vqgan.yaml", num_heads=2'),
+        ("weights/base_8k_stage1_cls", "prior"),
+        ("weights/base_decoder", "decoder"),
         ("keep=128", "keep=32"),
     ):
         assert shown in code
@@ -230,7 +229,7 @@ def test_python_of_the_readme(chain):
     names = {"images": torch.rand(2, 3, 32, 32), "labels": torch.tensor([2, 0])}
     exec(code, names)
     drawn, completed, model = names["drawn"], names["completed"], names["model"]
-    assert drawn.images.shape == (4, 3, 32, 32) and [drawn.class_names[label] for label in drawn.labels] == ["cat"] * 4
+    assert drawn.images.shape == (4, 3, 32, 32) and drawn.labels == [1] * 4
     assert completed.discriminative[:, :32].equal(names["again"].discriminative[:, :32])
     assert names["sequence"].input[:, 1:].equal(names["codes"] + 5)
     assert names["logits"].shape == (2, 65, model.spec.vocabulary.output_size)

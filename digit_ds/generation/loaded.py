@@ -93,7 +93,7 @@ class LoadedPipeline:
         """Draw pictures.
 
         Args:
-            options: of ``digit-ds sample``, such as ``classes=["goldfish", 7], count=4, guidance=2.0, seed=0``.
+            options: of ``digit-ds sample``, such as ``classes=[1, 7], count=4, top_k=200, seed=0``.
 
         Raises:
             UserError: an option or a class is unknown, or an option is outside its range.
