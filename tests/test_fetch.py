@@ -217,6 +217,25 @@ def test_copied_files_need_no_network(hub, tmp_path):
     assert hub.requests == [] and (copies / PRIOR).exists()
 
 
+def test_a_prior_given_as_decoder_is_refused_as_such(hub, tmp_path):
+    """And not by the VQGAN that it does not carry."""
+    for _ in range(2):  # what was converted is removed
+        line = refusal(hub, tmp_path, "base", "--decoder", PRIOR)
+        assert f"{PRIOR}: has kind prior, expected ar or nar as decoder (--decoder)" in line
+    assert visible(tmp_path / "weights") == {"km_8k.npy", "base_prior"}
+    from_official(GOLDEN / "stage1_uncond_postnorm" / "checkpoint_last.pt", tmp_path / "weights" / "base_decoder")
+    line = refusal(hub, tmp_path, "base")
+    assert "weights/base_decoder: has kind prior, expected ar or nar as decoder (--decoder)" in line
+
+
+def test_a_missing_folder_of_copies_is_refused_first(hub, tmp_path):
+    """Even where what is asked for first lies there already."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "km_8k.npy").write_bytes(FILES[CODEBOOK])
+    status, out, errors = fetch(hub, tmp_path, "base", "--from", "nowhere")
+    assert status == 2 and out == "" and "nowhere" in errors.splitlines()[-1]
+
+
 def test_what_the_hubs_client_noted_of_copied_files_is_compared(hub, tmp_path):
     note = tmp_path / "copies" / ".cache" / "huggingface" / "download" / f"{CODEBOOK}.metadata"
     note.parent.mkdir(parents=True)

@@ -87,6 +87,8 @@ class _Fetching:
 
     def run(self) -> None:
         """Fetch part by part, the small ones first."""
+        if self.settings.source is not None:
+            _ = self.origin  # a folder that is not there is refused even where nothing is missing
         self._fetch_codebook()
         self._fetch_model("prior", self.prior, self.settings.prior)
         self._fetch_model("decoder", self.decoder, self.settings.decoder)
@@ -106,7 +108,10 @@ class _Fetching:
             self._copy(source, self.codebook)
 
     def _fetch_model(self, part: str, out: Path, wanted: str | None) -> None:
+        from digit_ds.model.released import read_config
+
         if self._is_there(out / "config.json"):
+            _check_kind(str(out), part, read_config(out)[0].kind)
             return
         path = find_checkpoint(self.origin.files, self.size, part, wanted, self.origin.name)
         source = self.origin.bring(path)
@@ -116,6 +121,11 @@ class _Fetching:
         spec = from_official(FromOfficial(checkpoint=str(source), out=str(out)))
         if self.staging in source.parents:
             source.unlink()
+        try:
+            _check_kind(path, part, spec.kind)
+        except UserError:
+            shutil.rmtree(out)
+            raise
         print(f"{out}: {spec.kind}, {spec.layers} layers of width {spec.width}, {spec.classes} classes, from {path}")
 
     def _fetch_encoder(self) -> None:
@@ -186,10 +196,8 @@ class _Fetching:
         from digit_ds.tokenizer.codebook import load_codebook
 
         codes = load_codebook(self.codebook).codes
-        for directory, kinds in ((self.prior, ("prior",)), (self.decoder, ("ar", "nar"))):
+        for directory in (self.prior, self.decoder):
             spec, _, _ = read_config(directory)
-            if spec.kind not in kinds:
-                raise UserError(f"{directory}: has kind {spec.kind}, expected {' or '.join(kinds)}")
             if spec.discriminative_codes != codes:
                 raise UserError(
                     f"{directory}: has {spec.discriminative_codes} discriminative codes, expected {codes} as "
@@ -226,3 +234,10 @@ def _command(prior: Path, decoder: Path, vqgan: Path, top_k: int) -> str:
     if read_config(decoder)[0].kind == "ar":
         drawing += ["--decoder-top-p", 0.8]
     return shlex.join(map(str, ["digit-ds", "sample", *models, *drawing, "--out", "samples"]))
+
+
+def _check_kind(found: str, part: str, kind: str) -> None:
+    """Refuse a model of a kind that ``part`` is not: ``found`` is its directory, or the checkpoint it comes from."""
+    kinds = {"prior": ("prior",), "decoder": ("ar", "nar")}[part]
+    if kind not in kinds:
+        raise UserError(f"{found}: has kind {kind}, expected {' or '.join(kinds)} as {part} (--{part})")
