@@ -14,13 +14,17 @@ BEGIN, END = "<!-- drawn by docs/draw_costs.py -->\n", "<!-- end of the drawing 
 
 
 def table() -> str:
-    """A row for each step: hours of one GPU and disk space; - where nothing is known."""
+    """A row for each step: hours of one GPU and of the example site's, and disk space; - where nothing is known."""
     chain = load(ROOT / "slurm" / "imagenet_base.yaml", Chain)
     site = load(ROOT / "slurm" / "site.example.yaml", Site)
-    rows = ["| step | hours of one H100 | disk, GiB |\n| --- | --- | --- |\n"]
-    for name, cost in costs(chain, site, steps(chain), IMAGENET).items():
-        figures = ("-" if value is None else f"{value:.1f}" for value in cost)
-        rows.append(f"| {name} | {' | '.join(figures)} |\n")
+    one = site.model_copy(update={"nodes": 1, "gpus_per_node": 1, "steps": {}})
+    alone, shared = (costs(chain, cluster, steps(chain), IMAGENET) for cluster in (one, site))
+    gpus = site.nodes * site.gpus_per_node
+    rows = [f"| step | hours of one H100 | hours of {gpus} H100 | disk, GiB |\n| --- | --- | --- | --- |\n"]
+    for name, cost in alone.items():
+        figures = (cost.hours, shared[name].hours, cost.gibibytes)
+        texts = ("-" if value is None else f"{value:.1f}" for value in figures)
+        rows.append(f"| {name} | {' | '.join(texts)} |\n")
     return "".join(rows)
 
 

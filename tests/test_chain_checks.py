@@ -6,7 +6,10 @@ import pytest
 import yaml
 from test_slurm_submit import Submission
 
+from digit_ds.cli import main
+from digit_ds.cluster.chain import Chain, Site, load, steps
 from digit_ds.cluster.checks import load_checked
+from digit_ds.cluster.costs import costs
 from digit_ds.cluster.limits import seconds_of
 from digit_ds.errors import UserError
 
@@ -83,6 +86,39 @@ def test_each_is_one_line_with_file_and_key(files, capsys, change, words):
     change(files)
     expected = words.replace("{}", str(files.folder))
     assert [line.partition(expected)[1] for line in refused(files, capsys)].count(expected) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"nodes": 7, "tasks_per_node": 8}, "training.micro_batch 16 x 56 data-parallel ranks; nodes: 4 or 8 can"),
+        (
+            {"nodes": 8, "tasks_per_node": 800},
+            "x 6400 data-parallel ranks; gpus_per_node (tasks_per_node): 8 can",
+        ),
+    ],
+)
+def test_numbers_of_nodes_that_work_are_named(files, capsys, change, expected):
+    files.chain["prior"]["overrides"] = {"training.micro_batch": 16}
+    files.site |= change
+    (line,) = [line for line in refused(files, capsys) if "prior on" in line]
+    assert expected in line
+
+
+def test_hours_of_training_are_those_of_plan(files, capsys):
+    """base_prior.yaml on 64 GPUs: the dry run's hours and plan's first layout, which is the recipe's."""
+    overrides = {"training.micro_batch": 16, "deepspeed": "zero2_overlap.json"}
+    files.chain["prior"] = {"recipe": "base_prior.yaml", "overrides": overrides}
+    files.chain["kmeans"]["clusters"] = 16384
+    files.site |= {"nodes": 8, "gpus_per_node": 8}
+    assert not [line for line in refused(files, capsys) if "prior" in line]
+    chain, site = load(files.folder / "chain.yaml", Chain), load(files.folder / "site.yaml", Site)
+    hours = costs(chain, site, steps(chain), 1_281_167)["prior"].hours
+    with pytest.raises(SystemExit):
+        main(["plan", "base_prior.yaml", *["--gpus", "64", "--images", "1281167", "--grid", "16", "--codes", "16384"]])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    row = next(row for row in rows if row[:5] == ["1", "no", "zero2_overlap.json", "16", "none"])
+    assert f"{hours:.1f}" == row[-1]
 
 
 def test_published_dinov2_makes_pictures_of_256_pixels(files, capsys):

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from digit_ds import shipped
 from digit_ds.cluster.chain import (
@@ -19,6 +20,7 @@ from digit_ds.cluster.chain import (
     steps,
 )
 from digit_ds.cluster.limits import seconds_of
+from digit_ds.config import Recipe
 from digit_ds.data.images import no_images, walk
 from digit_ds.data.sources.folder import FolderSource
 from digit_ds.data.sources.opening import open_source
@@ -113,7 +115,25 @@ def _unfit_recipes(chain: Chain, site: Site, path: Path) -> Iterator[str]:
         try:
             read_deepspeed_config(recipe, max(1, ranks // recipe.parallel.tensor))
         except UserError as error:
-            yield f"{path}: {name} on {ranks} ranks: {error}"
+            yield f"{path}: {name} on {ranks} ranks: {error}{_ranks_that_work(recipe, **wanted)}"
+
+
+def _ranks_that_work(recipe: Recipe, nodes: int, tasks_per_node: int, **_: Any) -> str:
+    """Numbers of nodes or, if there are none, of ranks on each over which the global batch can be divided."""
+    from digit_ds.training.plan import nearest
+
+    batch, tensor = recipe.training.global_batch, recipe.parallel.tensor
+    images = 1 if recipe.training.micro_batch == "auto" else recipe.training.micro_batch
+
+    def works(ranks: int) -> bool:
+        return ranks % tensor == 0 and batch % (ranks // tensor * images) == 0
+
+    if works(nodes * tasks_per_node):  # it is not the number of ranks
+        return ""
+    if found := nearest(nodes, [n for n in range(1, batch * tensor + 1) if works(n * tasks_per_node)]):
+        return f"; nodes: {found} can divide it"
+    found = nearest(tasks_per_node, [n for n in range(1, batch * tensor + 1) if works(n * nodes)])
+    return f"; gpus_per_node (tasks_per_node): {found or 'none'} can divide it"
 
 
 def _missing_tokens(chain: Chain, path: Path) -> Iterator[str]:

@@ -1,21 +1,27 @@
 """What a recipe costs, before anything is allocated."""
 
 import math
+from pathlib import Path
 
 from digit_ds.config import Recipe
+from digit_ds.data.objects import is_address
 from digit_ds.data.shards import ShardManifest, read_manifest
 from digit_ds.errors import UserError
 from digit_ds.files import read_json
 from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import find_config, read_deepspeed_config
-from digit_ds.training.flops import flops_per_image
+from digit_ds.training.flops import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import EstimateSettings, PlannedSettings
 
 _GIB = 2**30
 SHARE = 0.9
 """Share of a device's memory that the estimate may take: the rest is the allocator's, the libraries' and NCCL's."""
+
+
+COMMON = ("H100", "H200", "A100")
+"""GPUs whose peaks the output names."""
 
 
 def device_parameters(spec: TransformerSpec, tensor_size: int) -> int:
@@ -116,6 +122,22 @@ def largest(recipe: Recipe, spec: TransformerSpec, data_size: int, memory_gib: f
     )
 
 
+def disk_of(recipe: Recipe, spec: TransformerSpec) -> tuple[float, float]:
+    """GiB of the checkpoints that a run keeps, and of its exported model.
+
+    A checkpoint holds float32 weights, two moments and the moving average; one more is there while it is written.
+    """
+    kept, exported = recipe.checkpoint, weights.parameter_count(spec) * 4 / _GIB
+    checkpoints = kept.keep_last + (recipe.training.steps // kept.keep_every if kept.keep_every else 0)
+    return exported * (4 if recipe.training.ema_decay else 3) * checkpoints, exported
+
+
+def disk_line(recipe: Recipe, spec: TransformerSpec) -> str:
+    """``disk_of`` as ``estimate`` and ``plan`` print it."""
+    checkpoints, exported = disk_of(recipe, spec)
+    return f"disk             {checkpoints:.1f} GiB of checkpoints, {exported:.1f} GiB of the exported model"
+
+
 def with_micro_batch(recipe: Recipe, number: int) -> Recipe:
     """The recipe with this number."""
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch": number})})
@@ -124,7 +146,13 @@ def with_micro_batch(recipe: Recipe, number: int) -> Recipe:
 def planned_shards(settings: PlannedSettings, recipe: Recipe) -> ShardManifest:
     """Of the recipe's shards or, where the settings state their numbers, of shards that are not made yet."""
     if settings.images is None:
-        return read_manifest(recipe.data.shards)
+        shards = recipe.data.shards
+        if not is_address(shards) and not Path(shards).exists():
+            raise UserError(
+                f"{shards}: does not exist, expected token shards or, where they do not exist yet, --images, --grid "
+                "and --codes"
+            )
+        return read_manifest(shards)
     assert settings.grid is not None and settings.codes is not None  # its settings saw to it
     return shards_to_come(settings.images, settings.grid, settings.codes, settings.vq_codes, settings.classes)
 
@@ -183,4 +211,6 @@ def estimate(settings: EstimateSettings, recipe: Recipe) -> None:
         print(f"time             {hours:.1f} hours at MFU {settings.mfu:.0%} of {peak:g} TFLOP/s a device")
     else:
         operations = images * flops_per_image(spec)
-        print(f"work             {operations:.3g} FLOP; set monitor.peak_tflops for hours")
+        kinds = ", ".join(f"{peak:g} ({name})" for name, peak in PEAKS.items() if name in COMMON)
+        print(f"work             {operations:.3g} FLOP; for hours add monitor.peak_tflops=N, dense bf16: {kinds}")
+    print(disk_line(recipe, spec))

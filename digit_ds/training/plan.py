@@ -10,7 +10,16 @@ from digit_ds.errors import UserError
 from digit_ds.model import weights
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.training.deepspeed_config import read_deepspeed_config
-from digit_ds.training.estimate import SHARE, host_memory, memory_by_part, planned_shards, with_micro_batch, zero_of
+from digit_ds.training.estimate import (
+    SHARE,
+    disk_line,
+    host_memory,
+    largest,
+    memory_by_part,
+    planned_shards,
+    with_micro_batch,
+    zero_of,
+)
 from digit_ds.training.flops import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import PlanSettings
@@ -19,6 +28,8 @@ from digit_ds.training.traffic import data_traffic, norm_traffic, tensor_traffic
 FILES = ("zero1.json", "zero2_overlap.json", "zero3_overlap.json")
 OFFLOADING = ("zero2_offload.json", "zero3_offload.json")
 """Optimizer in host memory: proposed where nothing fits without. How much slower it is was not measured."""
+TIE = 0.005
+"""Share of images/s within which layouts count as equally fast."""
 RECOMPUTE = ("none", "attention", "feed_forward", "layer")
 # Measured on H100, docs/training.md ("Speed and memory"); other GPUs are taken to reach the same shares of their peaks.
 EFFICIENCY = ((1024, 0.43), (1536, 0.45), (3072, 0.50))
@@ -113,8 +124,27 @@ def plan(settings: PlanSettings, recipe: Recipe) -> None:
         )
     else:
         print("predicted; measured figures of one and two H100 are the base of the prediction (docs/training.md)")
+    print(disk_line(found[0].recipe, spec))
     given = [word for word in settings.overrides if not word.startswith(("deepspeed=", "parallel."))]
-    print(f"digit-ds train {settings.recipe} \\\n    " + " \\\n    ".join([*given, *found[0].overrides]))
+    print("\n".join(_how_to_start(settings, [*given, *found[0].overrides])))
+
+
+def _how_to_start(settings: PlanSettings, overrides: list[str]) -> list[str]:
+    """The command for the GPUs of one host, and for several the ``overrides`` of a chain's section as well."""
+    train = f"digit-ds train {settings.recipe}"
+    if settings.gpus > settings.per_host:
+        mapping = [
+            "overrides:",
+            *(f"  {key}: {value}" for key, _, value in (word.partition("=") for word in overrides)),
+        ]
+        hosts = -(-settings.gpus // settings.per_host)
+        launcher = f"torchrun --nnodes {hosts} --nproc-per-node {settings.per_host} --rdzv-endpoint HOST:PORT"
+        before = ["in the section of a Slurm chain (docs/cluster.md):", *mapping, "or on each host:"]
+    else:
+        launcher, before = f"torchrun --standalone --nproc-per-node {settings.gpus}", []
+    if settings.gpus > 1:
+        train = f"{launcher} -m {train.replace('digit-ds', 'digit_ds', 1)}"
+    return [*before, f"{train} \\\n    " + " \\\n    ".join(overrides)]
 
 
 def layouts(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> list[Layout]:
@@ -132,12 +162,41 @@ def layouts(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> li
             f"GiB and training.global_batch {recipe.training.global_batch}, also with the optimizer in host memory, "
             "expected more GPUs or another batch"
         )
-    return sorted(found, key=lambda layout: (-round(layout.images_per_second, 1), layout.memory))
+    return _ranked(found)
+
+
+def _ranked(found: Sequence[Layout]) -> list[Layout]:
+    """Fastest first; of those within ``TIE`` of the fastest that is left, the one that recomputes least comes first,
+    then the one of the smallest tensor size, then the one that takes least memory.
+    """
+    left, ranked = sorted(found, key=lambda layout: -layout.images_per_second), []
+    while left:
+        tied = [layout for layout in left if layout.images_per_second >= (1 - TIE) * left[0].images_per_second]
+        ranked += sorted(tied, key=_simplicity)
+        left = left[len(tied) :]
+    return ranked
+
+
+def _simplicity(layout: Layout) -> tuple[int, int, float, float]:
+    training, parallel = layout.recipe.training, layout.recipe.parallel
+    speed = round(layout.images_per_second, 1)
+    return RECOMPUTE.index(training.recompute), parallel.tensor, -speed, layout.memory
+
+
+def nearest(wanted: int, numbers: Sequence[int]) -> str:
+    """``4 or 8``: the last of ascending ``numbers`` up to ``wanted`` and the first beyond; empty if there is none."""
+    found = [*[number for number in numbers if number <= wanted][-1:], *[n for n in numbers if n > wanted][:1]]
+    return " or ".join(map(str, found))
 
 
 def _fitting(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec, files: Sequence[str]) -> list[Layout]:
     """Those of these DeepSpeed files."""
-    gpu = GPUS[settings.gpu]
+    gpu, batch = GPUS[settings.gpu], recipe.training.global_batch
+    if batch % settings.gpus:
+        raise UserError(
+            f"--gpus is {settings.gpus}, expected a number that divides training.global_batch {batch}, such as "
+            f"{nearest(settings.gpus, [n for n in range(1, batch + 1) if batch % n == 0])}, or another batch"
+        )
     found: dict[tuple, Layout] = {}
     for candidate in _candidates(settings, recipe, spec, files):
         data_size = settings.gpus // candidate.parallel.tensor
@@ -240,6 +299,18 @@ def predicted_step(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec
         own=ZERO3_SECONDS * spec.layers * micro_batches if stage == 3 else 0.0,
         hidden=beside - exposed,
     )
+
+
+def predicted_hours(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> float:
+    """Hours of the whole run in the recipe's own layout; ``micro_batch: auto`` is the largest that fits.
+
+    Raises:
+        UserError: not even one image fits.
+    """
+    if recipe.training.micro_batch == "auto":
+        data_size = settings.gpus // recipe.parallel.tensor
+        recipe = with_micro_batch(recipe, largest(recipe, spec, data_size, GPUS[settings.gpu].memory))
+    return recipe.training.steps * predicted_step(settings, recipe, spec).seconds / 3600
 
 
 def _efficiency(width: int) -> float:
