@@ -37,7 +37,7 @@ environment: $(VENV)/complete
 # DeepSpeed comes as source and imports torch while it builds: torch first, then DeepSpeed without build isolation.
 $(VENV)/complete: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else f"{sys.executable} is Python {v[0]}.{v[1]}, expected 3.10 to 3.12: make PYTHON=python3.12")'
-	@echo "Installing into $(VENV): about 6.5 GB, some minutes, once."
+	@echo "Installing into $(VENV): about 7.2 GB, 3 to 10 minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja packaging numpy torch torchvision
 	$(PIP) --no-build-isolation deepspeed

@@ -36,7 +36,8 @@ class DataConfig(Section):
     shards: PathText
     """Directory of training shards, or an object-store URL (``s3://``, ``gs://``, ...)."""
     cache: PathText | None = None
-    """Local directory for shards of a remote ``shards``."""
+    """Directory on the node's own disk for decompressed shards, local or remote ones, kept for the next run. Unset: a
+    directory in the temporary folder."""
     validation: PathText | None = None
     """Directory or URL of validation shards; unset: no validation."""
     cache_limit: float | None = Field(None, gt=0)

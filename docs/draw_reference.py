@@ -7,6 +7,7 @@ import argparse
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -78,12 +79,28 @@ def fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if isinstance(kind, type) and issubclass(kind, Section):
             below.append((name, kind))
             continue
-        text = " ".join((field.description or "").replace("``", "`").split()).replace("|", "\\|")
+        text = _meaning(field)
         yield f"| `{prefix}{name}` | {_default(field)} | {text} |\n"
     for name, kind in below:
         about = " ".join((kind.__doc__ or "").replace("``", "`").split())
         yield f"\n### {prefix}{name}\n\n{about}\n\n"
         yield from fields(kind, f"{prefix}{name}.")
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The description, and the choices of a ``Literal`` that it does not name."""
+    text = " ".join((field.description or "").replace("``", "`").split()).replace("|", "\\|")
+    choices = [f"`{choice}`" for choice in _choices(field.annotation) if isinstance(choice, str)]
+    if all(choice in text for choice in choices):
+        return text
+    return f"{text} One of {', '.join(choices)}."
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a ``Literal``, which may be optional or annotated."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) for choice in _choices(part))
 
 
 def _default(field: FieldInfo) -> str:
