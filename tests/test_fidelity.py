@@ -216,7 +216,10 @@ def test_what_is_missing_is_one_sentence(parts, tmp_path):
     root, *_ = parts
     judge = root / "judge.safetensors"
     out = tmp_path / "out.json"
-    with pytest.raises(UserError, match="Inception weights: no file was given"):
+    with pytest.raises(
+        UserError,
+        match=r"Inception weights: no file was given.*\(--inception-weights\), or a feature network \(--features\)",
+    ):
         evaluate(root / "one", root / "two", out)
     (tmp_path / "code.pth").write_bytes(b"\x80\x04cos\nsystem\n.")
     with pytest.raises(UserError, match="holds objects other than tensors"):

@@ -14,6 +14,7 @@ from calls import export
 from small_models import random_ids
 from training_parts import launch, metrics, recipe, train, write_shards
 
+from digit_ds.errors import UserError
 from digit_ds.model.transformer import load_model
 
 pytestmark = pytest.mark.slow
@@ -94,5 +95,7 @@ def test_export_of_weights_and_average(alone, tmp_path):
     assert model(random_ids(model.spec, 2)).shape == (2, 17, 32)
     assert not torch.equal(model.output.weight, average.output.weight)
     torch.testing.assert_close(model.output.weight, average.output.weight, rtol=0, atol=0.1)
+    with pytest.raises(UserError, match=r"no_such_run: is not a directory, expected a run directory or one checkpoint"):
+        export(tmp_path / "no_such_run", tmp_path / "none")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["provenance"]["codebook_sha256"] == "k" and config["provenance"]["steps"] == 20

@@ -46,7 +46,8 @@ def inception(weights: Path | str | None) -> Extractor:
     if weights is None or not Path(weights).is_file():
         raise UserError(
             f"Inception weights: {'no file was given' if weights is None else f'{weights} does not exist'}, expected a "
-            "local copy of weights-inception-2015-12-05-6726825d.pth (torch-fidelity's), or a feature network instead"
+            "local copy of weights-inception-2015-12-05-6726825d.pth of torch-fidelity (--inception-weights), or a "
+            "feature network (--features)"
         )
     try:  # torch-fidelity itself would run whatever code the file contains
         load_torch(weights)

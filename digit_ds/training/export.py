@@ -22,6 +22,8 @@ def export(settings: ExportSettings) -> None:
     """
     source, out = Path(settings.run), settings.out
     path = source if is_complete(source) else newest_checkpoint(source / "checkpoints")
+    if path is None and not source.is_dir():
+        raise UserError(f"{source}: is not a directory, expected a run directory or one checkpoint in it")
     if path is None:
         raise UserError(f"{source}: holds no complete checkpoint, expected a run directory or one checkpoint in it")
     try:
