@@ -6,10 +6,16 @@ import torch
 
 from digit_ds.model.spec import TransformerSpec
 from digit_ds.model.transformer import Transformer
-from digit_ds.model.weights import from_official_names
+from digit_ds.model.weights import from_official_names, fuse_qkv
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {"stlm": "prior", "st2vtlm": "ar", "st2vtlm_nar": "nar", "st2vtlm_vq": "vq"}
+
+
+def by_our_names(official: dict[str, torch.Tensor], spec: TransformerSpec) -> dict[str, torch.Tensor]:
+    """Published decoder tensors by our names, query, key and value joined."""
+    found = from_official_names(official, spec, "published").items()
+    return {name: parts[0] if len(parts) == 1 else fuse_qkv(parts, spec.heads) for name, parts in found}
 
 
 def golden_model(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -34,5 +40,5 @@ def golden_model(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
         grid=(16, 16),
     )
     model = Transformer(spec)
-    model.load_state_dict(from_official_names(decoder, spec, name))
+    model.load_state_dict(by_our_names(decoder, spec))
     return model.to(dtype).eval().requires_grad_(False)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from golden_models import by_our_names
 from small_models import MODERN_LAYERS
 
 from digit_ds.errors import UserError
@@ -17,7 +18,6 @@ from digit_ds.model.weights import (
     Rule,
     Split,
     check_state,
-    from_official_names,
     initial_state,
     padded_rows,
     parameter_count,
@@ -102,7 +102,7 @@ def test_each_parameter_matches_exactly_one_rule(spec):
 def test_official_names_and_back_is_bit_exact(spec, dtype):
     state = {name: value.to(dtype) for name, value in initial_state(spec, 1).items()}
     official = to_official_names(state, spec)
-    assert same(from_official_names(official, spec, "x"), state)
+    assert same(by_our_names(official, spec), state)
 
 
 @pytest.mark.parametrize("spec", SMALL + MODERN)
