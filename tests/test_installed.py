@@ -15,7 +15,7 @@ import yaml
 from preparation_parts import make_encoder, make_images, make_vqgan
 
 import digit_ds
-from digit_ds.cluster import submit
+from digit_ds.cluster.checks import PATHS
 from digit_ds.files import read_json
 
 pytestmark = pytest.mark.slow
@@ -104,11 +104,13 @@ def test_a_chain_is_submitted_and_a_job_runs_without_a_checkout(environment, tmp
     """``digit-ds submit`` finds chain, recipes and job scripts in the package; a script runs its step from there."""
     chain = yaml.safe_load((REPOSITORY / "slurm" / "digits.yaml").read_text())
     for section in chain.values():
-        for name in submit.PATHS if isinstance(section, dict) else ():
-            if name in section:
+        for name in PATHS if isinstance(section, dict) else ():
+            if name == "images" and name in section:
+                make_images(tmp_path / section[name], 3)
+            elif name in section and not (tmp_path / section[name]).exists():
                 (tmp_path / section[name]).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / section[name]).write_text("there")
-    site = {"partition": "main", "nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time": "5"}
+    site = {"partition": "main", "nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time": "10"}
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "site.yaml").write_text(yaml.safe_dump(site))
     (tmp_path / "bin").mkdir()
