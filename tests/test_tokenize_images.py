@@ -205,7 +205,7 @@ def test_what_does_not_belong_together_is_refused(parts, tmp_path):
         ({"layer": 2}, r"km\.npy.*layer 3.*layer 2"),
         ({"codebook": wide}, r"wide\.npy.*width 17.*16"),
         ({"vqgan": coarse, "vqgan_config": config}, r"coarse\.ckpt.*4 x 4.*8 x 8"),
-        ({"image_size": 30}, r"30x30.*32x32"),
+        ({"image_size": 30}, r"^image_size is 30 pixels, expected 32 for this encoder$"),
     ):
         with pytest.raises(UserError, match=message):
             run(parts, tmp_path / "out", **changed)
