@@ -12,6 +12,7 @@ from typing import Any
 from digit_ds import __version__
 from digit_ds.cluster.settings import SubmitSettings
 from digit_ds.clustering.settings import KMeansSettings
+from digit_ds.command_line import Parser, add_options, from_options
 from digit_ds.demo.settings import DemoSettings
 from digit_ds.errors import run_command
 from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings, StatisticsSettings
@@ -20,7 +21,7 @@ from digit_ds.health.settings import DoctorSettings
 from digit_ds.model.settings import FromMegatron, FromOfficial, ToMegatron, ToOfficial
 from digit_ds.preparation.settings import FeatureSettings, SplitSettings, TokenSettings, VerifySettings
 from digit_ds.publishing.settings import FetchSettings, PublishSettings
-from digit_ds.settings import Parser, Section, add_options, from_options
+from digit_ds.settings import Section
 from digit_ds.training.settings import EstimateSettings, ExportSettings, PlanSettings, TrainSettings
 from digit_ds.tuning.settings import GuidanceSettings
 

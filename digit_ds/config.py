@@ -13,7 +13,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from digit_ds import shipped
 from digit_ds.errors import UserError
 from digit_ds.model.spec import Architecture
-from digit_ds.settings import PathText, Section, ShortPrecision, parse_yaml, read_yaml
+from digit_ds.settings import PathText, Section, ShortPrecision
+from digit_ds.yaml_files import parse_yaml, read_yaml
 
 
 def _whole_layers(value: object) -> object:

@@ -2,25 +2,20 @@
 ``docs/reference.md`` come.
 
 A field's type, default and docstring are written once, where it is declared. ``Section.read`` makes settings from plain
-values, ``add_options`` and ``from_options`` make them from a command line, ``read_yaml`` reads a file of them.
+values; :mod:`digit_ds.command_line` makes them from a command line, :mod:`digit_ds.yaml_files` reads files of them.
 """
 
-import argparse
 import ast
-import difflib
 import inspect
-import re
 import reprlib
-import sys
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -152,7 +147,7 @@ def _docstrings(kind: type) -> dict[str, str]:
     }
 
 
-def _option(field: FieldInfo) -> Option:
+def option_of(field: FieldInfo) -> Option:
     """A field's ``Option``, or an empty one."""
     return next((part for part in field.metadata if isinstance(part, Option)), Option())
 
@@ -160,7 +155,7 @@ def _option(field: FieldInfo) -> Option:
 def _names(section: type[Section]) -> Iterator[tuple[str, str, bool]]:
     """All that a field of a section can be called: name, field, and whether that name negates it (``no_flip``)."""
     for name, field in section.model_fields.items():
-        option = _option(field)
+        option = option_of(field)
         for other in (name, option.name, *option.aliases):
             if other:
                 yield other, name, False
@@ -188,7 +183,7 @@ def spellings(section: type[Section]) -> dict[str, str]:
 
 def key_of(section: type[Section], name: str) -> str:
     """What a field is called in YAML and, with dashes, on the command line."""
-    return _option(section.model_fields[name]).name or name
+    return option_of(section.model_fields[name]).name or name
 
 
 def first_problem(error: ValidationError, section: type[Section], flags: bool = False) -> str:
@@ -213,7 +208,7 @@ def _phrase(problem: Mapping[str, Any], section: type[Section], flags: bool = Fa
     key = ".".join(map(str, where))
     if flags and key:
         field = section.model_fields.get(str(problem["loc"][0]))
-        option = _option(field) if field is not None else Option()
+        option = option_of(field) if field is not None else Option()
         key = str(option.metavar or key).upper() if option.positional else f"--{key.replace('_', '-')}"
     if problem["type"] == "extra_forbidden":
         names = ", ".join(key_of(fields, name) for name in fields.model_fields)
@@ -241,10 +236,10 @@ def _expected(problem: Mapping[str, Any], field: FieldInfo | None) -> str:
         ]
         if len(bounds) > 1:
             return " and ".join(bounds)
-    if field is not None and problem["type"] == "list_type" and get_origin(kind := _plain(field.annotation)) is list:
+    if field is not None and problem["type"] == "list_type" and get_origin(kind := plain(field.annotation)) is list:
         (inner,) = get_args(kind)
         kinds = get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (inner,)
-        elements = [_ELEMENTS.get(_plain(one)) for one in kinds]
+        elements = [_ELEMENTS.get(plain(one)) for one in kinds]
         if all(elements):
             return f"a list of {' or '.join(map(str, elements))}"
     return str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
@@ -261,149 +256,7 @@ def _small(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``3e-4`` is a number, as in YAML 1.2 (PyYAML: a string), and duplicate keys are errors."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a second key of one name, of which PyYAML would silently keep the last."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if not isinstance(key, str):  # a list or a mapping, which makes no key of a recipe
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a string", key_node.start_mark)
-            if key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """The value that a YAML text stands for.
-
-    Raises:
-        UserError: it is not valid YAML, or a key is given twice.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # 2020-13-45 is not a valid date
-        raise UserError(f"{source}: is not valid YAML ({' '.join(str(error).split())})") from error
-
-
-def read_yaml(path: Path, expected: str = "expected a YAML file") -> dict[str, Any]:
-    """The mapping in a YAML file, UTF-8.
-
-    Raises:
-        UserError: it cannot be read, is not UTF-8, not valid YAML, has a key twice, or holds no mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}), {expected}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}), {expected} in UTF-8") from error
-    values = parse_yaml(text, str(path))
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        held = "is empty" if values is None else f"holds {type(values).__name__}"
-        raise UserError(f"{path}: {held}, expected a mapping of sections")
-    return values
-
-
-class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose errors are one line, as all others of this project, and that takes overrides of a
-    recipe (``section.key=value``) before, after and between options.
-    """
-
-    _intermixes = False
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        """As argparse's, which would give all positional arguments to the first place that takes one."""
-        if self._intermixes:
-            return super().parse_known_args(args, namespace)
-        several = any(action.nargs == "*" for action in self._get_positional_actions())
-        if several:
-            self._intermixes = True  # what follows calls this
-            try:
-                found, unknown = self.parse_known_intermixed_args(args, namespace)
-            finally:
-                self._intermixes = False
-        else:
-            found, unknown = super().parse_known_args(args, namespace)
-        if unknown and self._subparsers is None:  # a verb names its own help and options, which those above lack
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._similar(unknown)}")
-        return found, unknown
-
-    def _similar(self, unknown: Sequence[str]) -> str:
-        """The options that the unknown ones resemble."""
-        shown = [
-            name
-            for action in self._actions
-            if action.help != argparse.SUPPRESS
-            for name in action.option_strings
-            if name.startswith("--")
-        ]
-        given = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-        near = dict.fromkeys(name for word in given for name in difflib.get_close_matches(word, shown, n=1))
-        return f"; similar: {', '.join(near)}" if near else ""
-
-    def _get_option_tuples(self, option_string: str) -> Any:
-        """argparse's options that ``option_string`` abbreviates, with a warning: another option can make it ambiguous.
-
-        A parser above verbs is also given the options of its verbs, which these parse themselves.
-        """
-        found = super()._get_option_tuples(option_string)
-        if len(found) == 1 and option_string.startswith("--") and self._subparsers is None:
-            given, full = option_string.partition("=")[0], found[0][1]
-            print(f"warning: {given} is an abbreviation of {full}, expected the full name", file=sys.stderr)
-        return found
-
-    def error(self, message: str) -> Any:
-        """Refuse the command line."""
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-def add_options(parser: argparse.ArgumentParser, section: type[Section]) -> None:
-    """An option for each field of ``section``: flag, type, choices, default and help from its declaration."""
-    groups: dict[str, Any] = {"": parser}
-    for name, field in section.model_fields.items():
-        option = _option(field)
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        words = {
-            "help": argparse.SUPPRESS if option.hidden else _help(field),
-            "default": argparse.SUPPRESS,
-            **_value(field),
-        }
-        if "type" in words:
-            words.setdefault("metavar", key_of(section, name).upper())
-        if option.positional:
-            if not field.is_required():
-                words["nargs"] = words.get("nargs", "?").replace("+", "*")
-            groups[option.group].add_argument(name, **words)
-            continue
-        if words.get("nargs") == "+":
-            words["action"] = "extend"  # a flag that is given twice adds
-        flag = _flag(key_of(section, name))
-        groups[option.group].add_argument(flag, dest=name, required=field.is_required(), **words)
-        for alias in option.aliases:
-            parser.add_argument(_flag(alias), dest=name, **{**words, "help": argparse.SUPPRESS})
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _plain(annotation: Any) -> Any:
+def plain(annotation: Any) -> Any:
     """A type without ``None`` and without what ``Annotated`` adds."""
     while True:
         if get_origin(annotation) is Annotated:
@@ -413,49 +266,3 @@ def _plain(annotation: Any) -> Any:
             annotation = parts[0] if len(parts) == 1 else str  # several types: as it is written
         else:
             return annotation
-
-
-def _value(field: FieldInfo) -> dict[str, Any]:
-    """How argparse is to read a field's value. Choices and ranges are the settings' own to check."""
-    kind, metavar = _plain(field.annotation), _option(field).metavar
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
-    words: dict[str, Any] = {}
-    if get_origin(kind) in (list, tuple):
-        inner = [_plain(part) for part in get_args(kind)]
-        several = get_origin(kind) is list or Ellipsis in inner
-        words, kind = {"nargs": "+" if several else len(inner)}, inner[0]
-    if get_origin(kind) is Literal:
-        words["metavar"] = "{" + ",".join(map(str, get_args(kind))) + "}"
-        kind = type(get_args(kind)[0])
-    words["type"] = kind
-    return words if metavar is None else words | {"metavar": metavar}
-
-
-def _help(field: FieldInfo) -> str:
-    """A field's docstring in one line, with its default where that says something."""
-    text = " ".join((field.description or "").replace("``", "").split()).removesuffix(".")
-    return (text + default_text(field)).replace("%", "%%")
-
-
-def default_text(field: FieldInfo) -> str:
-    """`` (default: 3)``; nothing where there is none or the docstring says what happens."""
-    default = field.get_default(call_default_factory=True)
-    if field.is_required() or default is None or default is False or default == []:
-        return ""
-    if default is True:
-        return " (default: yes)"
-    return f" (default: {' '.join(map(str, default)) if isinstance(default, (list, tuple)) else default})"
-
-
-def from_options(section: type[Settings], options: argparse.Namespace) -> Settings:
-    """The settings that a parsed command line gives.
-
-    Raises:
-        UserError: names the first option that is outside its range or does not fit another one.
-    """
-    given = {name: value for name, value in vars(options).items() if name in section.model_fields}
-    try:
-        return section.model_validate(given)
-    except ValidationError as error:
-        raise UserError(first_problem(error, section, flags=True)) from error

@@ -13,8 +13,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from digit_ds.cli import VERBS, Verb
+from digit_ds.command_line import Parser, add_options
 from digit_ds.config import Recipe
-from digit_ds.settings import Parser, Section, add_options
+from digit_ds.settings import Section
 from digit_ds.training.metric_names import MEANINGS
 
 PAGE = Path(__file__).parent / "reference.md"

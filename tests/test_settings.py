@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from digit_ds.command_line import Parser, add_options, from_options
 from digit_ds.errors import UserError
 from digit_ds.preparation.settings import FeatureSettings, TokenSettings
-from digit_ds.settings import Option, Parser, PathText, Section, ShortPrecision, add_options, from_options
+from digit_ds.settings import Option, PathText, Section, ShortPrecision
 from digit_ds.training.settings import EstimateSettings
 
 

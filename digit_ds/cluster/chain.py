@@ -17,7 +17,8 @@ from digit_ds.errors import UserError
 from digit_ds.evaluation.settings import EvaluateSettings, ProbeSettings
 from digit_ds.generation.settings import SampleSettings
 from digit_ds.preparation.settings import FeatureSettings, TokenSettings
-from digit_ds.settings import PathText, Section, Settings, read_yaml, spellings
+from digit_ds.settings import PathText, Section, Settings, spellings
+from digit_ds.yaml_files import read_yaml
 
 Options = dict[str, str | int | float | bool | list[int | float | str] | None]
 Name = Literal[

@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from digit_ds import shipped
-from digit_ds.cluster.chain import (
-    Chain,
-    Site,
-    absolute,
-    load,
-    option_problems,
-    recipe_of,
-    steps,
-)
+from digit_ds.cluster.chain import Chain, Site, absolute, load, option_problems, recipe_of, steps
 from digit_ds.cluster.limits import seconds_of
 from digit_ds.config import Recipe
 from digit_ds.data.images import no_images, walk
@@ -26,7 +18,8 @@ from digit_ds.data.sources.folder import FolderSource
 from digit_ds.data.sources.opening import open_source
 from digit_ds.data.sources.remote import is_remote
 from digit_ds.errors import UserError
-from digit_ds.settings import Section, read_yaml
+from digit_ds.settings import Section
+from digit_ds.yaml_files import read_yaml
 
 PATHS = ("images", "encoder", "vqgan", "vqgan_config", "reference", "features", "inception_weights", "classifier")
 """Options that name files or folders which must be there before anything starts."""
