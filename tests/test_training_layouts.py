@@ -1,5 +1,7 @@
 """The parallel layout changes the speed and never the mathematics."""
 
+import json
+import os
 from itertools import product
 from pathlib import Path
 
@@ -192,3 +194,41 @@ def test_fast_layouts_equal_plain_training(
     )
     launch(train, (values,), tensor * data, tmp_path / "log", timeout=600)
     compare(tmp_path / "run", plain("prior"))
+
+
+def train_in_pieces(values: Recipe, out: Path) -> None:
+    """Train as on GPUs that share memory: the operators that send rows in pieces have PyTorch's fallback here."""
+    from torch._inductor import config
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    from digit_ds.model import tensor_parallel
+
+    graphs = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        calls = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        graphs.append({name: sum(name in call for call in calls) for name in IN_PIECES})
+
+    library = torch.library.Library("symm_mem", "IMPL")
+    library.impl("fused_all_gather_matmul", symmetric_memory._fused_all_gather_matmul_fallback, "CPU")
+    library.impl("fused_matmul_reduce_scatter", symmetric_memory._fused_matmul_reduce_scatter_fallback, "CPU")
+    config.post_grad_custom_post_pass, config.force_disable_caches = look, True
+    tensor_parallel.travels_in_pieces = lambda device: True
+    with symmetric_memory._test_mode():
+        train(values)
+    out.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(graphs))
+
+
+IN_PIECES = ("fused_all_gather_matmul", "fused_matmul_reduce_scatter", "all_gather_into", "reduce_scatter_tensor")
+
+
+@pytest.mark.slow
+def test_rows_in_pieces_equal_plain_training(token_shards, plain, tmp_path):
+    """Of a layer's four gathers and four reduce-scatters none is left whole."""
+    values = recipe(tmp_path / "run", token_shards, parallel__tensor=2, parallel__sequence=True, training__compile=True)
+    launch(train_in_pieces, (values, tmp_path / "graphs"), 2, tmp_path / "log", timeout=600)
+    compare(tmp_path / "run", plain("prior"))
+    for rank in range(2):
+        graphs = json.loads((tmp_path / f"graphs.{rank}").read_text())
+        layers = [list(graph.values()) for graph in graphs if any(graph.values())]
+        assert layers == [[2, 2, 0, 0], [2, 2, 0, 0]], graphs  # forward and backward

@@ -61,11 +61,14 @@ class _Column(ColumnParallelLinear):
     def __init__(self, *sizes: int, **options) -> None:
         super().__init__(*sizes, **options)
         self.tensor_size = self.tp_group.size()
+        self.pieces = False
+        """Whether gathers travel in pieces (``tensor_parallel.travels_in_pieces``)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., width / tensor size]; with sequence parallelism from this rank's rows to all rows."""
         if self.tensor_size > 1:
-            return tensor_parallel.column_product(x, self.weight, self.bias, self.config.sequence_parallel)
+            sequence = self.config.sequence_parallel
+            return tensor_parallel.column_product(x, self.weight, self.bias, sequence, self.pieces)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -393,15 +396,21 @@ class MegatronTransformer(nn.Module):
         places = positions[..., 1:] - 1
         return F.pad(self.target_positions(places), (0, 0, 0, 1))
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, pieces: bool = False) -> None:
         """Compile each layer; all layers have one shape, so the first compilation serves the others.
 
-        Hooks stay outside: those of ZeRO 3 gather the layer's weights before it and free them after it.
+        Hooks stay outside: those of ZeRO 3 gather the layer's weights before it and free them after it. ``pieces``:
+        rows of sequence parallelism travel in pieces (``tensor_parallel.travels_in_pieces``).
         """
-        # Reordering lets the sums of input gradients over tensor-parallel ranks pass beside the weights' products.
-        options: dict[str, Any] | None = (
-            {"reorder_for_compute_comm_overlap": True} if tensor_parallel.size() > 1 else None
-        )
+        options: dict[str, Any] | None = None
+        if pieces:
+            options = {"_micro_pipeline_tp": True}
+            for module in self.layers.modules():
+                if isinstance(module, _Column):
+                    module.pieces = True
+        elif tensor_parallel.size() > 1:
+            # Reordering lets the sums of input gradients over tensor-parallel ranks pass beside the weights' products.
+            options = {"reorder_for_compute_comm_overlap": True}
         # Under ZeRO 3 the compiler cannot look into DeepSpeed's dictionaries of parameters and compiles layer by layer;
         # with its usual limit of 8 the other layers would run uncompiled.
         dynamo, limit = torch._dynamo.config, 8 * len(self.layers)

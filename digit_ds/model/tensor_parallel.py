@@ -9,7 +9,14 @@ Tensors are floating point of any dtype, which results keep. All ranks of the gr
 tensors of equal shape and dtype; the model-parallel groups of Megatron-core must be initialised.
 """
 
+import os
+import socket
+import warnings
+from typing import Any
+
 import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from digit_ds.parallel.frameworks import parallel_state
@@ -76,13 +83,17 @@ class _ColumnProduct(torch.autograd.Function):
     """The all-reduce of the input's gradient overlaps with the computation of the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, ranks, group, sequence):
+    def forward(ctx, x, weight, bias, ranks, group, sequence, pieces):
         ctx.ranks, ctx.group, ctx.sequence = ranks, group, sequence
         if sequence:
             x = _gather(x, ranks, group)
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        return torch.nn.functional.linear(x, weight, bias)
+        if bias is None or not pieces:
+            return torch.nn.functional.linear(x, weight, bias)
+        # The compiler finds only products without a bias. It would join the two again, were it not for the views.
+        parts = torch.nn.functional.linear(x, weight).unflatten(-1, (ranks, -1))
+        return (parts + bias.view(ranks, -1)).flatten(-2)
 
     @staticmethod
     def backward(ctx, grad):
@@ -95,7 +106,7 @@ class _ColumnProduct(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         of_weight = rows.T @ x.flatten(0, -2)
         of_bias = rows.sum(0) if ctx.biased else None
-        return _OPS.wait_tensor(sent), of_weight, of_bias, None, None, None
+        return _OPS.wait_tensor(sent), of_weight, of_bias, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -130,6 +141,32 @@ class _Join(torch.autograd.Function):
         return own_rows(grad).contiguous(), None, None
 
 
+def travels_in_pieces(device: torch.device) -> bool:
+    """Whether gathers and reduce-scatters of compiled layers can be cut into pieces that travel beside the products.
+
+    PyTorch's compiler does so (``micro_pipeline_tp``, "asynchronous tensor parallelism") over memory that the GPUs of
+    the group share: they must reach each other, on one host. All ranks of the group call this, and get one answer.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if device.type != "cuda" or group.size() == 1:
+        return False
+    hosts: list[Any] = [None] * group.size()
+    dist.all_gather_object(hosts, (socket.gethostname(), os.environ.get("NCCL_P2P_DISABLE", "0")), group)
+    if len(set(hosts)) > 1 or hosts[0][1] != "0":
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch do without
+        symmetric_memory.enable_symm_mem_for_group(group.group_name)
+    try:
+        symmetric_memory.get_symm_mem_workspace(group.group_name, 1)
+        shared = 1
+    except RuntimeError:  # a container or driver that does not let processes share device memory
+        shared = 0
+    answer = torch.tensor([shared], device=device)
+    dist.all_reduce(answer, dist.ReduceOp.MIN, group)
+    return bool(answer.item())
+
+
 def own_rows(x: Tensor) -> Tensor:
     """This rank's rows [R / n, ...] of ``x`` [R, ...], which every rank holds whole; a view."""
     count = x.shape[0] // size()
@@ -156,7 +193,7 @@ def reduce(x: Tensor) -> Tensor:
     return _Reduce.apply(x, _name())
 
 
-def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
+def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool, pieces: bool = False) -> Tensor:
     """``linear(x, weight, bias)`` with this rank's part of the output features.
 
     Args:
@@ -164,12 +201,13 @@ def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: boo
         weight: [O / n, I], this rank's rows of the weight.
         bias: [O / n], or None.
         sequence: whether the rows of ``x`` are gathered first (sequence parallelism).
+        pieces: whether the rows are to arrive in pieces, see :func:`travels_in_pieces`.
 
     Returns:
         [..., O / n] for all rows. Backward: the gradient of ``x`` is summed over the ranks, with ``sequence``
         reduce-scattered to this rank's rows.
     """
-    return _ColumnProduct.apply(x, weight, bias, size(), _name(), sequence)
+    return _ColumnProduct.apply(x, weight, bias, size(), _name(), sequence, pieces)
 
 
 def reduce_scatter(x: Tensor) -> Tensor:
