@@ -3,9 +3,7 @@
 python docs/draw_scaling.py
 """
 
-import json
 import math
-import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import NamedTuple
 
 from digit_ds.config import Recipe, load_recipe
 from digit_ds.model.spec import TransformerSpec
-from digit_ds.training.deepspeed_config import find_config
 from digit_ds.training.estimate import memory_by_part, planned_shards, zero_of
 from digit_ds.training.flops import flops_per_image
 from digit_ds.training.plan import GPUS, Step, predicted_step
@@ -63,20 +60,16 @@ MEASURED = (
     Measured(Layout("large_prior", "zero1", 1, False, 128, 128), 1, 399),
     Measured(Layout("large_prior", "zero1", 1, False, 128, 128), 1, 385),
     Measured(Layout("base_prior", "zero1", 1, False, 256, 256), 2, 2431),
-    Measured(Layout("large_prior", "zero1", 1, False, 128, 128), 2, 784),
-    Measured(Layout("large_prior", "zero2_overlap", 1, False, 128, 128), 2, 754),
-    Measured(Layout("large_prior", "zero3_overlap", 1, False, 128, 128), 2, 680),
+    Measured(Layout("large_prior", "zero1", 1, False, 128, 128), 2, 787),
+    Measured(Layout("large_prior", "zero2_overlap", 1, False, 128, 128), 2, 767),
+    Measured(Layout("large_prior", "zero3_overlap", 1, False, 128, 128), 2, 732),
     Measured(Layout("large_prior", "zero1", 2, False, 64, 128), 2, 596),
-    Measured(Layout("large_prior", "zero1", 2, True, 64, 128), 2, 609),
-    Measured(Layout("prior_3.7b", "zero1", 2, True, 32, 64), 2, 147),
-    Measured(Layout("prior_3.7b", "zero3_overlap", 1, False, 32, 32), 2, 132),
-    Measured(Layout("large_prior", "zero1", 1, False, 128, 128), 2, 565, link=26),
-    Measured(Layout("large_prior", "zero2_overlap", 1, False, 128, 128), 2, 698, link=26),
+    Measured(Layout("large_prior", "zero1", 2, True, 128, 256), 2, 695),
+    Measured(Layout("prior_3.7b", "zero1", 2, True, 32, 64), 2, 152),
+    Measured(Layout("large_prior", "zero1", 1, False, 128, 128), 2, 569, link=26),
+    Measured(Layout("large_prior", "zero2_overlap", 1, False, 128, 128), 2, 700, link=26),
+    Measured(Layout("large_prior", "zero2_overlap_bf16", 1, False, 128, 128), 2, 728, link=26),
 )
-TOGETHER = "zero3_overlap, threshold 0"
-"""A file that is not shipped: no parameter is gathered separately."""
-FILES = tempfile.TemporaryDirectory()
-"""The folder of that file; removed at the end."""
 LAYOUTS = (
     Layout("base_prior", "zero1", 1, False, 256, 256),
     Layout("base_prior", "zero2_overlap", 1, False, 256, 256),
@@ -87,7 +80,6 @@ LAYOUTS = (
     Layout("prior_3.7b", "zero2_overlap", 1, False, 32, 32),
     Layout("prior_3.7b", "zero2_overlap", 2, True, 32, 64),
     Layout("prior_3.7b", "zero3_overlap", 1, False, 32, 32),
-    Layout("prior_3.7b", TOGETHER, 1, False, 32, 32),
 )
 
 
@@ -102,7 +94,7 @@ def settings_of(layout: Layout, gpus: int, link: float, per_host: int) -> PlanSe
 def one_host(layout: Layout) -> Recipe:
     """The shipped recipe in this layout on eight GPUs."""
     overrides = {
-        "deepspeed": deepspeed_file(layout.deepspeed),
+        "deepspeed": f"{layout.deepspeed}.json",
         "parallel.tensor": layout.tensor,
         "parallel.sequence": str(layout.sequence).lower(),
         "training.global_batch": 8 * layout.images,
@@ -117,18 +109,6 @@ def recipe_of(layout: Layout, gpus: int) -> Recipe:
     recipe = one_host(layout)
     training = recipe.training.model_copy(update={"global_batch": layout.images * gpus})
     return recipe.model_copy(update={"training": training})
-
-
-@cache
-def deepspeed_file(name: str) -> str:
-    """A shipped file, or ``TOGETHER``."""
-    if name != TOGETHER:
-        return f"{name}.json"
-    config = json.loads(find_config("zero3_overlap.json").read_text(encoding="utf-8"))
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = Path(FILES.name) / "zero3_overlap.json"
-    path.write_text(json.dumps(config))
-    return str(path)
 
 
 @cache

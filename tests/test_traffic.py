@@ -47,17 +47,20 @@ ZERO3 = {
         (4, 2, {"stage": 3} | ZERO3, {"parallel__sequence": True, "training__precision": "bf16"}),
         (3, 1, {"stage": 2, "reduce_bucket_size": 900}, {"training__global_batch": 12}),
         (2, 2, {"stage": 1}, MODERN | {"training__recompute": "layer", "model__dropout": 0.1}),
+        (2, 1, {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 3000}, {"training__precision": "bf16"}),
     ],
     ids=[
         "tensor 2 x data 2, sequence, ZeRO 3",
         "data 3, ZeRO 2, parameters larger than a bucket",
         "modern, recomputed",
+        "ZeRO 2, gradients rounded to bf16",
     ],
 )
 def test_what_a_training_sends_is_what_the_formulas_say(ranks, tensor, zero, options, token_shards, tmp_path):
     """Messages and bytes of each kind of collective in a step of two or more micro-batches, and of the exchange."""
     file = tmp_path / "zero.json"
-    types = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    rounded = zero["stage"] == 2 and "training__precision" in options
+    types = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "bf16" if rounded else "fp32"}
     file.write_text(json.dumps({"zero_optimization": zero} | types))
     options |= {"deepspeed": str(file), "parallel__tensor": tensor, "training__steps": 4, "monitor__log_every": 1000}
     values = recipe(tmp_path / "run", token_shards, **options)

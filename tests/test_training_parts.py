@@ -297,6 +297,14 @@ def test_deepspeed_file_is_passed_on_with_the_recipes_own(tmp_path):
     assert config["data_types"] == {"grad_accum_dtype": "fp32"} and config["communication_data_type"] == "fp32"
 
 
+def test_gradients_are_rounded_on_their_way_only_where_the_file_says_so(tmp_path):
+    for file, sent in (("zero2_overlap", "fp32"), ("zero2_overlap_bf16", "bf16")):
+        config = read_deepspeed_config(
+            recipe(tmp_path, tmp_path, deepspeed=f"{file}.json", training__precision="bf16"), data_size=2
+        )
+        assert config["communication_data_type"] == sent and config["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
 @pytest.mark.parametrize(
     ("file", "overrides", "words"),
     [
@@ -309,6 +317,11 @@ def test_deepspeed_file_is_passed_on_with_the_recipes_own(tmp_path):
         ({}, {"parallel__tensor": 4, "parallel__sequence": True}, "multiple of parallel.tensor 4"),
         ({"data_types": {"grad_accum_dtype": "bf16"}, "zero_optimization": {"stage": 2}}, {}, "grad_accum_dtype"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, {}, "expected 2 or 3"),
+        ({"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}, {}, "is 'bf16', expected 'fp32'"),
+        (
+            {"zero_optimization": {"stage": 1}, "communication_data_type": "bf16"}, {"training__precision": "bf16"},
+            "is 'bf16', expected 'fp32'",
+        ),
     ],
 )  # fmt: skip
 def test_contradicting_deepspeed_file_is_refused(file, overrides, words, tmp_path):

@@ -37,7 +37,7 @@ def read_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
         if key in config:
             raise UserError(f"{path}: holds {key!r}, expected it in the recipe alone; remove it")
     _check_combinations(recipe, path, config, zero, stage)
-    for key, value in _owned(recipe, data_size, stage, path).items():
+    for key, value in _owned(recipe, data_size, stage, path, config.get("communication_data_type")).items():
         config[key] = _agreed(path, key, config.get(key), value)
     return config
 
@@ -49,8 +49,8 @@ def find_config(name: str) -> Path:
     return path
 
 
-def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, Any]:
-    """What the recipe decides, under DeepSpeed's keys."""
+def _owned(recipe: Recipe, data_size: int, stage: int, path: Path, sent: Any) -> dict[str, Any]:
+    """What the recipe decides, under DeepSpeed's keys. ``sent`` is the file's type of gradients on their way."""
     training = recipe.training
     if training.micro_batch == "auto":
         if training.global_batch % data_size:
@@ -82,7 +82,8 @@ def _owned(recipe: Recipe, data_size: int, stage: int, path: Path) -> dict[str, 
     if stage:
         # Left out, both default to bf16.
         owned["data_types"] = {"grad_accum_dtype": "fp32"}
-        owned["communication_data_type"] = "fp32"
+        rounded = sent == "bf16" and training.precision == "bf16" and stage > 1  # stage 1 sums what it accumulates
+        owned["communication_data_type"] = "bf16" if rounded else "fp32"
     return owned
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from digit_ds.config import Recipe
 from digit_ds.errors import UserError
-from digit_ds.model import weights
+from digit_ds.model import tensor_parallel, weights
 from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer, TransformerLayer, check_reductions
 from digit_ds.model.partition import ShardReader
 from digit_ds.model.spec import TransformerSpec
@@ -77,8 +77,9 @@ class Engine:
         if kind.partitions_weights:
             # Weights are gathered a layer at a time: fewer and larger messages, and no hook inside a compiled layer.
             deepspeed.utils.set_z3_leaf_modules(model, [TransformerLayer])
+        pieces = recipe.training.compile and model.sequence_parallel and tensor_parallel.travels_in_pieces(device)
         if recipe.training.compile:
-            model.compile_layers()
+            model.compile_layers(pieces)
         settings = recipe.optimizer
         self.optimizer = GuardedAdamW(
             model.parameters(),
@@ -101,7 +102,7 @@ class Engine:
         self.optimizer.global_norm = self._state.global_norm
         if before is not None and fingerprint(model, dtype) != before:
             raise RuntimeError("deepspeed.initialize changed this rank's weights")
-        self.kernels = _kernels(recipe, device)
+        self.kernels = _kernels(recipe, device) + ", rows travel in pieces" * pieces
         if first is not None:
             self._set_master_weights(first)
 

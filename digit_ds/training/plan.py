@@ -36,11 +36,13 @@ EFFICIENCY = ((1024, 0.43), (1536, 0.45), (3072, 0.50))
 """Width of the model, and the share of peak that its computation reaches on one GPU."""
 REPLICATED = (0.08, 0.05)
 """Share of one GPU's computation that tensor-parallel ranks repeat, without and with sequence parallelism."""
+IN_PIECES = 0.5
+"""Share of the time of tensor-parallel collectives for which a GPU waits, where they travel in pieces."""
 BESIDE = 0.2
 """Share of the time of hidden collectives by which the computation beside them slows down."""
 HOST_SECONDS = 0.0015
 """What the host needs to issue a layer of a micro-batch: below that a GPU waits."""
-ZERO3_SECONDS = 0.0023
+ZERO3_SECONDS = 0.0010
 """What ZeRO 3 costs a layer of a micro-batch besides its collectives."""
 
 
@@ -268,8 +270,9 @@ class Step:
 def predicted_step(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> Step:
     """Time of a step: computation, exposed collectives, and the cost of overlapped ones and of ZeRO 3.
 
-    Gradients of ``overlap_comm`` overlap with the backward pass, two thirds of the computation; sums between
-    tensor-parallel ranks and ZeRO 1's gradients do not overlap.
+    Gradients of ``overlap_comm`` overlap with the backward pass, two thirds of the computation; with sequence
+    parallelism half of the tensor-parallel collectives. Other sums between tensor-parallel ranks and ZeRO 1's gradients
+    do not overlap.
     """
     gpu, training, tensor = GPUS[settings.gpu], recipe.training, recipe.parallel.tensor
     assert training.micro_batch != "auto"
@@ -278,6 +281,7 @@ def predicted_step(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec
     work = training.global_batch / settings.gpus * flops_per_image(spec) * (1 + _again(recipe, spec))
     compute = max(work / (gpu.peak * 1e12 * _efficiency(spec.width)), HOST_SECONDS * spec.layers * micro_batches)
     between = sum(part.seconds(tensor, gpu.link) for part in tensor_traffic(recipe, spec)) * micro_batches
+    between *= IN_PIECES if recipe.parallel.sequence and training.compile else 1.0
     between += sum(part.seconds(tensor, gpu.link) for part in norm_traffic(recipe))
     hosts = -(-settings.gpus // settings.per_host)
     link = gpu.link if hosts == 1 else min(gpu.link, settings.per_host // tensor * settings.link)

@@ -119,15 +119,17 @@ def tensor_traffic(recipe: Recipe, spec: TransformerSpec) -> list[Collective]:
 def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_batches: int) -> list[Collective]:
     """Gradients, weights and the gradient's norm of one step between data-parallel ranks.
 
-    Gradients are float32. ZeRO 1 in bf16 sums them whole and gathers the weights; 2 sums bucket by bucket (DeepSpeed's
-    default for buckets of several owners) and gathers the weights; 3 reduce-scatters the gradients of every micro-batch
+    Gradients are float32, or of the file's ``communication_data_type``. ZeRO 1 in bf16 sums them whole and gathers the
+    weights; 2 sums bucket by bucket (DeepSpeed's default for buckets of several owners) and gathers the weights; 3
+    reduce-scatters the gradients of every micro-batch
     and gathers the weights for its forward and again for its backward pass, but for those that it still holds.
     """
     if data_size == 1:
         return []
     bf16, tensor = recipe.training.precision == "bf16", recipe.parallel.tensor
     low = 2 if bf16 else 4
-    options = ZeroOptions.read(read_json(find_config(recipe.deepspeed)))
+    config = read_json(find_config(recipe.deepspeed))
+    options, sent = ZeroOptions.read(config), 2 if config.get("communication_data_type") == "bf16" else 4
     modules = sizes_by_module(spec, tensor)
     sizes = [size for module in modules for size in module]
     gradients = gradient_sizes(spec, tensor, recipe.parallel.sequence, options.stage)
@@ -136,7 +138,7 @@ def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_ba
         gathers = gathered_messages(modules, options, data_size, micro_batches)
         return [
             *_equal("all_gather", gathers, low, micro_batches, beside),
-            *_equal("reduce_scatter", scattered_messages(gradients, options, data_size), 4, micro_batches, beside),
+            *_equal("reduce_scatter", scattered_messages(gradients, options, data_size), sent, micro_batches, beside),
             *_equal("all_gather", persistent(sizes, options, data_size), low),
             *_equal("all_reduce", [1], _norm_bytes(recipe)),
         ]
@@ -147,7 +149,7 @@ def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_ba
         return [*_equal("all_reduce", [flat_elements(sizes, data_size)], 4), *gathered]
     passes = micro_batches if options.stage == 2 else 1  # stage 2 keeps no gradient of other ranks' parts
     summed = _equal(
-        "all_reduce", summed_messages(gradients, options, data_size), 4, passes, beside and options.stage == 2
+        "all_reduce", summed_messages(gradients, options, data_size), sent, passes, beside and options.stage == 2
     )
     return [*summed, *gathered, *_equal("all_reduce", [1], _norm_bytes(recipe))]
 

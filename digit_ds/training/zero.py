@@ -5,6 +5,7 @@ used in its place is checked when the engine is built, so that a version of Deep
 before the first step and not at the first checkpoint.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -73,6 +74,50 @@ class Partitioner:
             self._first = parameter
         else:
             self._first.convert_to_zero_parameters(param_list=[parameter])
+
+
+def _leave_the_norm(zero: Any) -> None:
+    """DeepSpeed does not read the gradient's norm on the host: ``GuardedAdamW`` skips what is not finite on the GPU."""
+    module: Any = sys.modules[type(zero).__module__]
+    _check(module, "is_invalid_grad_norm")
+    module.is_invalid_grad_norm = lambda norm: False
+
+
+def _reduce_beside_the_host(zero: Any, stream: Any) -> None:
+    """After a backward pass the GPU waits for the reductions on ``stream``; DeepSpeed lets the host wait for the GPU.
+
+    ``stream`` is None on a CPU, where nothing runs beside the host.
+    """
+    _check(zero, "independent_gradient_partition_epilogue")
+    if stream is None:
+        return
+    accelerator, original = deepspeed.get_accelerator(), zero.independent_gradient_partition_epilogue
+
+    def epilogue() -> None:
+        def wait() -> None:
+            accelerator.current_stream().wait_stream(stream)
+
+        accelerator.synchronize = stream.synchronize = wait  # before the methods of their classes
+        try:
+            original()
+        finally:
+            del accelerator.synchronize, stream.synchronize
+
+    zero.independent_gradient_partition_epilogue = epilogue
+
+
+def _gather_kept_at_once(zero: Any) -> None:
+    """Weights too small to be given back travel in one message after the update; DeepSpeed sends each, then waits."""
+    _check(zero, "persistent_parameters")
+    for first in zero.persistent_parameters[:1]:  # its method is called for all
+        _check(first, "ds_status", "all_gather", "all_gather_coalesced")
+
+        def gather(param_list: list[Any], first: Any = first) -> None:
+            missing = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE
+            if lacking := [parameter for parameter in param_list if parameter.ds_status == missing]:
+                first.all_gather_coalesced(lacking).wait()
+
+        first.all_gather = gather
 
 
 class ZeroState(Protocol):
@@ -160,6 +205,10 @@ class _PartitionedState:
     ) -> None:
         self._zero, self._optimizer = zero, optimizer
         _check(zero, "_lazy_init_hp_params_optimizer_state", "update_lp_params")
+        if hasattr(zero, "reduction_stream"):
+            _reduce_beside_the_host(zero, zero.reduction_stream)
+        else:  # stage 1 in bf16
+            _leave_the_norm(zero)
         for parameter in parameters:
             _check(parameter, "_hp_mapping")
             if parameter._hp_mapping is not None:
@@ -198,6 +247,10 @@ class _PartitionedWeights:
         self._zero, self._optimizer = zero, optimizer
         _check(zero, "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "_get_fp32_opt_state_partition")
         _check(zero, "checkpoint_event_prologue", "checkpoint_event_epilogue", "_global_grad_norm")
+        _check(zero, "reduce_and_partition_stream")
+        _leave_the_norm(zero)
+        _reduce_beside_the_host(zero, zero.reduce_and_partition_stream)
+        _gather_kept_at_once(zero)
         for parameter in parameters:
             _check(parameter, "ds_process_group", "ds_numel", "partition_numel")
 

@@ -210,5 +210,6 @@ class _Trace:
 
 
 def persistent(sizes: Iterable[int], options: ZeroOptions, ranks: int) -> list[int]:
-    """Gathers after an update under stage 3: one for each parameter that is not given back."""
-    return [padded(size, ranks) for size in sizes if size <= options.stage3_param_persistence_threshold]
+    """The gather after an update under stage 3: of all parameters that are not given back."""
+    kept = [size for size in sizes if size <= options.stage3_param_persistence_threshold]
+    return [sum(padded(size, ranks) for size in kept)] if kept else []
