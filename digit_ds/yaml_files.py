@@ -40,11 +40,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # 2020-13-45 is not a valid date
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-13-45 is not a valid date
         raise UserError(f"{source}: is not valid YAML ({' '.join(str(error).split())})") from error
 
 

@@ -109,15 +109,17 @@ def _reduce_beside_the_host(zero: Any, stream: Any) -> None:
 def _gather_kept_at_once(zero: Any) -> None:
     """Weights too small to be given back travel in one message after the update; DeepSpeed sends each, then waits."""
     _check(zero, "persistent_parameters")
-    for first in zero.persistent_parameters[:1]:  # its method is called for all
-        _check(first, "ds_status", "all_gather", "all_gather_coalesced")
+    if not zero.persistent_parameters:
+        return
+    first = zero.persistent_parameters[0]  # DeepSpeed calls its method for all of them
+    _check(first, "ds_status", "all_gather", "all_gather_coalesced")
+    missing = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE
 
-        def gather(param_list: list[Any], first: Any = first) -> None:
-            missing = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE
-            if lacking := [parameter for parameter in param_list if parameter.ds_status == missing]:
-                first.all_gather_coalesced(lacking).wait()
+    def gather(param_list: list[Any]) -> None:
+        if lacking := [parameter for parameter in param_list if parameter.ds_status == missing]:
+            first.all_gather_coalesced(lacking).wait()
 
-        first.all_gather = gather
+    first.all_gather = gather
 
 
 class ZeroState(Protocol):
