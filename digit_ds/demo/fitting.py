@@ -30,8 +30,8 @@ def fit(
 ) -> None:
     """Minimise ``loss(share of the steps done)`` over the parameters of ``module``.
 
-    Muon (https://kellerjordan.github.io/posts/muon) updates ``matrices``, hidden weights of a transformer, AdamW the
-    other parameters: with it a ViT needs about half the steps.
+    Muon (https://kellerjordan.github.io/posts/muon) updates ``matrices``, hidden weights of a transformer or kernels of
+    convolutions, AdamW the other parameters: with it both networks need about half the steps.
 
     The state lies in the file ``unfinished`` meanwhile; the caller removes it once the result is saved. Randomness
     comes from torch's global generator, which is saved too: an interrupted run ends with the weights of a whole one.
