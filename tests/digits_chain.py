@@ -8,9 +8,12 @@ DIGITS = Scale(
     vqgan_steps=400,
     codes=256,
     kmeans_iterations=20,
+    resize=35,
     views=8,
     first_stage=(),
     pixels=(),
+    temperature=0.9,
     decoder_top_p=0.8,
     per_class=50,
+    probe_passes=100,
 )

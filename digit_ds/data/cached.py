@@ -9,11 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from streaming import Stream, StreamingDataset
-from streaming.base.compression import decompress
-from streaming.base.format import FileInfo, Reader
-
 from digit_ds.data.cache import FAILED
+from digit_ds.data.mosaic import FileInfo, Reader, Stream, StreamingDataset, decompress
 from digit_ds.data.objects import file_of, read_object
 from digit_ds.data.shards import CONTENT, check_bytes
 from digit_ds.errors import UserError

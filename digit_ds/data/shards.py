@@ -122,7 +122,9 @@ def _problem(manifest: ShardManifest) -> str | None:
 
 def write_block(directory: Path, samples: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
     """Write one block of samples as MDS files into the new folder ``directory``: equal samples give equal bytes."""
-    from streaming import MDSWriter  # here and below: it takes seconds to import, a manifest is read without it
+    from digit_ds.data.mosaic import (
+        MDSWriter,  # here and below: it takes seconds to import, a manifest is read without it
+    )
 
     with MDSWriter(
         columns={name: COLUMNS[name] for name in columns},
@@ -194,8 +196,7 @@ def read_shard(directory: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_shard(directory: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
-    from streaming.base.compression import decompress
-    from streaming.base.format.mds.reader import MDSReader
+    from digit_ds.data.mosaic import MDSReader, decompress
 
     stored = shard["zip_data"] or shard["raw_data"]
     path = directory / stored["basename"]
@@ -219,7 +220,7 @@ def check_bytes(place: Path | str, data: bytes, size: int, hashes: Mapping[str, 
     Raises:
         UserError: names ``place`` and what differs.
     """
-    from streaming.base.hashing import get_hash
+    from digit_ds.data.mosaic import get_hash
 
     if len(data) != size:
         raise UserError(f"{place}: has {len(data)} bytes, expected {size} by index.json")

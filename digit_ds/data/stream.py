@@ -18,12 +18,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from streaming import StreamingDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from digit_ds.data.cache import complete, default_cache, prepare, remove_orphans
 from digit_ds.data.cached import CachedShards
+from digit_ds.data.mosaic import StreamingDataset
 from digit_ds.data.objects import is_address
 from digit_ds.data.order import InOrder, KeyedOrder, Order, StoredOrder
 from digit_ds.data.shards import ShardManifest, read_manifest

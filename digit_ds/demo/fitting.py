@@ -1,7 +1,7 @@
 """The small training loop of the two stand-ins: AdamW and Muon, warm-up and cosine, continues after an interruption."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +30,8 @@ def fit(
 ) -> None:
     """Minimise ``loss(share of the steps done)`` over the parameters of ``module``.
 
-    Muon (https://kellerjordan.github.io/posts/muon) updates ``matrices``, hidden weights of a transformer, AdamW the
-    other parameters: with it a ViT needs about half the steps.
+    Muon (https://kellerjordan.github.io/posts/muon) updates ``matrices``, hidden weights of a transformer or kernels of
+    convolutions, AdamW the other parameters: with it both networks need about half the steps.
 
     The state lies in the file ``unfinished`` meanwhile; the caller removes it once the result is saved. Randomness
     comes from torch's global generator, which is saved too: an interrupted run ends with the weights of a whole one.
@@ -41,7 +41,7 @@ def fit(
         torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     ]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, MUON_RATE, momentum=0.9, weight_decay=0.01))
+        optimizers.append(Muon(matrices, MUON_RATE, momentum=0.9, weight_decay=0.01))
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     start = 0
     if unfinished.exists():
@@ -75,6 +75,42 @@ def fit(
                     "random": torch.get_rng_state(),
                 }
                 write_atomically(unfinished, partial(torch.save, state))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum for matrices, and for kernels of convolutions as [out, in * height * width].
+
+    torch.optim.Muon computes in bfloat16, which took more than half of a training step on CPUs without instructions for
+    it, and takes no kernels.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all matrices."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                state = self.state[matrix]
+                if not state:
+                    state["average"] = torch.zeros_like(matrix)
+                average = state["average"].lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonal(matrix.grad.lerp(average, group["momentum"]).flatten(1))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                matrix.sub_(rate * update.view_as(matrix))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """A matrix [M, N] with its singular values moved near 1: five Newton-Schulz steps with Muon's coefficients."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    found = matrix.T if tall else matrix
+    found = found / found.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), found, beta=3.4445)
+    return found.T if tall else found
 
 
 def draw(images: Tensor, count: int) -> Tensor:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from digit_ds.demo.steps import Step
 
-VIEW_RESIZE = 35
-"""Pixels to which a digit is enlarged before a view of 32 is cut: it moves by up to 1.5 pixels either way."""
 RECIPES = Path(__file__).parent
 
 
@@ -26,30 +24,47 @@ class Scale:
     vqgan_steps: int
     codes: int
     kmeans_iterations: int
+    resize: int
+    """Pixels to which a digit is enlarged before a view of 32 is cut: 35 move it by up to 1.5 pixels either way.
+    Samples are enlarged as the views are, so that FID, against the pictures as they are, rises with it."""
     views: int
     first_stage: tuple[str, ...]
     """Overrides of prior.yaml and vq_baseline.yaml."""
     pixels: tuple[str, ...]
     """Overrides of pixel_ar.yaml and pixel_nar.yaml."""
+    temperature: float
+    """Of the prior's draws."""
     decoder_top_p: float
     """Of the autoregressive pixel decoder."""
     per_class: int
+    probe_passes: int
 
 
 _ROTARY = ("model.positions=rotary2d", "model.qk_norm=true")
 """A pixel decoder finds the place of each token sooner with them."""
+_FORGETFUL = ("optimizer.betas=[0.9,0.95]",)
+"""In a run of so few steps and so high a learning rate, Adam's second moment has to follow the gradients sooner."""
 _SELDOM = ("monitor.validate_every=200", "checkpoint.every=200")
 FULL = Scale(
     pictures="mnist",
     encoder_steps=1000,
-    vqgan_steps=450,
+    vqgan_steps=320,
     codes=512,
     kmeans_iterations=20,
+    resize=33,
     views=4,
-    first_stage=("training.steps=800", "model.dropout=0.05", *_SELDOM),
-    pixels=(*_ROTARY, *_SELDOM, "training.steps=1200", "model.dropout=0.0"),
-    decoder_top_p=0.4,
+    first_stage=(
+        *("model.layers=3", "model.qk_norm=true", "model.dropout=0.05", "optimizer.learning_rate=6e-3"),
+        *("training.steps=600", *_FORGETFUL, *_SELDOM),
+    ),
+    pixels=(
+        *("model.layers=2", *_ROTARY, "model.dropout=0.0", "optimizer.learning_rate=15e-3"),
+        *("training.steps=1200", *_FORGETFUL, *_SELDOM),
+    ),
+    temperature=0.7,
+    decoder_top_p=0.1,
     per_class=50,
+    probe_passes=20,
 )
 _NARROW = ("model.layers=2", "model.width=64", "model.heads=2", "checkpoint.every=100")
 SMALL = Scale(
@@ -58,11 +73,14 @@ SMALL = Scale(
     vqgan_steps=80,
     codes=64,
     kmeans_iterations=5,
+    resize=35,
     views=8,
     first_stage=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
     pixels=(*_NARROW, *_ROTARY, "optimizer.learning_rate=4e-3", "training.steps=400"),
+    temperature=0.9,
     decoder_top_p=0.4,
     per_class=10,
+    probe_passes=100,
 )
 
 
@@ -88,7 +106,7 @@ class Stages:
         scale, features = self.scale, self.out / "features"
         tokenise = (
             *("tokenize", "--encoder", self.encoder, "--codebook", self.codebook, *self.painter),
-            *("--resize", VIEW_RESIZE, "--no-flip"),
+            *("--resize", scale.resize, "--no-flip"),
         )
         extract = ("features", "--images", self.train_images, "--encoder", self.encoder)
         return [
@@ -137,7 +155,7 @@ class Stages:
 
     def rebuild(self, name: str, out: Path, *words: object, needs: Sequence[str]) -> Step:
         """Held-out pictures -> discriminative tokens -> a pixel decoder, which ``words`` name."""
-        given = ("--from-images", self.held_out_images, "--resize", VIEW_RESIZE)
+        given = ("--from-images", self.held_out_images, "--resize", self.scale.resize)
         made = ("--encoder", self.encoder, "--codebook", self.codebook)
         return self.verb(name, "sample", *words, *self.painter, "--out", out, *given, *made, needs=needs)
 
@@ -149,7 +167,8 @@ class Stages:
     def probe(self, name: str, model: Path, out: Path, *words: object, needs: Sequence[str]) -> Step:
         """Linear probes of a first-stage model."""
         shards = ("--train", self.train_shards, "--val", self.held_out_shards)
-        return self.verb(name, "probe", "--model", model, *shards, "--passes", 100, "--out", out, *words, needs=needs)
+        passes = ("--passes", self.scale.probe_passes)
+        return self.verb(name, "probe", "--model", model, *shards, *passes, "--out", out, *words, needs=needs)
 
     def module(self, name: str, module: str, *words: object, needs: Sequence[str] = ()) -> Step:
         """``python -m digit_ds.demo.MODULE WORDS``."""

@@ -57,7 +57,7 @@ class _Training(nn.Module):
         images = distort(draw(self.images, BATCH), turn=0.1, stretch=0.05, move=2)
         latents = self.network.encode(images.contiguous(memory_format=torch.channels_last))  # [B, C, h, w]
         if share < CONTINUOUS_SHARE:
-            return 10 * F.mse_loss(self.network.decode(latents), images)
+            return 10 * _difference(self.network.decode(latents), images)
         vectors = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)  # [B*h*w, C]
         codebook = self.network.codebook.weight
         if self.step == 0:
@@ -67,7 +67,7 @@ class _Training(nn.Module):
         quantised = self.network.embed(codes)
         painted = self.network.decode(latents + (quantised - latents).detach())
         loss = (
-            10 * F.mse_loss(painted, images)
+            10 * _difference(painted, images)
             + F.mse_loss(quantised, latents.detach())
             + COMMITMENT * F.mse_loss(latents, quantised.detach())
         )
@@ -83,6 +83,13 @@ class _Training(nn.Module):
         self.usage[rare] = self.usage.mean()
 
 
+def _difference(painted: Tensor, images: Tensor) -> Tensor:
+    """Mean squared error of the pixels and of the steps between neighbours, which keep strokes sharp and apart."""
+    return F.mse_loss(painted, images) + sum(
+        F.mse_loss(painted.diff(dim=axis), images.diff(dim=axis)) for axis in (-2, -1)
+    )
+
+
 def train_vqgan(images: Path, checkpoint: Path, config: Path, steps: int) -> None:
     """Train on the image folder ``images``; write a taming-style checkpoint and its YAML configuration."""
     torch.manual_seed(1)
@@ -94,6 +101,7 @@ def train_vqgan(images: Path, checkpoint: Path, config: Path, steps: int) -> Non
         steps=steps,
         learning_rate=2e-3,
         weight_decay=0.0,
+        matrices=[parameter for parameter in training.network.parameters() if parameter.ndim == 4],
         unfinished=unfinished,
         description="VQGAN stand-in",
     )

@@ -45,7 +45,7 @@ FIRST_STAGE = ("prior", "random_prior", "vq_baseline")
 SEARCH_SEED = 1000
 """Learning rates and guidance scales are chosen with it; its models are not reported."""
 TEMPERATURE = 0.9
-"""Of the first stage, in every row, as in the demo."""
+"""Of the first stage, in every row."""
 SCALES = (1.5, 2.5, 4.0)
 """Constant guidance scales that are tried; the one of the lowest FID against held-out digits is taken."""
 
