@@ -122,9 +122,7 @@ def _problem(manifest: ShardManifest) -> str | None:
 
 def write_block(directory: Path, samples: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
     """Write one block of samples as MDS files into the new folder ``directory``: equal samples give equal bytes."""
-    from digit_ds.data.mosaic import (
-        MDSWriter,  # here and below: it takes seconds to import, a manifest is read without it
-    )
+    from digit_ds.data.mosaic import MDSWriter  # here and below: importing it takes long, a manifest is read without it
 
     with MDSWriter(
         columns={name: COLUMNS[name] for name in columns},
