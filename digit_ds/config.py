@@ -5,6 +5,7 @@ wrong type and combinations that cannot work end in one line.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -251,9 +252,19 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     named = values.get("deepspeed")
     if isinstance(named, str) and os.path.isfile(path.parent / named):  # noqa: PTH113 (False for impossible names)
         values["deepspeed"] = str(path.parent / named)
-    recipe = Recipe.read(values, str(path))
-    _check_combinations(recipe, path)
+    try:
+        recipe = Recipe.read(values, str(path))
+        _check_combinations(recipe, path)
+    except UserError as error:
+        raise UserError(_with_overrides(str(error), path, overrides or [])) from error
     return recipe
+
+
+def _with_overrides(message: str, path: Path, overrides: list[str]) -> str:
+    """The message of a refusal with those overrides behind the file's name whose keys it names."""
+    keys = ((override, override.partition("=")[0]) for override in overrides)
+    named = [override for override, key in keys if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message)]
+    return message.replace(f"{path}: ", f"{path} with {' '.join(named)}: ", 1) if named else message
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import os
 import pwd
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from digit_ds.cluster.submit import QUEUED
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 4  # more than the machine may have: Slurm is told to believe it
+LOST_AFTER = 300
+"""Seconds without an answer after which a node counts as lost, Slurm's default: a busy machine must lose none."""
 
 CONFIGURATION = """\
 ClusterName=digit
@@ -59,8 +63,11 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout={lost_after}
 SlurmctldTimeout=10
+# On a busy machine messages and the end of processes take long; no node is to be drained for it.
+MessageTimeout=60
+UnkillableStepTimeout=600
 KillWait=20
 InactiveLimit=0
 MinJobAge=1800
@@ -118,6 +125,7 @@ class Cluster:
                 controller_port=controller,
                 user=pwd.getpwuid(os.geteuid()).pw_name,
                 folder=self.folder,
+                lost_after=LOST_AFTER,
                 # The job id gives MASTER_PORT: two clusters on one machine must not count from the same number.
                 first_job=random.SystemRandom().randrange(1, 1 << 22),
                 nodes=nodes,
@@ -159,6 +167,15 @@ class Cluster:
                 if ours and f"SLURMD_NODENAME={name}\0".encode() in variables:
                     os.kill(int(process.parent.name), signal.SIGKILL)
 
+    @contextlib.contextmanager
+    def lost_after(self, seconds: int) -> Iterator[None]:
+        """Let a node that does not answer count as lost after ``seconds``, for the length of a ``with`` block."""
+        self._set_lost_after(seconds)
+        try:
+            yield
+        finally:
+            self._set_lost_after(LOST_AFTER)
+
     def stop(self) -> None:
         """Cancel all jobs, then end the daemons."""
         if "slurmctld" in self._daemons:
@@ -199,8 +216,29 @@ class Cluster:
             job = self.job(number)
             if job["JobState"] in states if states else job["JobState"] not in QUEUED:
                 return job
-            assert time.monotonic() < deadline, f"job {number} is still {job['JobState']} ({job['Reason']})"
+            if time.monotonic() > deadline:
+                nodes = self.run("scontrol", "--oneliner", "show", "node", check=False)
+                pytest.fail(f"job {number} is still {job['JobState']} ({job['Reason']}): {nodes}{self._logs()}")
+            if "DRAINED" in job["Reason"]:
+                self._resume_drained()
             time.sleep(0.3)
+
+    def _resume_drained(self) -> None:
+        """Return drained nodes to service, as an administrator does, with a warning that gives the reason.
+
+        Slurm drains a node when a process there does not end or a batch script does not start in time, which a busy
+        machine can cause.
+        """
+        for line in self.run("sinfo", "--noheader", "--Node", "--format=%N %T %E").splitlines():
+            name, state, reason = line.split(maxsplit=2)
+            if state.startswith("drain"):
+                warnings.warn(f"node {name} was drained ({reason}) and is resumed", stacklevel=2)
+                self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+
+    def _set_lost_after(self, seconds: int) -> None:
+        path = self.folder / "slurm.conf"
+        path.write_text(re.sub(r"(?m)^SlurmdTimeout=\d+$", f"SlurmdTimeout={seconds}", path.read_text()))
+        self.run("scontrol", "reconfigure")
 
     def _states(self) -> list[str]:
         return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
@@ -221,7 +259,7 @@ class Cluster:
             time.sleep(0.05)
 
     def _logs(self) -> str:
-        """The last lines of every log, for the message of a failed start."""
+        """The last lines of every log, for the message of a failure."""
         files = [*sorted(self.folder.glob("*.out")), *sorted(self.folder.glob("*.log"))]
         return "\n".join(f"{file.name}: {file.read_text(errors='replace')[-1500:]}" for file in files)
 
@@ -258,9 +296,9 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A running cluster; the test is skipped, and says why, where Slurm is not installed."""
+    """A running cluster of the module's own; the test is skipped, and says why, where Slurm is not installed."""
     if missing := missing_programs():
         pytest.skip(f"no Slurm cluster: {', '.join(missing)} not installed (Debian: slurm-wlm and munge)")
     with running_cluster() as started:

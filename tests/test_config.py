@@ -102,6 +102,16 @@ def test_what_is_wrong_is_named_in_one_sentence(recipe_file, overrides, words):
         assert word in message
 
 
+def test_a_refusal_names_the_overrides_that_it_is_about(recipe_file):
+    given = ["training.global_batch=100", "training.steps=7", "run=other"]
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file, given)
+    assert str(caught.value).startswith(f"{recipe_file} with training.global_batch=100: training.global_batch is 100")
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file, ["run=other", "optimizer.betas=[0.9, 1.5]"])
+    assert str(caught.value).startswith(f"{recipe_file} with optimizer.betas=[0.9, 1.5]: optimizer.betas.1 is 1.5")
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [

@@ -225,6 +225,13 @@ def test_training_saves_requeues_and_continues(submission, how):
     running.run("scancel", *map(str, jobs.values()))
 
 
+@pytest.mark.fault(
+    "a node is lost",
+    stage="every step of a chain",
+    outcome="Slurm requeues the job, which continues; --status names the node meanwhile",
+    status="-",
+    lost="what was not saved on that node",
+)
 def test_a_lost_node_requeues_the_job_and_status_says_what_it_waits_for(submission):
     running = submission.cluster
     submission.behave(features={"gate": True})
@@ -233,11 +240,12 @@ def test_a_lost_node_requeues_the_job_and_status_says_what_it_waits_for(submissi
     _await((submission.folder / "calls.jsonl").exists)
     running.stop_node("n2")
     try:
-        running.wait(job, states=("PENDING",))
-        assert submission.state("features")["status"] == "requeued"
-        assert "waiting" in submission.status()["features"]
-        submission.behave()
-        _await(lambda: "n2 (down" in submission.call("--status").stdout)
+        with running.lost_after(10):
+            running.wait(job, states=("PENDING",))
+            waiting = submission.status()["features"]
+            assert waiting.startswith("waiting") and waiting.endswith("to continue as attempt 2")
+            submission.behave()
+            _await(lambda: "n2 (down" in submission.call("--status").stdout)
     finally:
         running.start_node("n2")
     assert running.wait(job)["JobState"] == "COMPLETED"
@@ -279,7 +287,10 @@ def test_dry_run_prints_commands_and_leaves_no_trace(submission):
             lambda s: s.chain["features"].update(images="/no"),
             "chain.yaml: features.images is /no, which does not exist",
         ),
-        (lambda s: s.chain["prior"].update(overrides={"training.step": 3}), "train.yaml: unknown key 'training.step'"),
+        (
+            lambda s: s.chain["prior"].update(overrides={"training.step": 3}),
+            "train.yaml with training.step=3: unknown key",
+        ),
         (
             lambda s: s.site.update(tasks_per_node=3),
             "prior on 6 ranks: training.global_batch is 1024, expected a multiple of training.micro_batch 64 x 6",

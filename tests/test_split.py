@@ -47,7 +47,11 @@ def test_what_is_refused(tmp_path):
     images = make_images(tmp_path / "images", 30)
     split(images, tmp_path / "out")
     for name, arguments, expected in (
-        ("another share", (images, tmp_path / "out", 0.5), "is not this split, expected a new folder"),
+        (
+            "another share",
+            (images, tmp_path / "out", 0.5),
+            "holds another split whose share is 0.[12], but this one's is 0.5",
+        ),
         ("inside", (images, images / "out", 0.1), "lies inside"),
         ("split already", (tmp_path / "out", tmp_path / "again", 0.1), "has the folder train"),
         (
@@ -68,6 +72,6 @@ def test_a_refused_split_warns_of_nothing(tmp_path, capsys):
     (images / "notes.txt").write_text("not an image")
     split(images, tmp_path / "out")
     assert "warning: " in capsys.readouterr().err
-    with pytest.raises(UserError, match="is not this split"):
+    with pytest.raises(UserError, match="holds another split"):
         split(images, tmp_path / "out", share=0.5)
     assert capsys.readouterr().err == ""

@@ -246,7 +246,7 @@ def _standing(step: Step, folder: Path, queue: dict, failed: list[str]) -> tuple
     if said == "complete":
         return f"complete (job {job})", False
     if slurm == "PENDING":
-        again = f", continues after {state['restarts'] + 1} attempts" if said == "requeued" else ""
+        again = f", to continue as attempt {state['restarts'] + 2}" if said else ""  # also after a node failed
         return f"waiting (job {job}): {_waiting(reason)}{again}", False
     if slurm in QUEUED:
         return f"running (job {job}) on {nodes}, attempt {state['restarts'] + 1 if said else 1}: {log}", False

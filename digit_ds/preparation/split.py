@@ -12,6 +12,7 @@ from digit_ds.data.sources.opening import SPLITS, list_source, open_source
 from digit_ds.errors import UserError
 from digit_ds.files import read_json, write_json
 from digit_ds.preparation.settings import SplitSettings
+from digit_ds.workdir import is_begun
 
 RECORD = "split.json"
 """What a finished split was made with."""
@@ -43,11 +44,10 @@ def split_images(settings: SplitSettings) -> None:
     held_out = {name for group, members in groups.items() for name in _held_out(root, group, members, settings)}
     listed = hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()
     record = {"images": str(root.resolve()), "names_sha256": listed, **settings.record()}
-    if (out / RECORD).is_file() and read_json(out / RECORD) == record:
+    before = read_json(out / RECORD) if (out / RECORD).is_file() else None
+    if is_begun(out, before, record, another="holds another split", foreign="exists and is no split"):
         print(f"{out}: complete already")
         return
-    if out.exists():
-        raise UserError(f"{out}: exists and is not this split, expected a new folder")
     warn_of_passed_over(root, passed_over)  # once nothing can be refused any more
     try:
         _link(root.resolve(), out, names, held_out, record)
