@@ -12,6 +12,7 @@ import pytest
 import torch
 from calls import run_demo
 from PIL import Image
+from preparation_parts import contents
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,6 +46,22 @@ def test_digits_are_the_originals_split_evenly(digits):
         assert (picture.mode, picture.size) == ("RGB", (32, 32))
         shrunk = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX)) / 255 * 16
         assert np.corrcoef(shrunk.flatten(), originals.images[number].flatten())[0, 1] > 0.97
+
+
+def test_copies_are_other_handwritings_of_the_training_digits_alone(tmp_path):
+    for folder in ("first", "again"):
+        write_digits(tmp_path / folder, copies=2)
+    root = tmp_path / "first"
+    assert contents(root) == contents(tmp_path / "again")
+    trained = {path.relative_to(root / "train").as_posix() for path in (root / "train").rglob("*.png")}
+    copied = {path.relative_to(root / "copies").as_posix() for path in (root / "copies").rglob("*.png")}
+    assert copied == {name.replace(".png", f"_{copy}.png") for name in trained for copy in (0, 1)}
+    images = read_images(root / "train")[:, 0].flatten(1)
+    first, second = read_images(root / "copies")[:, 0].flatten(1).view(len(images), 2, -1).unbind(1)
+    assert not (first == second).all(1).any() and not (first == images).all(1).any()
+    # Of 1,437 digits, the nearest one to a copy is mostly the one that it was made from (0.82 of the copies).
+    nearest = torch.cdist(first, images).argmin(1)
+    assert (nearest == torch.arange(len(images))).float().mean() > 0.7
 
 
 def test_mnist_is_split_evenly_and_shows_the_originals(tmp_path):

@@ -37,7 +37,7 @@ def steps(out: Path, scale: Scale) -> list[Step]:
     stages = Stages(out, scale)
     prior, pixel_decoder = out / "models" / "prior", out / "models" / "pixel_ar"
     pixel_sampling = ("--decoder", pixel_decoder, "--decoder-top-p", scale.decoder_top_p)
-    prior_sampling = ("--prior", prior, "--temperature", scale.temperature, "--guidance", 2.5)
+    prior_sampling = ("--prior", prior, "--temperature", scale.temperature, "--guidance", scale.guidance)
     half = load_recipe(RECIPES / "prior.yaml").model.max_positions // 2
     return [
         *stages.shared(),

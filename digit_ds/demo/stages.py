@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from digit_ds.demo.picture_sets import SIZE
 from digit_ds.demo.steps import Step
 
 RECIPES = Path(__file__).parent
@@ -24,9 +25,11 @@ class Scale:
     vqgan_steps: int
     codes: int
     kmeans_iterations: int
+    copies: int
+    """Distorted copies of each training digit, from which the models learn instead of from random crops of the digit;
+    0: crops. With copies a model sees more handwritings, and samples are not enlarged as crops are."""
     resize: int
-    """Pixels to which a digit is enlarged before a view of 32 is cut: 35 move it by up to 1.5 pixels either way.
-    Samples are enlarged as the views are, so that FID, against the pictures as they are, rises with it."""
+    """Pixels to which a digit is enlarged before a view of 32 is cut: 35 move it by up to 1.5 pixels either way."""
     views: int
     first_stage: tuple[str, ...]
     """Overrides of prior.yaml and vq_baseline.yaml."""
@@ -34,6 +37,8 @@ class Scale:
     """Overrides of pixel_ar.yaml and pixel_nar.yaml."""
     temperature: float
     """Of the prior's draws."""
+    guidance: float
+    """Scale of classifier-free guidance of the prior."""
     decoder_top_p: float
     """Of the autoregressive pixel decoder."""
     per_class: int
@@ -47,12 +52,13 @@ _FORGETFUL = ("optimizer.betas=[0.9,0.95]",)
 _SELDOM = ("monitor.validate_every=200", "checkpoint.every=200")
 FULL = Scale(
     pictures="mnist",
-    encoder_steps=1000,
-    vqgan_steps=320,
-    codes=512,
+    encoder_steps=1300,
+    vqgan_steps=400,
+    codes=1024,
     kmeans_iterations=20,
-    resize=33,
-    views=4,
+    copies=4,
+    resize=SIZE,
+    views=1,
     first_stage=(
         *("model.layers=3", "model.qk_norm=true", "model.dropout=0.05", "optimizer.learning_rate=6e-3"),
         *("training.steps=600", *_FORGETFUL, *_SELDOM),
@@ -61,7 +67,8 @@ FULL = Scale(
         *("model.layers=2", *_ROTARY, "model.dropout=0.0", "optimizer.learning_rate=15e-3"),
         *("training.steps=1200", *_FORGETFUL, *_SELDOM),
     ),
-    temperature=0.7,
+    temperature=0.5,
+    guidance=2.0,
     decoder_top_p=0.1,
     per_class=50,
     probe_passes=20,
@@ -73,11 +80,13 @@ SMALL = Scale(
     vqgan_steps=80,
     codes=64,
     kmeans_iterations=5,
+    copies=0,
     resize=35,
     views=8,
     first_stage=(*_NARROW, "optimizer.learning_rate=4e-3", "training.steps=400"),
     pixels=(*_NARROW, *_ROTARY, "optimizer.learning_rate=4e-3", "training.steps=400"),
     temperature=0.9,
+    guidance=2.5,
     decoder_top_p=0.4,
     per_class=10,
     probe_passes=100,
@@ -108,9 +117,11 @@ class Stages:
             *("tokenize", "--encoder", self.encoder, "--codebook", self.codebook, *self.painter),
             *("--resize", scale.resize, "--no-flip"),
         )
+        tokenised = self.out / "images" / "copies" if scale.copies else self.train_images
+        copies = ("--copies", scale.copies) if scale.copies else ()
         extract = ("features", "--images", self.train_images, "--encoder", self.encoder)
         return [
-            self.module("digits", "digits", self.out / "images", "--set", scale.pictures),
+            self.module("digits", "digits", self.out / "images", "--set", scale.pictures, *copies),
             self.module(
                 *("encoder", "stand_in_encoder", self.train_images, self.encoder, "--steps", scale.encoder_steps),
                 needs=("digits",),
@@ -126,7 +137,7 @@ class Stages:
                 needs=("features",),
             ),
             self.verb(
-                *("tokens_train", *tokenise, "--images", self.train_images, "--views", scale.views),
+                *("tokens_train", *tokenise, "--images", tokenised, "--views", scale.views),
                 *("--out", self.train_shards),
                 needs=("kmeans", "vqgan"),
             ),
