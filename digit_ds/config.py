@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from digit_ds import shipped
 from digit_ds.errors import UserError
 from digit_ds.model.spec import Architecture
-from digit_ds.settings import PathText, Section, ShortPrecision
+from digit_ds.settings import PathText, Section, ShortPrecision, brief
 from digit_ds.yaml_files import parse_yaml, read_yaml
 
 
@@ -263,7 +263,8 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 def _with_overrides(message: str, path: Path, overrides: list[str]) -> str:
     """The message of a refusal with those overrides behind the file's name whose keys it names."""
     keys = ((override, override.partition("=")[0]) for override in overrides)
-    named = [override for override, key in keys if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message)]
+    about = [override for override, key in keys if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message)]
+    named = [brief(one)[1:-1] for one in about]  # in one line, long ones shortened
     return message.replace(f"{path}: ", f"{path} with {' '.join(named)}: ", 1) if named else message
 
 
