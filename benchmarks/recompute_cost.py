@@ -1,12 +1,13 @@
 """Memory and time of each value of ``training.recompute``, on one GPU or CPU.
 
     python benchmarks/recompute_cost.py                                                    # large, 128 images, a GPU
-    python benchmarks/recompute_cost.py --layers 4 --batch 4 --steps 5 --no-compile        # four such layers, a CPU
+    python benchmarks/recompute_cost.py --layers 4 --batch 4 --steps 3 --no-compile        # four such layers, a CPU
 
 Builds the engine as ``digit-ds train`` does (bf16, dropout 0.1, ZeRO 1) and trains it on random tokens. Prints a row
 for each value: the memory that the forward pass keeps for the backward pass, what ``digit-ds estimate`` counts
 (activations and logits: in addition one layer that is being recomputed), the peak of a GPU, and the time of a step with
-its ratio to ``none``. The values take turns; medians count. On a CPU memory is the resident size of the process.
+its ratio to ``none``. The values take turns; medians count. On a CPU memory is the resident size of the process; to
+measure it, every tensor is mapped anew, which makes the times of a CPU no guide.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import time
 from pathlib import Path
 from typing import get_args
 
+import start_memory
 import torch
-from start_memory import manifest, memory
 from train_speed import SIZES
 
 from digit_ds.config import Recipe
@@ -36,25 +37,16 @@ ROUNDS = 3
 def recipe(run: Path, options: argparse.Namespace, recompute: str) -> Recipe:
     """The size of ``options``; nothing of its data is read."""
     layers, width, heads, _, batch = SIZES[options.size]
+    made = start_memory.recipe(run, (options.layers or layers, width, heads), 1, 1, None)
     images = options.batch or batch
-    return Recipe.model_validate(
-        {
-            "run": str(run),
-            "deepspeed": "zero1.json",
-            "model": {"layers": options.layers or layers, "width": width, "heads": heads, "max_positions": 300},
-            "data": {"shards": "none"},
-            "training": {
-                **{"steps": 1, "global_batch": images, "micro_batch": images, "recompute": recompute},
-                "compile": options.compile,
-            },
-        }
-    )
+    changes = {"global_batch": images, "micro_batch": images, "recompute": recompute, "compile": options.compile}
+    return made.model_copy(update={"training": made.training.model_copy(update=changes)})
 
 
 def held(device: torch.device) -> int:
     """Bytes in use."""
     if device.type == "cpu":
-        return memory("VmRSS")
+        return start_memory.memory("VmRSS")
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated(device)
 
@@ -72,13 +64,14 @@ def step(engine: Engine, tokens: torch.Tensor, device: torch.device) -> tuple[fl
 
 def main(options: argparse.Namespace) -> None:
     """Measure every value."""
-    m_mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)  # what a tensor frees leaves the process at once
     codes = SIZES[options.size][3]
     place, device = topology.initialize(1, 600.0), launch.device()
+    if device.type == "cpu":
+        m_mmap_threshold = -3
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)  # what a tensor frees leaves the process at once
     with tempfile.TemporaryDirectory() as folder:
         recipes = {value: recipe(Path(folder), options, value) for value in VALUES}
-        spec = runs.model_spec(recipes["none"], manifest(codes))
+        spec = runs.model_spec(recipes["none"], start_memory.manifest(codes))
         engine = Engine(recipes["none"], spec, place, device)
     engine.train()
     batch = recipes["none"].training.global_batch
@@ -94,7 +87,7 @@ def main(options: argparse.Namespace) -> None:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             found = [step(engine, tokens, device) for _ in range(options.steps)]
-            seconds[value] += [time for time, _ in found]
+            seconds[value] += [duration for duration, _ in found]
             kept[value] = statistics.median(size for _, size in found) / GIB
             peaks[value] = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else float("nan")
     print(f"{options.size}, {spec.layers} layers, {batch} images a step, {device}; {engine.kernels}")

@@ -262,10 +262,13 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 
 def _with_overrides(message: str, path: Path, overrides: list[str]) -> str:
     """The message of a refusal with those overrides behind the file's name whose keys it names."""
-    keys = ((override, override.partition("=")[0]) for override in overrides)
-    about = [override for override, key in keys if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message)]
-    named = [brief(one)[1:-1] for one in about]  # in one line, long ones shortened
-    return message.replace(f"{path}: ", f"{path} with {' '.join(named)}: ", 1) if named else message
+    text, about = message.removeprefix(f"{path}: "), []
+    for override in overrides:
+        key = override.partition("=")[0]
+        before = r"(?<![\w.])" if "." in key else "^"  # ``run`` is a word of sentences too
+        if re.search(rf"{before}{re.escape(key)}(?!\w)", text):
+            about.append(brief(override)[1:-1])  # in one line, long ones shortened
+    return f"{path} with {' '.join(about)}: {text}" if about else message
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -110,6 +110,9 @@ def test_a_refusal_names_the_overrides_that_it_is_about(recipe_file):
     with pytest.raises(UserError) as caught:
         load_recipe(recipe_file, ["run=other", "optimizer.betas=[0.9, 1.5]"])
     assert str(caught.value).startswith(f"{recipe_file} with optimizer.betas=[0.9, 1.5]: optimizer.betas.1 is 1.5")
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file, ["model.kind=ar", "training.order=random", "run=random"])
+    assert "with model.kind=ar training.order=random: training.order is random" in str(caught.value)
     for value in ("9" * 3000, "1\n2"):
         with pytest.raises(UserError) as caught:
             load_recipe(recipe_file, [f"training.steps='{value}'"])

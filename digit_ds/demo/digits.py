@@ -38,7 +38,8 @@ def write_digits(out: Path, name: str = "digits", copies: int = 0) -> None:
                 folder = temporary / split / str(labels[number])
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(grey[number]).convert("RGB").save(folder / f"{number:04d}.png")
-        _write_copies(temporary, copies)
+        if copies:
+            _write_copies(temporary, copies)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
