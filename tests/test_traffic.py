@@ -31,6 +31,7 @@ def token_shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"))
 
 
+BUCKETS = {"reduce_bucket_size": 3000, "allgather_bucket_size": 1000}
 ZERO3 = {
     "overlap_comm": True,
     "reduce_bucket_size": 3000,
@@ -47,7 +48,7 @@ ZERO3 = {
         (4, 2, {"stage": 3} | ZERO3, {"parallel__sequence": True, "training__precision": "bf16"}),
         (3, 1, {"stage": 2, "reduce_bucket_size": 900}, {"training__global_batch": 12}),
         (2, 2, {"stage": 1}, MODERN | {"training__recompute": "layer", "model__dropout": 0.1}),
-        (2, 1, {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 3000}, {"training__precision": "bf16"}),
+        (2, 1, {"stage": 2, "overlap_comm": True, **BUCKETS}, {"training__precision": "bf16"}),
     ],
     ids=[
         "tensor 2 x data 2, sequence, ZeRO 3",

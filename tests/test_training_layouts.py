@@ -11,11 +11,14 @@ from reference_loss import label_smoothed_cross_entropy
 from training_parts import MODERN, launch, metrics, recipe, train, whole_state, write_shards
 
 from digit_ds.config import Recipe
+from digit_ds.data.shards import read_manifest
 from digit_ds.data.stream import Chunks, TokenStream
 from digit_ds.model import weights
 from digit_ds.model.sequences import training_sequence
 from digit_ds.model.transformer import Transformer
+from digit_ds.training.runs import model_spec
 from digit_ds.training.schedule import learning_rate, random_order_share
+from digit_ds.training.zero_messages import ZeroOptions, sizes_by_module, weight_groups
 
 LAYOUTS = list(product((1, 2, 4), (1, 2), (0, 1, 2, 3)))
 """Tensor size, data size, ZeRO stage."""
@@ -30,7 +33,6 @@ def token_shards(tmp_path_factory) -> Path:
 def train_plainly(values: Recipe, out: Path) -> None:
     """The lean single-process model under torch.optim.AdamW and torch's clipping: no Megatron, no DeepSpeed."""
     from digit_ds.model.megatron import seed_dropout
-    from digit_ds.training.runs import model_spec
 
     stream = TokenStream(values.data.shards, seed=values.data.shuffle_seed, owner=str(out))
     spec = model_spec(values, stream.manifest)
@@ -192,6 +194,31 @@ def test_fast_layouts_equal_plain_training(
         training__compile=compiled,
         training__recompute=recompute,
     )
+    launch(train, (values,), tensor * data, tmp_path / "log", timeout=600)
+    compare(tmp_path / "run", plain("prior"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tensor", "data", "sequence", "compiled"),
+    [(1, 2, False, False), (1, 4, False, False), (2, 2, True, True)],
+)
+def test_weights_sent_during_the_forward_pass(tensor, data, sequence, compiled, token_shards, plain, tmp_path):
+    """ZeRO 2 with overlapped communication: weights travel by group, each module waits for its own."""
+    options = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 3000, "allgather_bucket_size": 400}
+    file = tmp_path / "zero2.json"
+    file.write_text(json.dumps({"zero_optimization": options}))
+    values = recipe(
+        tmp_path / "run",
+        token_shards,
+        deepspeed=str(file),
+        parallel__tensor=tensor,
+        parallel__sequence=sequence,
+        training__compile=compiled,
+        training__ema_decay=0.9,
+    )
+    modules = sizes_by_module(model_spec(values, read_manifest(token_shards)), tensor)
+    assert len(weight_groups(modules, ZeroOptions(**options), data)) > 3
     launch(train, (values,), tensor * data, tmp_path / "log", timeout=600)
     compare(tmp_path / "run", plain("prior"))
 

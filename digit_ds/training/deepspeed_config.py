@@ -75,6 +75,8 @@ def _owned(recipe: Recipe, data_size: int, stage: int, path: Path, sent: Any) ->
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,  # GuardedAdamW is torch's AdamW, which ZeRO supports
         "steps_per_print": 10**9,
+        # DeepSpeed's own measurement of speed makes the host wait for the GPU twice in each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if training.precision == "bf16":
         # The optimizer skips what is not finite; DeepSpeed's own check would make the host wait once a step.

@@ -18,7 +18,9 @@ from digit_ds.parallel.frameworks import deepspeed
 from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.optimizer import GuardedAdamW
+from digit_ds.training.weight_gather import WeightGather
 from digit_ds.training.zero import STATES, Partitioner
+from digit_ds.training.zero_messages import ZeroOptions
 
 FINGERPRINT_PART = 1 << 22
 """Elements that :func:`fingerprint` widens to 64 bits at a time."""
@@ -81,8 +83,12 @@ class Engine:
         if recipe.training.compile:
             model.compile_layers(pieces)
         settings = recipe.optimizer
+        gather = None
+        options = ZeroOptions.read(config)
+        if options.gathers_beside and topology.data_size > 1:
+            gather = WeightGather(model, options.allgather_bucket_size * topology.data_size)
         self.optimizer = GuardedAdamW(
-            model.parameters(),
+            [{"params": group} for group in gather.groups] if gather else model.parameters(),
             learning_rate=0.0,
             betas=settings.betas,
             epsilon=settings.epsilon,
@@ -98,7 +104,7 @@ class Engine:
             dist_init_required=False,
         )
         self.model: MegatronTransformer = model
-        self._state = kind(self._deepspeed.optimizer, self.optimizer, model.parameters(), topology, device)
+        self._state = kind(self._deepspeed.optimizer, self.optimizer, model.parameters(), topology, device, gather)
         self.optimizer.global_norm = self._state.global_norm
         if before is not None and fingerprint(model, dtype) != before:
             raise RuntimeError("deepspeed.initialize changed this rank's weights")

@@ -236,7 +236,7 @@ class _Run:
             seed_dropout(training.seed, progress.step, chunk)
             share = random_order_share(self.recipe, progress.step)
             sequence = self._sequence(self.stream, batch, training.class_dropout, share)
-            self.used_tokens[sequence.target.flatten()] = 1
+            self.used_tokens.index_fill_(0, sequence.target.flatten(), 1)  # an assignment would wait for the GPU
             loss, nll = self.engine.loss(sequence.input, sequence.target, sequence.loss_mask, sequence.order)
             self.pace.end()
             self.engine.backward(loss)

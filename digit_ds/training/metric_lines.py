@@ -37,6 +37,8 @@ class MetricLines:
         """``group``: the data-parallel ranks, on whose devices losses and tokens are reduced."""
         self._place, self._group, self._pace, self._report = place, group, pace, report
         self._line: Background[None] | None = None
+        # In the stream of training the device would wait, behind these sums, for weights that are still on their way.
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def begin(
         self, values: dict[str, Any], loss: Tensor, nll: Tensor, norm: Tensor | float, used: Tensor, samples: Samples
@@ -52,23 +54,15 @@ class MetricLines:
             samples: of the step.
         """
         self.wait()
-        means = torch.stack([loss, nll]).float()
-        works = [
-            dist.all_reduce(means, group=self._group, async_op=True),
-            dist.all_reduce(used, dist.ReduceOp.MAX, group=self._group, async_op=True),
-        ]
-        if means.is_cuda:
-            for reduced in works:
-                reduced.wait()  # the device's queue waits, not the host
-            arrived = _on_the_way(self._numbers(means, used, norm))
+        if self._stream is not None and loss.is_cuda:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for tensor in (loss, nll, used, norm):
+                    if isinstance(tensor, Tensor) and tensor.is_cuda:
+                        tensor.record_stream(self._stream)
+                arrived = _on_the_way(self._summed(loss, nll, used, norm)())
         else:
-            value = float(norm)
-
-            def arrived() -> Tensor:
-                for reduced in works:
-                    reduced.wait()
-                return self._numbers(means, used, value)
-
+            arrived = self._summed(loss, nll, used, float(norm))
         self._line = Background(partial(self._complete, values, arrived, self._pace.take(), samples), "metrics")
 
     def wait(self) -> None:
@@ -80,6 +74,21 @@ class MetricLines:
         line, self._line = self._line, None
         if line is not None:
             line.wait()
+
+    def _summed(self, loss: Tensor, nll: Tensor, used: Tensor, norm: Tensor | float) -> Callable[[], Tensor]:
+        """Begin the sums over ranks; a call waits for them, on a GPU in the device's queue."""
+        means = torch.stack([loss, nll]).float()
+        works = [
+            dist.all_reduce(means, group=self._group, async_op=True),
+            dist.all_reduce(used, dist.ReduceOp.MAX, group=self._group, async_op=True),
+        ]
+
+        def arrived() -> Tensor:
+            for reduced in works:
+                reduced.wait()
+            return self._numbers(means, used, norm)
+
+        return arrived
 
     def _numbers(self, means: Tensor, used: Tensor, norm: Tensor | float) -> Tensor:
         """float64 [4], on the device of ``means``: loss and nll over all ranks, share of the ids, norm."""

@@ -23,6 +23,7 @@ from digit_ds.training.zero_messages import (
     scattered_messages,
     sizes_by_module,
     summed_messages,
+    weight_groups,
 )
 
 Operation = Literal["all_reduce", "reduce_scatter", "all_gather"]
@@ -142,15 +143,16 @@ def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_ba
             *_equal("all_gather", persistent(sizes, options, data_size), low),
             *_equal("all_reduce", [1], _norm_bytes(recipe)),
         ]
-    gathered = _equal("all_gather", [flat_elements(sizes, data_size)], low)
+    groups = weight_groups(modules, options, data_size)
+    parts = [flat_elements(group, data_size) for group in groups]
+    gathered = _equal("all_gather", parts, low)
     if options.stage == 0:
         return _equal("all_reduce", [sum(sizes)], 4)
     if options.stage == 1 and bf16:
         return [*_equal("all_reduce", [flat_elements(sizes, data_size)], 4), *gathered]
     passes = micro_batches if options.stage == 2 else 1  # stage 2 keeps no gradient of other ranks' parts
-    summed = _equal(
-        "all_reduce", summed_messages(gradients, options, data_size), sent, passes, beside and options.stage == 2
-    )
+    sums = summed_messages(gradients, groups, options, data_size)
+    summed = _equal("all_reduce", sums, sent, passes, beside and options.stage == 2)
     return [*summed, *gathered, *_equal("all_reduce", [1], _norm_bytes(recipe))]
 
 

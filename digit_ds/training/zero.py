@@ -18,6 +18,7 @@ from digit_ds.errors import UserError
 from digit_ds.parallel.frameworks import deepspeed, parallel_state
 from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.optimizer import GuardedAdamW
+from digit_ds.training.weight_gather import WeightGather
 
 View = Callable[[str], Tensor]
 """Kind of state (``weight`` or one of ``GuardedAdamW.state_names``) -> flat view of the live float32 tensor."""
@@ -83,6 +84,58 @@ def _leave_the_norm(zero: Any) -> None:
     module.is_invalid_grad_norm = lambda norm: False
 
 
+def _mark_on_the_device(zero: Any) -> None:
+    """DeepSpeed sets a norm that is not finite to -1, with a constant that the host copies once the GPU is idle."""
+
+    def mark(input: Tensor, device: Any = None, val: float = -1.0) -> None:
+        input.masked_fill_(~input.isfinite(), val)
+
+    name = "mask_nan_or_inf_with_val_inplace"
+    _check(deepspeed.runtime.utils, name)
+    for module in (deepspeed.runtime.utils, sys.modules[type(zero).__module__]):
+        if hasattr(module, name):
+            setattr(module, name, mark)
+
+
+def _gather_beside_the_forward_pass(zero: Any, gather: WeightGather) -> None:
+    """Updated weights are sent while the next forward pass computes; DeepSpeed waits for all of them after the update.
+
+    Each parameter group is gathered by itself. The gradient's norm stays one sum over the ranks, not one a group.
+    """
+    _check(zero, "step", "update_lp_params", "scaled_global_norm", "get_grad_norm_direct")
+    _check(zero, "averaged_gradients", "params_in_partition", "cpu_offload")
+    module: Any = sys.modules[type(zero).__module__]
+    _check(module, "all_gather_dp_groups")
+
+    def begin(groups_flat: Any, partitioned_param_groups: Any, dp_process_group: Any, **_: Any) -> None:
+        gather.begin(
+            dist.all_gather_into_tensor(flat, parts[dist.get_rank(group)], group=group, async_op=True)
+            for flat, parts, group in zip(groups_flat, partitioned_param_groups, dp_process_group, strict=True)
+        )
+
+    def beside(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            gather.wait()  # what is sent is about to change
+            original, module.all_gather_dp_groups = module.all_gather_dp_groups, begin
+            try:
+                return method(*arguments, **options)
+            finally:
+                module.all_gather_dp_groups = original
+
+        return run
+
+    def norm(norm_type: int = 2) -> Tensor:
+        gradients, parameters = [], []
+        for number, owned in enumerate(zero.params_in_partition):
+            real = [part for part in zero.averaged_gradients[number] if not getattr(part, "_zero_padding", False)]
+            gradients += real[: len(owned)]
+            parameters += owned[: len(real)]
+        return zero.get_grad_norm_direct(gradients, parameters, norm_type)
+
+    zero.step, zero.update_lp_params = beside(zero.step), beside(zero.update_lp_params)
+    zero.scaled_global_norm = norm
+
+
 def _reduce_beside_the_host(zero: Any, stream: Any) -> None:
     """After a backward pass the GPU waits for the reductions on ``stream``; DeepSpeed lets the host wait for the GPU.
 
@@ -129,9 +182,18 @@ class ZeroState(Protocol):
     """Whether the model's own parameters are empty between layers (stage 3)."""
 
     def __init__(
-        self, zero: Any, optimizer: GuardedAdamW, parameters: Iterable[Any], topology: Topology, device: torch.device
+        self,
+        zero: Any,
+        optimizer: GuardedAdamW,
+        parameters: Iterable[Any],
+        topology: Topology,
+        device: torch.device,
+        gather: WeightGather | None,
     ) -> None:
-        """``zero`` is DeepSpeed's optimizer around ``optimizer``; ``parameters`` are the model's."""
+        """``zero`` is DeepSpeed's optimizer around ``optimizer``; ``parameters`` are the model's.
+
+        ``gather``: stage 2's sending of updated weights, where it goes on during the forward pass.
+        """
 
     def global_norm(self) -> Tensor | float:
         """Norm of the whole model's gradient, needed within an update."""
@@ -155,7 +217,13 @@ class _WholeState:
     partitions_weights = False
 
     def __init__(
-        self, zero: Any, optimizer: GuardedAdamW, parameters: Iterable[Any], topology: Topology, device: torch.device
+        self,
+        zero: Any,
+        optimizer: GuardedAdamW,
+        parameters: Iterable[Any],
+        topology: Topology,
+        device: torch.device,
+        gather: WeightGather | None,
     ) -> None:
         self._optimizer, self._parameters = optimizer, list(parameters)
         self._topology, self._device = topology, device
@@ -203,10 +271,21 @@ class _PartitionedState:
     partitions_weights = False
 
     def __init__(
-        self, zero: Any, optimizer: GuardedAdamW, parameters: Iterable[Any], topology: Topology, device: torch.device
+        self,
+        zero: Any,
+        optimizer: GuardedAdamW,
+        parameters: Iterable[Any],
+        topology: Topology,
+        device: torch.device,
+        gather: WeightGather | None,
     ) -> None:
         self._zero, self._optimizer = zero, optimizer
         _check(zero, "_lazy_init_hp_params_optimizer_state", "update_lp_params")
+        _mark_on_the_device(zero)
+        self._gather = gather
+        if gather is not None:
+            _gather_beside_the_forward_pass(zero, gather)
+            optimizer.create_state()  # DeepSpeed links the states of all groups after the update of the first
         if hasattr(zero, "reduction_stream"):
             _reduce_beside_the_host(zero, zero.reduction_stream)
         else:  # stage 1 in bf16
@@ -236,6 +315,8 @@ class _PartitionedState:
 
     def refresh_model(self) -> None:
         self._zero.update_lp_params()
+        if self._gather is not None:
+            self._gather.wait()
 
 
 class _PartitionedWeights:
@@ -244,13 +325,20 @@ class _PartitionedWeights:
     partitions_weights = True
 
     def __init__(
-        self, zero: Any, optimizer: GuardedAdamW, parameters: Iterable[Any], topology: Topology, device: torch.device
+        self,
+        zero: Any,
+        optimizer: GuardedAdamW,
+        parameters: Iterable[Any],
+        topology: Topology,
+        device: torch.device,
+        gather: WeightGather | None,
     ) -> None:
         self._zero, self._optimizer = zero, optimizer
         _check(zero, "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "_get_fp32_opt_state_partition")
         _check(zero, "checkpoint_event_prologue", "checkpoint_event_epilogue", "_global_grad_norm")
         _check(zero, "reduce_and_partition_stream")
         _leave_the_norm(zero)
+        _mark_on_the_device(zero)
         _reduce_beside_the_host(zero, zero.reduce_and_partition_stream)
         _gather_kept_at_once(zero)
         for parameter in parameters:

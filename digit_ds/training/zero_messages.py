@@ -22,7 +22,9 @@ class ZeroOptions:
 
     stage: int = 0
     overlap_comm: bool = False
+    offloads: bool = False
     reduce_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = 500_000_000
     stage3_prefetch_bucket_size: int = 50_000_000
     stage3_param_persistence_threshold: int = 100_000
     stage3_max_live_parameters: int = 1_000_000_000
@@ -32,7 +34,13 @@ class ZeroOptions:
     def read(cls, config: dict[str, Any]) -> "ZeroOptions":
         """Of a DeepSpeed configuration."""
         zero = config.get("zero_optimization", {})
-        return cls(**{name: zero[name] for name in cls.__dataclass_fields__ if name in zero})
+        offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+        return cls(offloads=offloads, **{name: zero[name] for name in cls.__dataclass_fields__ if name in zero})
+
+    @property
+    def gathers_beside(self) -> bool:
+        """Whether updated weights are sent while the next forward pass computes, by group (``WeightGather``)."""
+        return self.stage == 2 and self.overlap_comm and not self.offloads
 
 
 LAYER = (
@@ -86,9 +94,30 @@ def padded(elements: int, ranks: int) -> int:
     return -(-elements // ranks) * ranks
 
 
+def weight_groups(modules: Sequence[Sequence[int]], options: ZeroOptions, ranks: int) -> list[list[int]]:
+    """Sizes of the parameters of each group that stages 1 and 2 cut and gather by itself."""
+    if not options.gathers_beside:
+        return [[size for module in modules for size in module]]
+    groups = consecutive(map(sum, modules), options.allgather_bucket_size * ranks)
+    return [[size for number in group for size in modules[number]] for group in groups]
+
+
 def flat_elements(sizes: Iterable[int], ranks: int) -> int:
     """The flat buffer of stages 1 and 2: every part begins at a multiple of two elements."""
     return padded(sum(sizes), 2 * ranks)
+
+
+def consecutive(sizes: Iterable[int], limit: int) -> list[list[int]]:
+    """Numbers of modules by group: a new group begins where the next module would exceed ``limit`` elements."""
+    groups: list[list[int]] = []
+    elements = 0
+    for number, size in enumerate(sizes):
+        if not groups or elements + size > limit:
+            groups.append([])
+            elements = 0
+        groups[-1].append(number)
+        elements += size
+    return groups
 
 
 def gradient_buckets(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -102,26 +131,37 @@ def gradient_buckets(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
     yield bucket
 
 
-def summed_messages(sizes: Sequence[int], options: ZeroOptions, ranks: int) -> list[int]:
-    """Sums of one backward pass under stage 2.
+def summed_messages(
+    sizes: Sequence[int], groups: Sequence[Sequence[int]], options: ZeroOptions, ranks: int
+) -> list[int]:
+    """Sums of one backward pass under stage 2, of gradients ``sizes`` in its order.
 
     A parameter larger than a bucket is summed owner by owner, as many owners at a time as exceed a bucket.
     """
-    part, end, limit = flat_elements(sizes, ranks) // ranks, sum(sizes), options.reduce_bucket_size
-    messages = []
+    limit, messages = options.reduce_bucket_size, []
+    large = [cuts for group in groups for cuts in _owners(group, ranks, limit)]
     for bucket in gradient_buckets(sizes, limit):
-        start = end - sum(bucket)
-        if end - start > limit:
-            first = start
+        elements = sum(bucket)
+        if elements > limit:
+            messages += large.pop()  # the backward pass meets them from the last to the first
+        else:
+            messages.append(elements)
+    return messages
+
+
+def _owners(group: Sequence[int], ranks: int, limit: int) -> Iterator[list[int]]:
+    """For each parameter of a group that exceeds a bucket: the elements of its messages."""
+    part, start = flat_elements(group, ranks) // ranks, 0
+    for size in group:
+        end = start + size
+        if size > limit:
+            messages, first = [], start
             for owner in range(start // part * part + part, end, part):
                 if owner - first > limit:
                     messages.append(owner - first)
                     first = owner
-            messages.append(end - first)
-        else:
-            messages.append(end - start)
-        end = start
-    return messages
+            yield [*messages, end - first]
+        start = end
 
 
 def scattered_messages(sizes: Sequence[int], options: ZeroOptions, ranks: int) -> list[int]:
