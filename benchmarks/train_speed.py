@@ -238,7 +238,7 @@ HOST = ("cpu_op", "cuda_runtime", "cuda_driver")
 def print_parts(trace: Path) -> None:
     """Share of one step's device time by kind of kernel, and the largest kernels."""
     events = json.loads(trace.read_text())["traceEvents"]
-    kernels = kernels_of(events)
+    kernels = middle_step(events)
     if not kernels:
         return
     parts, names, counts = Counter(), Counter(), Counter()
@@ -271,10 +271,22 @@ def print_parts(trace: Path) -> None:
         print(f"      {microseconds / 1e3:8.2f} ms {name[:110]}")
 
 
-def kernels_of(events: list[dict]) -> list[dict]:
-    """What ran on the device, by its beginning."""
-    found = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    return sorted(found, key=lambda event: event["ts"])
+def middle_step(events: list[dict]) -> list[dict]:
+    """What ran on the device in the second of three traced steps, by its beginning.
+
+    From the first kernel that the host issued in that step to the first one that it issued in the next. What the step
+    before sent beside it is part of it.
+    """
+    marks = [e["ts"] for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("training step ")]
+    issued = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in HOST[1:] and "args" in e}
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels.sort(key=lambda event: event["ts"])
+    starts = []
+    for mark in sorted(marks)[1:]:
+        starts.append(next((k["ts"] for k in kernels if issued.get(k["args"].get("correlation"), 0) >= mark), None))
+    if len(starts) < 2 or None in starts:
+        return []
+    return [kernel for kernel in kernels if starts[0] <= kernel["ts"] < starts[1]]
 
 
 def host_during(events: list[dict], idle: list[tuple[float, float]]) -> Counter:

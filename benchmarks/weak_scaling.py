@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from ranks import ROOT
-from train_speed import SIZES, exposed, kernels_of, our_metrics, recipe_of, run_name, summary
+from train_speed import SIZES, exposed, middle_step, our_metrics, recipe_of, run_name, summary
 
 SEQUENCE = "zero1,parallel.tensor=2,parallel.sequence=true"
 VARIANTS = {"base": ["zero1"], "large": ["zero1"], "3.7b": ["zero3_overlap", f"{SEQUENCE},micro_batch=64"]}
@@ -41,7 +41,7 @@ def predict(size: str, variant: str, batch: int, gpus: int) -> tuple[float, floa
     from digit_ds.config import Recipe
     from digit_ds.model.spec import TransformerSpec
     from digit_ds.training.estimate import memory_by_part, zero_of
-    from digit_ds.training.plan import predicted_seconds
+    from digit_ds.training.plan import predicted_step
     from digit_ds.training.settings import PlanSettings
 
     layers, width, heads, codes, _ = SIZES[size]
@@ -54,14 +54,14 @@ def predict(size: str, variant: str, batch: int, gpus: int) -> tuple[float, floa
     )
     settings = PlanSettings.read({"recipe": "recipe.yaml", "gpus": gpus, "gpu": known_gpu()})
     parts = memory_by_part(recipe, spec, gpus // recipe.parallel.tensor, *zero_of(recipe))
-    return recipe.training.global_batch / predicted_seconds(settings, recipe, spec), sum(parts.values())
+    return recipe.training.global_batch / predicted_step(settings, recipe, spec).seconds, sum(parts.values())
 
 
 def traced(run: Path) -> dict[str, float]:
     """Milliseconds of the traced step, of its collectives, and of those beside which nothing runs."""
     found = {}
     for trace in (run / "profile").glob("*.json"):
-        kernels = kernels_of(json.loads(trace.read_text())["traceEvents"])
+        kernels = middle_step(json.loads(trace.read_text())["traceEvents"])
         if kernels:
             ends = [kernel["ts"] + kernel["dur"] for kernel in kernels]
             found["step_ms"] = (max(ends) - kernels[0]["ts"]) / 1e3

@@ -175,7 +175,7 @@ class MonitorConfig(Section):
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s for MFU; unset: known for common GPUs, otherwise MFU is null."""
     profile_step: int = Field(0, ge=0)
-    """torch.profiler traces this step into RUN/profile; 0: none."""
+    """torch.profiler traces this step and the two after it into RUN/profile; 0: none."""
 
 
 class PreviewConfig(Section):

@@ -32,6 +32,7 @@ from digit_ds.training.metrics import Clock, Reporter, memory_gib, peak_tflops, 
 from digit_ds.training.pace import Pace
 from digit_ds.training.preemption import STATUS, StopSignal
 from digit_ds.training.preview import Figures, Preview, SampleGrid
+from digit_ds.training.profile import Profile
 from digit_ds.training.replicas import ReplicaCheck
 from digit_ds.training.schedule import learning_rate, random_order_share
 from digit_ds.training.watchdog import Watchdog
@@ -153,6 +154,7 @@ class _Run:
         self.used_tokens = torch.zeros(self.spec.vocabulary.output_size, dtype=torch.uint8, device=self.device)
         self.peak = peak_tflops(recipe.monitor.peak_tflops)
         self.report = Reporter(self.folder, self.progress.step, training.steps, runs.recipe_text(recipe))
+        self.profile = Profile(self.folder / "profile", recipe.monitor.profile_step)
         self.lines = MetricLines(place, parallel_state.get_data_parallel_group(), self.pace, self.report)
 
     def run(self, watchdog: Watchdog, stop: StopSignal) -> bool:
@@ -173,7 +175,7 @@ class _Run:
         batches = self.stream.batches(self.chunks, progress.images, recipe.data.workers)
         try:
             while progress.step < steps and not stopped:
-                with self._profiled(progress.step + 1):
+                with self.profile.step(progress.step + 1):
                     loss, nll, sample_sum = self._step(batches, clock)
                 stopped, samples = self._exchange(stop, sample_sum)
                 warn(*self.guard.read(keep=1))
@@ -199,6 +201,7 @@ class _Run:
             warn(*error.messages)
             raise
         finally:
+            self.profile.close()
             self.checkpoints.settle()
         if stopped:
             print(f"stopped by signal at step {progress.step}", file=sys.stderr, flush=True)
@@ -372,15 +375,3 @@ class _Run:
     def _device_name(self) -> str:
         """Human-readable names of the devices."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-
-    def _profiled(self, step: int):
-        """A profiler around the steps that the recipe asks for."""
-        from contextlib import nullcontext
-
-        if step != self.recipe.monitor.profile_step or not launch.is_main():
-            return nullcontext()
-        folder = self.folder / "profile"
-        folder.mkdir(exist_ok=True)
-        return torch.profiler.profile(
-            on_trace_ready=lambda profile: profile.export_chrome_trace(str(folder / f"step_{step:08d}.json"))
-        )
