@@ -327,8 +327,16 @@ def _efficiency(width: int) -> float:
 
 
 def _again(recipe: Recipe, spec: TransformerSpec) -> float:
-    """Work of recomputation as a share of the rest: a second forward pass, a third of it, of what is recomputed."""
-    attention = 4 * spec.width**2 + 2 * spec.width * spec.sequence_length
-    feed_forward = (2 if spec.activation == "gelu" else 3) * spec.width * spec.feed_forward
-    shares = {"none": 0, "attention": attention, "feed_forward": feed_forward, "layer": attention + feed_forward}
-    return shares[recipe.training.recompute] / (attention + feed_forward) / 3
+    """Work of recomputation as a share of the rest: a second forward pass, a third of it, of what is recomputed.
+
+    A part's last matrix is left out: the backward pass does not need its product. That of a whole layer is, by the
+    norm or the dropout behind it.
+    """
+    inner = (2 if spec.activation == "gelu" else 3) * spec.width * spec.feed_forward  # the feed-forward part
+    attention, last = 3 * spec.width**2 + 2 * spec.width * spec.sequence_length, spec.width**2
+    up, down = inner - spec.width * spec.feed_forward, spec.width * spec.feed_forward
+    whole = attention + last + inner
+    shares = {"none": 0, "attention": attention, "feed_forward": up, "layer": whole}
+    if recipe.model.dropout == 0 and spec.norm_position == "pre":
+        shares["layer"] -= down
+    return shares[recipe.training.recompute] / whole / 3

@@ -121,9 +121,10 @@ def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_ba
     """Gradients, weights and the gradient's norm of one step between data-parallel ranks.
 
     Gradients are float32, or of the file's ``communication_data_type``. ZeRO 1 in bf16 sums them whole and gathers the
-    weights; 2 sums bucket by bucket (DeepSpeed's default for buckets of several owners) and gathers the weights; 3
-    reduce-scatters the gradients of every micro-batch
-    and gathers the weights for its forward and again for its backward pass, but for those that it still holds.
+    weights; 2 sums bucket by bucket (DeepSpeed's default for buckets of several owners) and gathers the weights, with
+    ``overlap_comm`` by group; 3 reduce-scatters the gradients of every micro-batch and gathers the weights for its
+    forward and again for its backward pass, but for those that it still holds. Gathers of ZeRO 2 overlap with the next
+    forward pass, but count as exposed here: no measurement has shown how much of them is hidden.
     """
     if data_size == 1:
         return []
