@@ -15,7 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from training_parts import launch, metrics, recipe, start, steps_logged, train, whole_state, write_shards
+from training_parts import (
+    launch,
+    metrics,
+    overlapped_file,
+    recipe,
+    start,
+    steps_logged,
+    train,
+    whole_state,
+    write_shards,
+)
 
 from digit_ds.config import Recipe
 from digit_ds.errors import run_command
@@ -83,7 +93,8 @@ def train_and_stop_in_a_save(values: Recipe, moment: str, reached: Path) -> None
 )
 def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path):
     """Ten of them at random, ten inside a save, before each of its files in turn."""
-    options = {"training__steps": 120, "model__dropout": 0.2, "checkpoint__every": 2, "deepspeed": "zero2.json"}
+    options = {"training__steps": 120, "model__dropout": 0.2, "checkpoint__every": 2}
+    options["deepspeed"] = overlapped_file(tmp_path)
     straight = recipe(tmp_path / "straight", token_shards, **options)
     launch(train, (straight,), 2, tmp_path / "log-straight")
     values = recipe(tmp_path / "run", token_shards, **options)
@@ -127,9 +138,10 @@ def test_layout_may_change_between_runs(token_shards, tmp_path):
     straight = recipe(tmp_path / "straight", token_shards, training__steps=18, **options)
     launch(train, (straight,), 1, tmp_path / "log")
     run = tmp_path / "run"
-    for steps, tensor, world, stage in ((6, 1, 2, 1), (12, 2, 2, 3), (15, 4, 4, 2), (18, 1, 1, 0)):
+    files = ["zero0.json", "zero1.json", overlapped_file(tmp_path), "zero3.json"]
+    for steps, tensor, world, stage in ((6, 1, 2, 1), (9, 2, 4, 2), (12, 2, 2, 3), (15, 4, 4, 2), (18, 1, 1, 0)):
         values = recipe(
-            run, token_shards, training__steps=steps, parallel__tensor=tensor, deepspeed=f"zero{stage}.json", **options
+            run, token_shards, training__steps=steps, parallel__tensor=tensor, deepspeed=files[stage], **options
         )
         if steps > 6:  # the state survives the reshape bit for bit
             before = {kind: whole_state(stored(run), kind) for kind in ("weight", "exp_avg", "exp_avg_sq", "average")}

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from reference_loss import label_smoothed_cross_entropy
-from training_parts import MODERN, launch, metrics, recipe, train, whole_state, write_shards
+from training_parts import (
+    MODERN,
+    OVERLAPPED,
+    launch,
+    metrics,
+    overlapped_file,
+    recipe,
+    train,
+    whole_state,
+    write_shards,
+)
 
 from digit_ds.config import Recipe
 from digit_ds.data.shards import read_manifest
@@ -205,20 +215,17 @@ def test_fast_layouts_equal_plain_training(
 )
 def test_weights_sent_during_the_forward_pass(tensor, data, sequence, compiled, token_shards, plain, tmp_path):
     """ZeRO 2 with overlapped communication: weights travel by group, each module waits for its own."""
-    options = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 3000, "allgather_bucket_size": 400}
-    file = tmp_path / "zero2.json"
-    file.write_text(json.dumps({"zero_optimization": options}))
     values = recipe(
         tmp_path / "run",
         token_shards,
-        deepspeed=str(file),
+        deepspeed=overlapped_file(tmp_path),
         parallel__tensor=tensor,
         parallel__sequence=sequence,
         training__compile=compiled,
         training__ema_decay=0.9,
     )
     modules = sizes_by_module(model_spec(values, read_manifest(token_shards)), tensor)
-    assert len(weight_groups(modules, ZeroOptions(**options), data)) > 3
+    assert len(weight_groups(modules, ZeroOptions(**OVERLAPPED), data)) > 3
     launch(train, (values,), tensor * data, tmp_path / "log", timeout=600)
     compare(tmp_path / "run", plain("prior"))
 

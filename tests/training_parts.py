@@ -91,6 +91,17 @@ def recipe(run: Path, token_shards: Path, **overrides: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
+OVERLAPPED = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 3000, "allgather_bucket_size": 400}
+"""ZeRO 2 with overlapped communication, in pieces as small as these models need to have several."""
+
+
+def overlapped_file(folder: Path) -> str:
+    """A DeepSpeed file with :data:`OVERLAPPED`."""
+    path = folder / "zero2_overlapped.json"
+    path.write_text(json.dumps({"zero_optimization": OVERLAPPED}))
+    return str(path)
+
+
 class Group:
     """Processes of one job that has been started."""
 

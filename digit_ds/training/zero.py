@@ -102,8 +102,8 @@ def _gather_beside_the_forward_pass(zero: Any, gather: WeightGather) -> None:
 
     Each parameter group is gathered by itself. The gradient's norm stays one sum over the ranks, not one a group.
     """
-    _check(zero, "step", "update_lp_params", "scaled_global_norm", "get_grad_norm_direct")
-    _check(zero, "averaged_gradients", "params_in_partition", "cpu_offload")
+    _check(zero, "update_lp_params", "scaled_global_norm", "get_grad_norm_direct")
+    _check(zero, "averaged_gradients", "params_in_partition")
     module: Any = sys.modules[type(zero).__module__]
     _check(module, "all_gather_dp_groups")
 
