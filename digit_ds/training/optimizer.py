@@ -33,6 +33,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self.average_decay = average_decay
         self.global_norm: Callable[[], Tensor | float] = self.own_norm
         self.last_norm: Tensor | float = 0.0
+        self._judged: object = None
 
     @property
     def state_names(self) -> list[str]:
@@ -67,17 +68,21 @@ class GuardedAdamW(torch.optim.AdamW):
             return None
         for parameter in parameters:
             self._state_of(parameter)
-        device = parameters[0].device
         norm = self.global_norm()
         self.last_norm = norm
-        norm = torch.as_tensor(norm, dtype=torch.float32).to(device, non_blocking=True)
-        finite = torch.isfinite(norm) & (norm >= 0)
-        self.found_inf = (~finite).to(torch.float32)
-        # As torch.nn.utils.clip_grad_norm_: the gradient times clipping / (norm + 1e-6) where that is below 1.
-        self.grad_scale = ((norm + 1e-6) / self.clipping).clamp(min=1.0) if self.clipping else None
+        if norm is not self._judged:  # the partitions of a step have one norm
+            self._judged = norm
+            self._judge(torch.as_tensor(norm, dtype=torch.float32).to(parameters[0].device, non_blocking=True))
         super().step()
         if self.average_decay:
             averages = [self.state[parameter]["average"] for parameter in parameters]
             # A skipped update leaves finite weights behind, so the average may move towards them all the same.
             torch._foreach_lerp_(averages, parameters, 1.0 - self.average_decay)
         return None
+
+    def _judge(self, norm: Tensor) -> None:
+        """What the fused kernel divides gradients by, and whether it skips the update."""
+        finite = torch.isfinite(norm) & (norm >= 0)
+        self.found_inf = (~finite).to(torch.float32)
+        # As torch.nn.utils.clip_grad_norm_: the gradient times clipping / (norm + 1e-6) where that is below 1.
+        self.grad_scale = ((norm + 1e-6) / self.clipping).clamp(min=1.0) if self.clipping else None
