@@ -18,7 +18,7 @@ from preparation_parts import call, make_codebook, make_encoder, make_images, st
 from slurm_cluster import may_unshare
 from small_models import write_models
 from test_lock import holder
-from training_parts import recipe, write_shards
+from training_parts import recipe, start, write_shards
 
 from digit_ds import workdir
 from digit_ds.errors import UserError, run_command
@@ -456,13 +456,11 @@ def _train_until_a_rank_cannot_read(run: Path, shards: Path) -> None:
     status="2 on that rank, 1 on the others",
     lost="steps since the last checkpoint",
 )
-def test_training_whose_file_system_fails_on_one_rank(capfd, tmp_path):
+def test_training_whose_file_system_fails_on_one_rank(tmp_path):
     shards = write_shards(tmp_path / "shards")
-    processes = start_ranks(2, lambda: _train_until_a_rank_cannot_read(tmp_path / "run", shards))
-    for process in processes:
-        process.join(120)
-    captured = capfd.readouterr().err
-    assert [process.exitcode for process in processes] == [1, 2], captured
+    group = start(_train_until_a_rank_cannot_read, (tmp_path / "run", shards), 2, tmp_path / "log")
+    status, captured = group.wait(120), group.output()
+    assert status == [1, 2], captured
     assert f"error: {shards}: cannot be used (Input/output error)\n" in captured, repr(captured)
     assert "rank 0 on" in captured and "Traceback" not in captured
 
