@@ -311,6 +311,7 @@ def test_gradients_are_rounded_on_their_way_only_where_the_file_says_so(tmp_path
         ({"train_batch_size": 9}, {}, "train_batch_size is 9, expected 8 as in the recipe"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}, {"training__precision": "bf16"}, "bf16.ena"),
         ({"scheduler": {}}, {}, "holds 'scheduler'"),
+        ({"timers": {"throughput": {"enabled": True}}}, {}, "timers.throughput.enabled is True, expected False"),
         ({"gradient_clipping": 0.7}, {}, "gradient_clipping"),
         ({"zero_optimization": {"stage": 4}}, {}, "stage is 4"),
         ({"zero_optimization": {"stage": 0}}, {"training__precision": "bf16"}, "stage is 0, expected 1 or more"),

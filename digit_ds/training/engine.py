@@ -19,7 +19,7 @@ from digit_ds.parallel.topology import Mpu, Topology
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.optimizer import GuardedAdamW
 from digit_ds.training.weight_gather import WeightGather
-from digit_ds.training.zero import STATES, Partitioner
+from digit_ds.training.zero import STATES, Given, Partitioner
 from digit_ds.training.zero_messages import ZeroOptions
 
 FINGERPRINT_PART = 1 << 22
@@ -86,7 +86,7 @@ class Engine:
         gather = None
         options = ZeroOptions.read(config)
         if options.gathers_beside and topology.data_size > 1:
-            gather = WeightGather(model, options.allgather_bucket_size * topology.data_size)
+            gather = WeightGather(model, options.group_limit(topology.data_size))
         self.optimizer = GuardedAdamW(
             [{"params": group} for group in gather.groups] if gather else model.parameters(),
             learning_rate=0.0,
@@ -104,7 +104,8 @@ class Engine:
             dist_init_required=False,
         )
         self.model: MegatronTransformer = model
-        self._state = kind(self._deepspeed.optimizer, self.optimizer, model.parameters(), topology, device, gather)
+        parameters = list(model.parameters())
+        self._state = kind(Given(self._deepspeed.optimizer, self.optimizer, parameters, topology, device, gather))
         self.optimizer.global_norm = self._state.global_norm
         if before is not None and fingerprint(model, dtype) != before:
             raise RuntimeError("deepspeed.initialize changed this rank's weights")

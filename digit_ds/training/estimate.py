@@ -14,6 +14,7 @@ from digit_ds.training.deepspeed_config import find_config, read_deepspeed_confi
 from digit_ds.training.flops import PEAKS, flops_per_image
 from digit_ds.training.runs import model_spec
 from digit_ds.training.settings import EstimateSettings, PlannedSettings
+from digit_ds.training.zero_messages import ZeroOptions
 
 _GIB = 2**30
 SHARE = 0.9
@@ -97,8 +98,8 @@ def host_memory(recipe: Recipe, spec: TransformerSpec, data_size: int) -> float:
 
 def zero_of(recipe: Recipe) -> tuple[int, bool]:
     """ZeRO stage of the recipe's DeepSpeed file, and whether the optimizer's state lies in host memory."""
-    zero = read_json(find_config(recipe.deepspeed)).get("zero_optimization", {})
-    return zero.get("stage", 0), (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    options = ZeroOptions.read(read_json(find_config(recipe.deepspeed)))
+    return options.stage, options.offloads
 
 
 def largest(recipe: Recipe, spec: TransformerSpec, data_size: int, memory_gib: float) -> int:

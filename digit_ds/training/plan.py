@@ -332,10 +332,10 @@ def _again(recipe: Recipe, spec: TransformerSpec) -> float:
     A part's last matrix is left out: the backward pass does not need its product. That of a whole layer is, by the
     norm or the dropout behind it.
     """
-    inner = (2 if spec.activation == "gelu" else 3) * spec.width * spec.feed_forward  # the feed-forward part
-    attention, last = 3 * spec.width**2 + 2 * spec.width * spec.sequence_length, spec.width**2
-    up, down = inner - spec.width * spec.feed_forward, spec.width * spec.feed_forward
-    whole = attention + last + inner
+    square, down = spec.width**2, spec.width * spec.feed_forward
+    up = down * (1 if spec.activation == "gelu" else 2)
+    attention = 3 * square + 2 * spec.width * spec.sequence_length
+    whole = attention + square + up + down
     shares = {"none": 0, "attention": attention, "feed_forward": up, "layer": whole}
     if recipe.model.dropout == 0 and spec.norm_position == "pre":
         shares["layer"] -= down

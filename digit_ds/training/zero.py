@@ -6,9 +6,9 @@ before the first step and not at the first checkpoint.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -175,25 +175,27 @@ def _gather_kept_at_once(zero: Any) -> None:
     first.all_gather = gather
 
 
+class Given(NamedTuple):
+    """What a state is built around."""
+
+    zero: Any
+    """DeepSpeed's optimizer around ``optimizer``."""
+    optimizer: GuardedAdamW
+    parameters: list[Any]
+    """The model's."""
+    topology: Topology
+    device: torch.device
+    gather: WeightGather | None
+    """Stage 2's sending of updated weights, where it goes on during the forward pass."""
+
+
 class ZeroState(Protocol):
     """What a rank owns of the state, and the norm of the gradient. A class for each group of stages."""
 
     partitions_weights: bool
     """Whether the model's own parameters are empty between layers (stage 3)."""
 
-    def __init__(
-        self,
-        zero: Any,
-        optimizer: GuardedAdamW,
-        parameters: Iterable[Any],
-        topology: Topology,
-        device: torch.device,
-        gather: WeightGather | None,
-    ) -> None:
-        """``zero`` is DeepSpeed's optimizer around ``optimizer``; ``parameters`` are the model's.
-
-        ``gather``: stage 2's sending of updated weights, where it goes on during the forward pass.
-        """
+    def __init__(self, given: Given) -> None: ...
 
     def global_norm(self) -> Tensor | float:
         """Norm of the whole model's gradient, needed within an update."""
@@ -216,17 +218,9 @@ class _WholeState:
 
     partitions_weights = False
 
-    def __init__(
-        self,
-        zero: Any,
-        optimizer: GuardedAdamW,
-        parameters: Iterable[Any],
-        topology: Topology,
-        device: torch.device,
-        gather: WeightGather | None,
-    ) -> None:
-        self._optimizer, self._parameters = optimizer, list(parameters)
-        self._topology, self._device = topology, device
+    def __init__(self, given: Given) -> None:
+        self._optimizer, self._parameters = given.optimizer, given.parameters
+        self._topology, self._device = given.topology, given.device
 
     def global_norm(self) -> Tensor:
         """Each slice counted once, replicated parameters once over the tensor-parallel group."""
@@ -270,15 +264,8 @@ class _PartitionedState:
 
     partitions_weights = False
 
-    def __init__(
-        self,
-        zero: Any,
-        optimizer: GuardedAdamW,
-        parameters: Iterable[Any],
-        topology: Topology,
-        device: torch.device,
-        gather: WeightGather | None,
-    ) -> None:
+    def __init__(self, given: Given) -> None:
+        zero, optimizer, parameters, *_, gather = given
         self._zero, self._optimizer = zero, optimizer
         _check(zero, "_lazy_init_hp_params_optimizer_state", "update_lp_params")
         _mark_on_the_device(zero)
@@ -324,15 +311,8 @@ class _PartitionedWeights:
 
     partitions_weights = True
 
-    def __init__(
-        self,
-        zero: Any,
-        optimizer: GuardedAdamW,
-        parameters: Iterable[Any],
-        topology: Topology,
-        device: torch.device,
-        gather: WeightGather | None,
-    ) -> None:
+    def __init__(self, given: Given) -> None:
+        zero, optimizer, parameters, *_ = given
         self._zero, self._optimizer = zero, optimizer
         _check(zero, "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "_get_fp32_opt_state_partition")
         _check(zero, "checkpoint_event_prologue", "checkpoint_event_epilogue", "_global_grad_norm")

@@ -23,6 +23,7 @@ class ZeroOptions:
     stage: int = 0
     overlap_comm: bool = False
     offloads: bool = False
+    """Whether the optimizer's states are in host memory."""
     reduce_bucket_size: int = 500_000_000
     allgather_bucket_size: int = 500_000_000
     stage3_prefetch_bucket_size: int = 50_000_000
@@ -34,13 +35,17 @@ class ZeroOptions:
     def read(cls, config: dict[str, Any]) -> "ZeroOptions":
         """Of a DeepSpeed configuration."""
         zero = config.get("zero_optimization", {})
-        offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-        return cls(offloads=offloads, **{name: zero[name] for name in cls.__dataclass_fields__ if name in zero})
+        found = {name: zero[name] for name in cls.__dataclass_fields__ if name in zero}
+        return cls(**found | {"offloads": (zero.get("offload_optimizer") or {}).get("device") == "cpu"})
 
     @property
     def gathers_beside(self) -> bool:
         """Whether updated weights are sent while the next forward pass computes, by group (``WeightGather``)."""
         return self.stage == 2 and self.overlap_comm and not self.offloads
+
+    def group_limit(self, ranks: int) -> int:
+        """Elements of a group, of which each rank sends its part."""
+        return self.allgather_bucket_size * ranks
 
 
 LAYER = (
@@ -98,7 +103,7 @@ def weight_groups(modules: Sequence[Sequence[int]], options: ZeroOptions, ranks:
     """Sizes of the parameters of each group that stages 1 and 2 cut and gather by itself."""
     if not options.gathers_beside:
         return [[size for module in modules for size in module]]
-    groups = consecutive(map(sum, modules), options.allgather_bucket_size * ranks)
+    groups = consecutive(map(sum, modules), options.group_limit(ranks))
     return [[size for number in group for size in modules[number]] for group in groups]
 
 
