@@ -50,6 +50,7 @@ trap on_term TERM
 # Run a command so that signals reach this shell at once; exit the job when the command fails.
 attend() {
     local status
+    [ "$told_to_stop" -eq 0 ] || stopped 143
     [ "$time_is_up" -eq 0 ] || requeue
     "$@" &
     child=$!
@@ -61,10 +62,7 @@ attend() {
     done
     child=0
     [ "$status" -ne 0 ] || return 0
-    if [ "$told_to_stop" -eq 1 ]; then
-        record stopped "$status" || true
-        exit "$status"
-    fi
+    [ "$told_to_stop" -eq 0 ] || stopped "$status"
     if [ "$time_is_up" -eq 1 ] || [ "$status" -eq "$SAVED" ]; then
         requeue
     fi
@@ -83,7 +81,17 @@ nodes_answer() {
         timeout 60 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=1 true 2>/dev/null
 }
 
+stopped() { # stopped STATUS
+    record stopped "$1" || true
+    exit "$1"
+}
+
 requeue() {
+    # The ranks of a cancelled job can end before this shell gets its signal, and Slurm restarts every job that asks for
+    # it: a job that Slurm is ending (no longer RUNNING) must not ask.
+    local state
+    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p') || true
+    [ "${state:-RUNNING}" = RUNNING ] || stopped "$SAVED"
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${DIGIT_MAX_RESTARTS:-100}" ]; then
         record failed "$SAVED" || true
         say "error: requeued $SLURM_RESTART_COUNT times, expected to be done: is the time limit too short for progress?"

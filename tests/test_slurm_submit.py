@@ -201,6 +201,25 @@ def test_queued_steps_are_waited_for_and_not_submitted_twice(submission):
     submission.cluster.wait(jobs["features"])
 
 
+@pytest.mark.fault(
+    "scancel at any moment",
+    stage="every step of a chain",
+    outcome="the job ends and does not requeue itself; --status says cancelled",
+    status="-",
+    lost="steps since the last checkpoint, if the ranks cannot save within KillWait",
+)
+def test_a_job_that_is_cancelled_as_its_ranks_fail_does_not_start_again(submission):
+    """The ranks have ended, the shell has no signal yet, and a cancelled job's nodes answer as lost ones do."""
+    startup = submission.folder / "startup.sh"
+    startup.write_text('timeout() { scancel "$SLURM_JOB_ID"; command timeout "$@"; }\n')
+    submission.site["environment"]["BASH_ENV"] = str(startup)
+    submission.behave(features={"error": "not the fault of a node"})
+    job = submission.submit()["features"]
+    assert submission.cluster.wait(job, timeout=60)["JobState"] == "CANCELLED"
+    assert len(submission.calls()) == 2 and submission.state("features")["status"] == "stopped"
+    assert "cancelled" in submission.status()["features"]
+
+
 @pytest.mark.parametrize("how", [pytest.param("time limit", marks=pytest.mark.slow), "scontrol requeue"])
 def test_training_saves_requeues_and_continues(submission, how):
     """Steps taken by all attempts together are exactly the unbroken run's."""
