@@ -10,8 +10,9 @@ SHELL_SCRIPTS = $(shell git ls-files '*.sh' '*.sbatch' .ci/run)
 demo: environment ## raw images -> features -> codebook -> tokens -> models -> pictures, report and figures in demo_out/
 	$(BIN)/python -m digit_ds demo --out demo_out
 
+# Two processes: many tests wait for processes of their own. A file's tests stay together, since they share fixtures.
 test: environment ## all tests that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: environment ## ruff, layering contract, types, shellcheck where installed
 	$(BIN)/ruff check .

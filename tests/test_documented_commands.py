@@ -33,6 +33,7 @@ from digit_ds.model.released import read_model
 from digit_ds.safe_load import load_npz
 from digit_ds.training.metric_names import MEANINGS
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {

@@ -170,6 +170,7 @@ def test_parallel_seeding_with_fewer_different_points_than_clusters(tmp_path):
     assert facts["used_codes"] >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init,worlds", [("random", (2, 4)), ("k-means++", (3,))])
 def test_any_number_of_processes_gets_the_same_centroids(tmp_path, init, worlds):
     array = blobs(45_000, 6, 12, seed=5)
@@ -192,6 +193,7 @@ def test_any_number_of_processes_gets_the_same_centroids(tmp_path, init, worlds)
     status="-",
     lost="at most the iteration under way",
 )
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     array = blobs(60_000, 32, 50, seed=6)
     np.save(tmp_path / "points.npy", array)

@@ -101,6 +101,7 @@ def test_srun(cluster):  # noqa: F811
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 def test_jobs_and_steps_that_share_a_node_do_not_meet(cluster):  # noqa: F811
     """Two jobs of two ranks on one node at once, then two steps of one job."""
     on_one_node = ["srun", "-N1", "-n2", "-w", "n1", sys.executable, PROBE]
@@ -115,6 +116,7 @@ def test_jobs_and_steps_that_share_a_node_do_not_meet(cluster):  # noqa: F811
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 def test_torchrun_inside_srun(cluster):  # noqa: F811
     """One torchrun on each node, started by srun: two ranks each."""
     where = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
