@@ -11,7 +11,6 @@ line for each stage and ends with status 1 when a byte differs.
 import argparse
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from ports import free_port
 from preparation_parts import make_codebook, make_encoder, make_images, make_vqgan
 from small_models import write_models
 
@@ -94,9 +94,7 @@ def _changed(path: Path) -> int:
 
 
 def _start(command: list, log: Path) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     shared = {"WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
     with log.open("ab") as stream:

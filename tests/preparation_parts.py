@@ -5,7 +5,6 @@ import gc
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ports import free_port
 from tqdm import tqdm
 
 from digit_ds.files import sha256
@@ -97,9 +97,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def start_ranks(world: int, work: Callable[[], None]) -> list[multiprocessing.Process]:
     """Start ``work`` in ``world`` forked processes that form one job on gloo, as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def enter(rank: int) -> None:
         faulthandler.dump_traceback_later(100)  # before those who wait for it give up

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import DAEMONS, free_ports
 
 from digit_ds.cluster.submit import QUEUED
 
@@ -106,7 +107,7 @@ class Cluster:
     def start(self) -> None:
         """Start all daemons and wait until both nodes take jobs."""
         host = socket.gethostname().split(".")[0]
-        controller, *node_ports = _free_ports(1 + len(NODES))
+        controller, *node_ports = free_ports(1 + len(NODES), DAEMONS)
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
             f"CPUs={CPUS_PER_NODE} Boards=1 SocketsPerBoard=1 CoresPerSocket={CPUS_PER_NODE} ThreadsPerCore=1"
@@ -282,18 +283,6 @@ def _end_with_parent() -> None:
     """Ask the kernel to end this process when the test run does, killed test runs included."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, below the range from which the kernel gives out its own."""
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.SystemRandom().randrange(6000, 10000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            if port not in ports:
-                ports.append(port)
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_parts import free_ports, launch, recipe, train, write_shards
+from ports import free_ports
+from training_parts import launch, recipe, train, write_shards
 
 FILES = ("zero1.json", "zero2_overlap.json", "zero3_overlap.json")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from calls import train_kmeans
+from ports import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digit_ds.clustering import points as points_module
@@ -47,9 +47,7 @@ def write_features(folder, array, chunk_rows, dtype=np.float16):
 
 def start_tool(arguments, processes=1):
     """Start ``processes`` ranks of the tool, with the environment a launcher would give them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(processes):
         environment = os.environ | {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
+from ports import free_port
 from slurm_cluster import cluster  # noqa: F401 (a fixture)
 
 from digit_ds.errors import UserError, run_command
@@ -46,12 +47,6 @@ def start(*commands: list[str], environment: dict[str, str] | None = None) -> li
     assert all(process.returncode == 0 for process in running), outputs
     lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("PROBE ")]
     return sorted((json.loads(line[6:]) for line in lines), key=lambda seen: seen["rank"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def numbers(seen: list[dict]) -> list[tuple]:

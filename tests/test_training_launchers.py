@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 from calls import export
+from ports import free_port
 from small_models import random_ids
 from training_parts import launch, metrics, recipe, train, write_shards
 
@@ -46,9 +46,7 @@ def test_launcher_gives_the_losses_of_one_process(launcher, token_shards, alone,
     values = with_everything(tmp_path / "run", token_shards, parallel__tensor=2)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values.model_dump(mode="json")))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     command = {
         "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m"],
         "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port, "--module"],

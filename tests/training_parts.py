@@ -7,7 +7,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ports import free_port
 from small_models import MODERN_LAYERS
 
 from digit_ds.config import Recipe
@@ -129,9 +129,7 @@ class Group:
 
 def start(function: Callable, arguments: tuple, world: int, folder: Path) -> Group:
     """Call ``function(*arguments)`` on ``world`` ranks, as a launcher would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
         _CONTEXT.Process(target=_rank, args=(function, arguments, rank, world, port, str(folder), dict(os.environ)))
@@ -195,15 +193,6 @@ def train_all(recipes: list[Recipe], ports: list[int]) -> None:
     for values, port in zip(recipes, ports):
         os.environ["MASTER_PORT"] = str(port)
         train(values)
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def steps_logged(run: Path) -> int:

@@ -15,7 +15,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from devices import needs
-from training_parts import free_ports, launch, metrics, recipe, start, steps_logged, train, train_all, write_shards
+from ports import free_ports
+from training_parts import launch, metrics, recipe, start, steps_logged, train, train_all, write_shards
 
 from digit_ds.training.stored import newest_checkpoint
 

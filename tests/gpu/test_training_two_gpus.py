@@ -10,9 +10,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ports import free_ports
 from training_parts import (
     MODERN,
-    free_ports,
     launch,
     metrics,
     recipe,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_parts import MODERN, free_ports, launch, recipe, train, write_shards
+from ports import free_ports
+from training_parts import MODERN, launch, recipe, train, write_shards
 
 pytestmark = [
     pytest.mark.gpu,
