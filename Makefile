@@ -12,7 +12,7 @@ demo: environment ## raw images -> features -> codebook -> tokens -> models -> p
 
 # Two processes: many tests wait for processes of their own. A file's tests stay together, since they share fixtures.
 test: environment ## all tests that this machine can run
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: environment ## ruff, layering contract, types, shellcheck where installed
 	$(BIN)/ruff check .

@@ -8,13 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 import pytest
 
 
-def pytest_collection_modifyitems(config, items):
-    """The processes of ``make test`` begin with the files of slow tests, so that none ends with one."""
-    if hasattr(config, "workerinput"):  # of pytest-xdist, which gives out whole files in this order
-        slow = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.path not in slow)
-
-
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
     """A test that is skipped."""

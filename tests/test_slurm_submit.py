@@ -202,7 +202,7 @@ def test_queued_steps_are_waited_for_and_not_submitted_twice(submission):
 
 
 @pytest.mark.fault(
-    "scancel at any moment",
+    "scancel in the moment in which the ranks end",
     stage="every step of a chain",
     outcome="the job ends and does not requeue itself; --status says cancelled",
     status="-",
