@@ -255,7 +255,9 @@ def print_parts(trace: Path) -> None:
         if after["ts"] > end:
             gaps[f"{before['name'][:50]} -> {after['name'][:50]}"] += after["ts"] - end
             idle.append((end, after["ts"]))
-    print(f"  communication beside which nothing runs: {exposed(kernels) / 1e3:.1f} ms")
+    alone = exposed(kernels)
+    kinds = ", ".join(f"{name} {microseconds / 1e3:.1f}" for name, microseconds in alone.most_common())
+    print(f"  communication beside which nothing runs: {alone.total() / 1e3:.1f} ms ({kinds})")
     span = max(e["ts"] + e["dur"] for e in kernels) - kernels[0]["ts"]
     busy = sum(parts.values())
     print(f"  one step: {span / 1e3:.1f} ms between first and last kernel, {busy / 1e3:.1f} ms of kernels")
@@ -302,17 +304,19 @@ def host_during(events: list[dict], idle: list[tuple[float, float]]) -> Counter:
     return found
 
 
-def exposed(kernels: list[dict]) -> float:
-    """Microseconds in which the device runs kernels of NCCL and no others."""
+def exposed(kernels: list[dict]) -> Counter:
+    """Microseconds in which the device runs kernels of NCCL and no others, by the collective that began first."""
     edges = []
-    for kernel in kernels:
-        kind = int("nccl" in kernel["name"].lower())
-        edges += [(kernel["ts"], 1, kind), (kernel["ts"] + kernel["dur"], -1, kind)]
-    alone, running, last = 0.0, [0, 0], 0.0
-    for time_, step, kind in sorted(edges):
-        if running[1] and not running[0]:
-            alone += time_ - last
-        running[kind] += step
+    for number, kernel in enumerate(kernels):
+        edges += [(kernel["ts"], 1, number), (kernel["ts"] + kernel["dur"], 0, number)]
+    alone, computing, collectives, last = Counter(), 0, [], 0.0
+    for time_, begins, number in sorted(edges):
+        if collectives and not computing:
+            alone[collectives[0][1]] += time_ - last
+        if name := re.search(r"nccl\w*?_([a-z]+)", kernels[number]["name"], re.I):
+            (collectives.append if begins else collectives.remove)((number, name[1]))
+        else:
+            computing += 1 if begins else -1
         last = time_
     return alone
 

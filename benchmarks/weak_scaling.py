@@ -66,7 +66,7 @@ def traced(run: Path) -> dict[str, float]:
             ends = [kernel["ts"] + kernel["dur"] for kernel in kernels]
             found["step_ms"] = (max(ends) - kernels[0]["ts"]) / 1e3
             collectives = [kernel["dur"] for kernel in kernels if "nccl" in kernel["name"].lower()]
-            found |= {"collectives_ms": sum(collectives) / 1e3, "exposed_ms": exposed(kernels) / 1e3}
+            found |= {"collectives_ms": sum(collectives) / 1e3, "exposed_ms": exposed(kernels).total() / 1e3}
     return found
 
 

@@ -45,5 +45,8 @@ def test_a_traced_step_has_what_the_step_before_sends_beside_it():
     ]
     step = middle_step([*marks, *(event for pair in kernels for event in pair)])
     assert [found["ts"] for found in step] == [160, 170, 200]
-    assert exposed(step) == 10
+    assert exposed(step) == {"AllReduce": 10}
+    assert exposed([k[0] for k in (kernel(0, 20, 1, "ncclDevKernel_AllGather_RING_LL"), kernel(5, 5, 2))]) == {
+        "AllGather": 15
+    }
     assert middle_step([*marks[:2], *kernels[0]]) == []
