@@ -185,8 +185,8 @@ def our_metrics(
     if not shards.exists():
         write_shards(shards, codes)
     recipe = recipe_of(folder / run_name(size, variant, gpus), shards, size, variant, batch, gpus)
-    recipe["training"].setdefault("steps", steps + 10)
-    recipe["monitor"].setdefault("profile_step", steps + 5 if profile else 0)
+    recipe["training"].setdefault("steps", steps + (20 if profile else 10))
+    recipe["monitor"].setdefault("profile_step", steps + 15 if profile else 0)  # after the lines that are timed
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     run, wanted, lines = Path(recipe["run"]), recipe["training"]["steps"], []
