@@ -270,9 +270,9 @@ class Step:
 def predicted_step(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec) -> Step:
     """Time of a step: computation, exposed collectives, and the cost of overlapped ones and of ZeRO 3.
 
-    Gradients of ``overlap_comm`` overlap with the backward pass, two thirds of the computation; with sequence
-    parallelism half of the tensor-parallel collectives. Other sums between tensor-parallel ranks and ZeRO 1's gradients
-    do not overlap.
+    Gradients of ``overlap_comm`` overlap with the backward pass, two thirds of the computation, and ZeRO 2's gathers by
+    group with the forward pass, the other third; ZeRO 3's collectives with all of it; with sequence parallelism half of
+    the tensor-parallel collectives. Other sums between tensor-parallel ranks and ZeRO 1's gradients do not overlap.
     """
     gpu, training, tensor = GPUS[settings.gpu], recipe.training, recipe.parallel.tensor
     assert training.micro_batch != "auto"
@@ -285,15 +285,20 @@ def predicted_step(settings: PlanSettings, recipe: Recipe, spec: TransformerSpec
     between += sum(part.seconds(tensor, gpu.link) for part in norm_traffic(recipe))
     hosts = -(-settings.gpus // settings.per_host)
     link = gpu.link if hosts == 1 else min(gpu.link, settings.per_host // tensor * settings.link)
-    alone, beside = 0.0, 0.0
+    alone, sums, gathers = 0.0, 0.0, 0.0
     for part in data_traffic(recipe, spec, data_size, micro_batches):
         seconds = part.seconds(data_size, link, hosts)
-        if part.beside:
-            beside += seconds
-        else:
+        if not part.beside:
             alone += seconds
-    stage = zero_of(recipe)[0]
-    exposed = max(0.0, beside - compute * (1.0 if stage == 3 else 2 / 3))
+        elif part.operation == "all_gather":
+            gathers += seconds
+        else:
+            sums += seconds
+    stage, beside = zero_of(recipe)[0], sums + gathers
+    if stage == 3:
+        exposed = max(0.0, beside - compute)
+    else:
+        exposed = max(0.0, sums - compute * 2 / 3) + max(0.0, gathers - compute / 3)
     return Step(
         computation=compute,
         repeated=REPLICATED[recipe.parallel.sequence] * compute * (tensor - 1),

@@ -123,8 +123,8 @@ def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_ba
     Gradients are float32, or of the file's ``communication_data_type``. ZeRO 1 in bf16 sums them whole and gathers the
     weights; 2 sums bucket by bucket (DeepSpeed's default for buckets of several owners) and gathers the weights, with
     ``overlap_comm`` by group; 3 reduce-scatters the gradients of every micro-batch and gathers the weights for its
-    forward and again for its backward pass, but for those that it still holds. Gathers of ZeRO 2 overlap with the next
-    forward pass, but count as exposed here: no measurement has shown how much of them is hidden.
+    forward and again for its backward pass, but for those that it still holds. Gathers by group overlap with the next
+    forward pass.
     """
     if data_size == 1:
         return []
@@ -146,7 +146,7 @@ def data_traffic(recipe: Recipe, spec: TransformerSpec, data_size: int, micro_ba
         ]
     groups = weight_groups(modules, options, data_size)
     parts = [flat_elements(group, data_size) for group in groups]
-    gathered = _equal("all_gather", parts, low)
+    gathered = _equal("all_gather", parts, low, beside=options.gathers_beside)
     if options.stage == 0:
         return _equal("all_reduce", [sum(sizes)], 4)
     if options.stage == 1 and bf16:

@@ -6,7 +6,7 @@ before the first step and not at the first checkpoint.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, NamedTuple, Protocol
 
@@ -167,12 +167,53 @@ def _gather_kept_at_once(zero: Any) -> None:
     first = zero.persistent_parameters[0]  # DeepSpeed calls its method for all of them
     _check(first, "ds_status", "all_gather", "all_gather_coalesced")
     missing = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE
+    accelerator = deepspeed.get_accelerator()
+    _check(accelerator, "resolves_data_dependency")
 
     def gather(param_list: list[Any]) -> None:
         if lacking := [parameter for parameter in param_list if parameter.ds_status == missing]:
-            first.all_gather_coalesced(lacking).wait()
+            handle = first.all_gather_coalesced(lacking)
+            # A rank alone only copies, on the stream that computes; DeepSpeed lets its host wait for the GPU.
+            accelerator.resolves_data_dependency = lambda: True
+            try:
+                handle.wait()
+            finally:
+                del accelerator.resolves_data_dependency
 
     first.all_gather = gather
+
+
+def _square_of_norm(gradients: Iterable[tuple[Tensor, Tensor]], topology: Topology, device: torch.device) -> Tensor:
+    """Float64 square of the norm of what this rank counts, from pairs of a gradient and its parameter.
+
+    Each slice is counted once, replicated parameters once over the tensor-parallel group.
+    """
+    counted = [
+        gradient
+        for gradient, parameter in gradients
+        if getattr(parameter, "tensor_model_parallel", False) or topology.tensor_rank == 0
+    ]
+    if not counted:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(counted)).double().square().sum()
+
+
+def _norm_of_parts(zero: Any, topology: Topology, device: torch.device) -> None:
+    """The norm of gradients that stage 3 has cut, as DeepSpeed defines it.
+
+    DeepSpeed's own takes the norm of each part by itself, and copies a constant from the host once the GPU is idle.
+    What is not finite stays so: DeepSpeed marks it where it combines the groups.
+    """
+    _check(zero, "get_grad_norm_direct", "averaged_gradients")
+
+    def norm(gradients: list[Tensor], params: list[Any], norm_type: int = 2) -> Tensor:
+        square = _square_of_norm(zip(gradients, params), topology, device)
+        dist.all_reduce(square, group=parallel_state.get_data_parallel_group())
+        if topology.tensor_size > 1:
+            dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
+        return square.sqrt()
+
+    zero.get_grad_norm_direct = norm
 
 
 class Given(NamedTuple):
@@ -223,17 +264,8 @@ class _WholeState:
         self._topology, self._device = given.topology, given.device
 
     def global_norm(self) -> Tensor:
-        """Each slice counted once, replicated parameters once over the tensor-parallel group."""
-        sliced: list[Tensor] = []
-        whole: list[Tensor] = []
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                kind = sliced if getattr(parameter, "tensor_model_parallel", False) else whole
-                kind.append(parameter.grad)
-        square = torch.zeros((), dtype=torch.float64, device=self._device)
-        for gradients, counted in ((sliced, True), (whole, self._topology.tensor_rank == 0)):
-            if gradients and counted:
-                square += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        used = [(parameter.grad, parameter) for parameter in self._parameters if parameter.grad is not None]
+        square = _square_of_norm(used, self._topology, self._device)
         dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
         return square.sqrt().float()
 
@@ -312,13 +344,14 @@ class _PartitionedWeights:
     partitions_weights = True
 
     def __init__(self, given: Given) -> None:
-        zero, optimizer, parameters, *_ = given
+        zero, optimizer, parameters, topology, device, _ = given
         self._zero, self._optimizer = zero, optimizer
         _check(zero, "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "_get_fp32_opt_state_partition")
         _check(zero, "checkpoint_event_prologue", "checkpoint_event_epilogue", "_global_grad_norm")
         _check(zero, "reduce_and_partition_stream")
         _leave_the_norm(zero)
         _mark_on_the_device(zero)
+        _norm_of_parts(zero, topology, device)
         _reduce_beside_the_host(zero, zero.reduce_and_partition_stream)
         _gather_kept_at_once(zero)
         for parameter in parameters:
