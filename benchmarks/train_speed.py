@@ -308,13 +308,15 @@ def exposed(kernels: list[dict]) -> Counter:
     """Microseconds in which the device runs kernels of NCCL and no others, by the collective that began first."""
     edges = []
     for number, kernel in enumerate(kernels):
-        edges += [(kernel["ts"], 1, number), (kernel["ts"] + kernel["dur"], 0, number)]
+        name = re.search(r"nccl\w*?_([a-z]+)", kernel["name"], re.I)
+        collective = number, name[1] if name else ""
+        edges += [(kernel["ts"], 1, collective), (kernel["ts"] + kernel["dur"], 0, collective)]
     alone, computing, collectives, last = Counter(), 0, [], 0.0
-    for time_, begins, number in sorted(edges):
+    for time_, begins, collective in sorted(edges):
         if collectives and not computing:
             alone[collectives[0][1]] += time_ - last
-        if name := re.search(r"nccl\w*?_([a-z]+)", kernels[number]["name"], re.I):
-            (collectives.append if begins else collectives.remove)((number, name[1]))
+        if collective[1]:
+            (collectives.append if begins else collectives.remove)(collective)
         else:
             computing += 1 if begins else -1
         last = time_
