@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import torch
 from calls import estimate
 from training_parts import launch, recipe, write_shards
 
-from digit_ds.data import stream
+from digit_ds.data import stream, streaming_memory
 from digit_ds.data.stream import Chunks, TokenStream
 from digit_ds.errors import UserError
 from digit_ds.model import weights
+from digit_ds.parallel import launch as ranks
 from digit_ds.training import runs
 from digit_ds.training.deepspeed_config import read_deepspeed_config
 from digit_ds.training.estimate import device_parameters, memory_by_part
@@ -263,7 +265,7 @@ def test_jobs_of_one_node_open_their_shards_one_after_the_other(monkeypatch):
     """Streaming searches a free number in shared memory and claims it later; 3 of 12 simultaneous jobs failed."""
 
     def is_locked() -> bool:
-        with stream._lock_file().open("a") as other:
+        with streaming_memory._lock_file().open("a") as other:
             try:
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -273,6 +275,38 @@ def test_jobs_of_one_node_open_their_shards_one_after_the_other(monkeypatch):
     monkeypatch.setattr(stream, "CachedShards", lambda *_: is_locked())
     assert stream._open("shards", "cache") is True
     assert not is_locked()
+
+
+def read_slowly_made(shards: Path, out: Path) -> None:
+    """As on a loaded machine: a block of shared memory gets its size half a second after its name."""
+    made = os.ftruncate
+
+    def late(*arguments: int) -> None:
+        time.sleep(0.5)
+        made(*arguments)
+
+    os.ftruncate = late
+    ranks.initialize()
+    found = ids(TokenStream(str(shards), owner=str(out)), Chunks(8, 2), 2)
+    Path(f"{out}-{ranks.rank()}").write_text(json.dumps(found))
+
+
+def test_a_block_of_shared_memory_is_opened_when_it_has_its_size(tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    launch(read_slowly_made, (shards, tmp_path / "ids"), 2, tmp_path)
+    first, second = ((tmp_path / f"ids-{rank}").read_text() for rank in range(2))
+    assert first == second
+
+
+def test_a_block_whose_maker_was_killed_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(streaming_memory, "_BLOCKS", tmp_path)
+    old, young, used, other = (tmp_path / name for name in ("000003_barrier", "000004_locals", "000005_cache", "a_b"))
+    for path in (old, young, used, other):
+        path.write_bytes(b"1" if path == used else b"")
+    for path in (old, used, other):
+        os.utime(path, (0, 0))
+    streaming_memory.forget_killed(str(tmp_path / "cache"))
+    assert sorted(tmp_path.iterdir()) == [young, used, other]
 
 
 # --- the DeepSpeed file ------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ try:
     from streaming.base.format import FileInfo, Reader
     from streaming.base.format.mds.reader import MDSReader
     from streaming.base.hashing import get_hash
+    from streaming.base.shared import SharedMemory
+    from streaming.base.shared import array as shared_array
 finally:
     for _name in _placed:
         del sys.modules[_name]
@@ -37,8 +39,10 @@ __all__ = [
     "MDSReader",
     "MDSWriter",
     "Reader",
+    "SharedMemory",
     "Stream",
     "StreamingDataset",
     "decompress",
     "get_hash",
+    "shared_array",
 ]

@@ -7,12 +7,9 @@ epochs to the number of ranks, workers and canonical nodes. Token shards are sma
 any order cost no more than in shard order once a shard is in the local cache.
 """
 
-import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,12 +24,12 @@ from digit_ds.data.mosaic import StreamingDataset
 from digit_ds.data.objects import is_address
 from digit_ds.data.order import InOrder, KeyedOrder, Order, StoredOrder
 from digit_ds.data.shards import ShardManifest, read_manifest
+from digit_ds.data.streaming_memory import forget_killed, one_job_at_a_time
 from digit_ds.errors import UserError
 from digit_ds.parallel import launch, shared_memory
 from digit_ds.parallel.decide import fail_together, from_main
 from digit_ds.parallel.workers import ignore_stop_signals
 
-_SHARED_MEMORY, _TEMPORARY = Path("/dev/shm"), Path(tempfile.gettempdir())
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -253,10 +250,10 @@ def _open(shards: str, cache: str, cache_limit: int | None = None) -> StreamingD
     if world % local or (world > 1 and "LOCAL_WORLD_SIZE" not in os.environ):
         raise UserError(f"LOCAL_WORLD_SIZE is {local}, expected the processes of a node out of {world}")
     remote = shards if is_address(shards) else str(Path(shards).absolute())
-    _forget_killed(cache)
+    forget_killed(cache)
     fail_together(shared_memory.shortage(shared_memory.LEAST))
     try:
-        with _one_job_at_a_time():
+        with one_job_at_a_time():
             return CachedShards(remote, cache, cache_limit)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         if cache_limit is not None and "cache limit" in str(error).lower():
@@ -271,47 +268,3 @@ def _too_low(cache_limit: int, shards: str | None) -> UserError:
         f"data.cache_limit is {cache_limit:,} bytes, expected at least the index of {shards} and four of its "
         "largest shards, compressed and decompressed"
     )
-
-
-@contextmanager
-def _one_job_at_a_time() -> Iterator[None]:
-    """Mutual exclusion of this user's jobs on this node while a dataset is opened.
-
-    Each process of a job looks for the first free number in shared memory, then one takes it: of jobs that start
-    together some take the same one and fail. A job on several nodes takes no lock: two such jobs could hold one node
-    each.
-    """
-    if launch.world_size() != launch.local_world_size():
-        yield
-        return
-    with _lock_file().open("a") as lock:
-        if launch.local_rank() == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, by whatever ends the process
-        launch.barrier()
-        yield
-
-
-def _lock_file() -> Path:
-    """What :func:`_one_job_at_a_time` locks."""
-    return _TEMPORARY / f"digit_ds-{os.getuid()}.lock"
-
-
-def _forget_killed(cache: str) -> None:
-    """Remove what a killed run over the same cache left in shared memory, which would be taken for a live dataset.
-
-    ``streaming.base.util.clean_stale_shared_memory`` stops at the first unused number and takes live datasets of other
-    jobs on the node for stale ones; this removes exactly what names ``cache``.
-    """
-    if launch.local_rank() == 0:
-        ours = str(Path(cache).absolute()).encode()
-        for entry in _SHARED_MEMORY.glob("[0-9]*_locals"):
-            try:
-                named = entry.read_bytes()[4:].split(b"\0")  # a length, then paths
-            except OSError:
-                continue  # another job's, gone or not ours to read
-            if ours not in named:
-                continue
-            number = entry.name.partition("_")[0]
-            for leftover in (*_SHARED_MEMORY.glob(f"{number}_*"), *_TEMPORARY.glob(f"{number}_*filelock")):
-                leftover.unlink(missing_ok=True)
-    launch.barrier()
