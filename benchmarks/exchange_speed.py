@@ -17,12 +17,12 @@ Prints what a step takes beyond the same steps without an exchange, in ms, and t
 import argparse
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from ranks import free_port
 
 from digit_ds.parallel.mailbox import Mailbox, total
 from digit_ds.parallel.topology import Topology
@@ -48,9 +48,7 @@ def main(ranks: list[int], steps: int, work: float, log_every: int) -> None:
     """Measure every number of ranks."""
     for world in ranks:
         queue = multiprocessing.Queue()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         processes = [
             multiprocessing.Process(target=_rank, args=(r, world, port, steps, work, log_every, queue))
             for r in range(world)

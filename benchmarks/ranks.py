@@ -17,13 +17,18 @@ PATIENCE = 20.0
 """Seconds in which the other ranks may exit after one has failed."""
 
 
+def free_port() -> int:
+    """A port of this machine for the processes of one job to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Ranks:
     """Processes of one job, which write into ``LOG/rank0.log`` and so on; ended when the block is left."""
 
     def __init__(self, arguments: list, world: int, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         log.mkdir(parents=True, exist_ok=True)
         self.command, self.logs = list(map(str, arguments)), [log / f"rank{rank}.log" for rank in range(world)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

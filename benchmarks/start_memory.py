@@ -20,12 +20,12 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from ranks import free_port
 
 from digit_ds.config import Recipe
 from digit_ds.data.shards import ShardManifest
@@ -144,9 +144,7 @@ def start(rank: int, world: int, port: int, job: dict) -> None:
 
 def measure(world: int, job: dict) -> list[dict]:
     """Figures of every rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # A fork of a process that has touched CUDA cannot use it.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if not torch.cuda.is_available():

@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import tempfile
 from collections import Counter
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from ranks import free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_speed import write_shards
@@ -239,9 +239,7 @@ def _rank(rank: int, world: int, port: int, values: Recipe, out: Path) -> None:
 
 def measure(values: Recipe, ranks: int, out: Path) -> None:
     """Run :func:`count` on ``ranks`` processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["digit_ds.training.loop"])
     processes = [context.Process(target=_rank, args=(rank, ranks, port, values, out)) for rank in range(ranks)]

@@ -19,9 +19,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     _intermixes = False
+    _given: Sequence[str] = ()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """As argparse's, which would give all positional arguments to the first place that takes one."""
+        self._given = sys.argv[1:] if args is None else args
         if self._intermixes:
             return super().parse_known_args(args, namespace)
         several = any(action.nargs == "*" for action in self._get_positional_actions())
@@ -34,11 +36,11 @@ class Parser(argparse.ArgumentParser):
         else:
             found, unknown = super().parse_known_args(args, namespace)
         if unknown and self._subparsers is None:  # a verb names its own help and options, which those above lack
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._similar(unknown)}")
+            self.error(self._unrecognized(unknown))
         return found, unknown
 
-    def _similar(self, unknown: Sequence[str]) -> str:
-        """The options that the unknown ones resemble."""
+    def _unrecognized(self, unknown: Sequence[str]) -> str:
+        """What is wrong with words that this parser does not know, and the options that they resemble."""
         shown = [
             name
             for action in self._actions
@@ -48,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         ]
         given = [word.partition("=")[0] for word in unknown if word.startswith("--")]
         near = dict.fromkeys(name for word in given for name in difflib.get_close_matches(word, shown, n=1))
-        return f"; similar: {', '.join(near)}" if near else ""
+        return f"unrecognized arguments: {' '.join(unknown)}" + (f"; similar: {', '.join(near)}" if near else "")
 
     def _get_option_tuples(self, option_string: str) -> Any:
         """argparse's options that ``option_string`` abbreviates, with a warning: another option can make it ambiguous.
@@ -62,7 +64,11 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> Any:
-        """Refuse the command line."""
+        """Refuse the command line. An option may be missing because it is misspelt, which argparse looks for later."""
+        if "required" in message and self._subparsers is None:
+            known = " ".join(self._option_string_actions)
+            unknown = [word for word in self._given if word.startswith("--") and word.partition("=")[0] not in known]
+            message = self._unrecognized(unknown) if unknown else message
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 

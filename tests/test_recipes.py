@@ -115,6 +115,8 @@ def test_headers_say_command_and_hours():
         header = (RECIPES / f"{name}.yaml").read_text()
         assert f"digit-ds train ds_configs/{name}.yaml\n" in header
         assert hours.time_line(RECIPES / f"{name}.yaml") in header, "run benchmarks/recipe_hours.py"
+    for name in hours.PREDICTED:
+        assert hours.time_line(RECIPES / f"{name}.yaml") in (RECIPES / f"{name}.yaml").read_text()
     base = load_recipe(RECIPES / "base_prior.yaml").training
     measured = next(measured for measured in hours.MEASURED if measured.recipe == "base_prior")
     expected = base.steps * base.global_batch / measured.images_per_second / 3600

@@ -101,6 +101,19 @@ def test_a_misspelt_option_of_a_verb_names_the_help_of_the_verb():
     )
 
 
+def test_a_misspelt_option_is_named_before_what_is_missing():
+    parser = Parser(prog="draw")
+    add_options(parser, Drawing)
+    for words, message in (
+        (["pictures", "--outt", "o"], "unrecognized arguments: --outt; similar: --out"),
+        (["pictures"], "the following arguments are required: --out"),
+        (["pictures", "--cou", "3"], "the following arguments are required: --out"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parser.parse_args(words)
+        assert str(caught.value) == f"draw: {message}; see draw --help"
+
+
 def test_a_wrong_positional_argument_has_the_name_of_the_help():
     parser = Parser(prog="draw")
     add_options(parser, Drawing)
