@@ -80,7 +80,7 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         print(f"error: {known}", file=sys.stderr, flush=True)
         status = 2
     except RuntimeError as error:
-        if debug or not _LOST_PEER.search(str(error)):
+        if debug or not is_lost_peer(error):
             raise
         report_lost_peer()
         status = 1
@@ -94,6 +94,11 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     if status and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         time.sleep(LINGER_SECONDS)
     sys.exit(status)
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another process of the job has ended."""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
 def report_lost_peer() -> None:

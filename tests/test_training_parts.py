@@ -17,7 +17,7 @@ from training_parts import launch, recipe, write_shards
 
 from digit_ds.data import stream, streaming_memory
 from digit_ds.data.stream import Chunks, TokenStream
-from digit_ds.errors import UserError
+from digit_ds.errors import UserError, is_lost_peer
 from digit_ds.model import weights
 from digit_ds.parallel import launch as ranks
 from digit_ds.training import runs
@@ -307,6 +307,23 @@ def test_a_block_whose_maker_was_killed_is_removed(monkeypatch, tmp_path):
         os.utime(path, (0, 0))
     streaming_memory.forget_killed(str(tmp_path / "cache"))
     assert sorted(tmp_path.iterdir()) == [young, used, other]
+
+
+def open_with_a_rank_that_ends(shards: Path, out: Path) -> None:
+    """Rank 1 ends while StreamingDataset is made; what rank 0 raises."""
+    ranks.initialize()
+    if ranks.rank() == 1:
+        streaming_memory.SharedMemory.__init__ = lambda *_, **__: os._exit(0)
+    try:
+        TokenStream(str(shards), owner=str(out))
+    except Exception as error:
+        out.write_text(f"{type(error).__name__}: {error}")
+
+
+def test_a_rank_that_ended_is_not_taken_for_bad_shards(tmp_path):
+    launch(open_with_a_rank_that_ends, (write_shards(tmp_path / "shards"), tmp_path / "raised"), 2, tmp_path)
+    raised = (tmp_path / "raised").read_text()
+    assert raised.startswith("RuntimeError: ") and is_lost_peer(RuntimeError(raised)), raised
 
 
 # --- the DeepSpeed file ------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from digit_ds.data.objects import is_address
 from digit_ds.data.order import InOrder, KeyedOrder, Order, StoredOrder
 from digit_ds.data.shards import ShardManifest, read_manifest
 from digit_ds.data.streaming_memory import forget_killed, one_job_at_a_time
-from digit_ds.errors import UserError
+from digit_ds.errors import UserError, is_lost_peer
 from digit_ds.parallel import launch, shared_memory
 from digit_ds.parallel.decide import fail_together, from_main
 from digit_ds.parallel.workers import ignore_stop_signals
@@ -256,6 +256,8 @@ def _open(shards: str, cache: str, cache_limit: int | None = None) -> StreamingD
         with one_job_at_a_time():
             return CachedShards(remote, cache, cache_limit)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        if is_lost_peer(error):  # StreamingDataset's barriers
+            raise
         if cache_limit is not None and "cache limit" in str(error).lower():
             raise _too_low(cache_limit, shards) from error
         raise UserError(
