@@ -11,8 +11,9 @@ demo: environment ## raw images -> features -> codebook -> tokens -> models -> p
 	$(BIN)/python -m digit_ds demo --out demo_out
 
 # Two processes: many tests wait for processes of their own. A file's tests stay together, since they share fixtures.
+# The variable is emptied because hundreds of processes would each translate this package's sources.
 test: environment ## all tests that this machine can run
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: environment ## ruff, layering contract, types, shellcheck where installed
 	$(BIN)/ruff check .

@@ -38,6 +38,14 @@ def test_what_computes_costs_from_a_recipe_alone_imports_no_framework(module):
     assert not found.strip()
 
 
+def test_the_compiler_is_imported_by_what_compiles_alone():
+    """Two seconds of every process, and of the start of every rank."""
+    code = "import sys, digit_ds.training.loop, digit_ds.generation.sample, torch; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "megatron.core.tensor_parallel" in found
+    assert not {"torch._dynamo", "torch._inductor"} & {*found}
+
+
 def test_an_error_is_not_lost_among_warnings_of_the_frameworks(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(tmp_path))

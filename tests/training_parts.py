@@ -27,7 +27,8 @@ MODERN = {"model__norm_position": "pre", **{f"model__{name}": value for name, va
 # A fork of a process that has touched CUDA cannot use it: there every rank starts from nothing.
 _CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 if not torch.cuda.is_available():
-    _CONTEXT.set_forkserver_preload(["digit_ds.training.loop", "digit_ds.model.transformer"])
+    _COMPILER = "torch._inductor.compile_fx"  # imported once, not by every rank that compiles
+    _CONTEXT.set_forkserver_preload(["digit_ds.training.loop", "digit_ds.model.transformer", _COMPILER])
 
 
 def write_shards(directory: Path, images: int = 40, views: int = 2, blocks: int = 2) -> Path:

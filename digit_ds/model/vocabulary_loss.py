@@ -5,6 +5,8 @@ nor the smoothing. Besides the logits themselves nothing of size [N, V] is kept:
 into the logits' memory.
 """
 
+from functools import cache, partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -61,8 +63,8 @@ def _write_gradient(
     logits.copy_(torch.where(column < valid, scale.unsqueeze(1) * (probability - wanted), 0.0))
 
 
-_compiled_statistics = torch.compile(_statistics, dynamic=False)
-_compiled_write_gradient = torch.compile(_write_gradient, dynamic=False)
+_compiled = cache(partial(torch.compile, dynamic=False))
+"""A function compiled when it is first needed: ``torch.compile`` imports the compiler, two seconds of every process."""
 
 
 class _Loss(torch.autograd.Function):
@@ -76,7 +78,7 @@ class _Loss(torch.autograd.Function):
         valid = max(0, min(logits.shape[1], size - first))
         local = target - first
         if logits.is_cuda:
-            top, total, summed, chosen = _compiled_statistics(logits, local, valid)
+            top, total, summed, chosen = _compiled(_statistics)(logits, local, valid)
         else:
             parts = [_statistics(*rows, valid) for rows in zip(logits.split(_ROWS), local.split(_ROWS))]
             top, total, summed, chosen = (torch.cat(part) for part in zip(*parts))
@@ -100,7 +102,7 @@ class _Loss(torch.autograd.Function):
         logits, local, log_total, weight = ctx.saved_tensors
         scale = weight * upstream
         if logits.is_cuda:
-            _compiled_write_gradient(logits, local, log_total, scale, *ctx.sizes)
+            _compiled(_write_gradient)(logits, local, log_total, scale, *ctx.sizes)
         else:
             for rows in zip(*(tensor.split(_ROWS) for tensor in (logits, local, log_total, scale))):
                 _write_gradient(*rows, *ctx.sizes)
