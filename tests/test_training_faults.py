@@ -443,12 +443,12 @@ def train_slowly(values: Recipe, seconds: float) -> None:
 
 def test_the_rank_that_holds_the_others_up_is_named(token_shards, tmp_path):
     values = recipe(tmp_path / "run", token_shards, training__steps=30, monitor__log_every=5)
-    output = launch(train_slowly, (values, 0.05), 2, tmp_path / "log")
+    output = launch(train_slowly, (values, 0.2), 2, tmp_path / "log")  # far beyond what a loaded machine adds
     lines = metrics(tmp_path / "run")
     for line, slowest in zip(lines, (1, 1, 1, 0, 0, 0), strict=True):
         assert line["slowest_rank"] == slowest
-        assert 0.1 <= line["rank_seconds_max"] <= line["step_seconds"]
-        assert line["rank_seconds_median"] < line["rank_seconds_max"] - 0.08, "the other one's wait is not its work"
+        assert 0.4 <= line["rank_seconds_max"] <= line["step_seconds"]
+        assert line["rank_seconds_median"] < line["rank_seconds_max"] - 0.25, "the other one's wait is not its work"
     warnings = re.findall(r"^warning: (.*) delays the other ranks", output, re.MULTILINE)
     assert warnings == [f"rank {rank} ({socket.gethostname()})" for rank in (1, 0)]
 
