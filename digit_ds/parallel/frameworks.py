@@ -24,16 +24,17 @@ _extensions = logging.getLogger("torch.utils.cpp_extension")
 _before = _extensions.level
 _extensions.setLevel(logging.ERROR)  # of CUDA's compiler on machines without a GPU
 _compile = torch.compile
-vars(torch)["compile"] = _uncompiled
-try:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-        import deepspeed
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    import deepspeed
+
+    vars(torch)["compile"] = _uncompiled
+    try:
         from megatron.core import parallel_state
         from megatron.core.model_parallel_config import ModelParallelConfig
         from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-finally:
-    vars(torch)["compile"] = _compile
+    finally:
+        vars(torch)["compile"] = _compile
 _extensions.setLevel(_before)
 
 __all__ = [
