@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -307,6 +308,23 @@ def test_a_block_whose_maker_was_killed_is_removed(monkeypatch, tmp_path):
         os.utime(path, (0, 0))
     streaming_memory.forget_killed(str(tmp_path / "cache"))
     assert sorted(tmp_path.iterdir()) == [young, used, other]
+
+
+def locks_after_reading(shards: Path, out: Path) -> None:
+    stream = TokenStream(str(shards), owner=str(out))
+    ids(stream, Chunks(8, 2), 2)
+    number = f"{stream.dataset.dataset._shm_prefix_int:06}"
+    held = [path.name for path in Path(tempfile.gettempdir()).glob(f"{number}_*lock")]
+    stream.close()
+    left = [path.name for path in Path(tempfile.gettempdir()).glob(f"{number}_*lock")]
+    out.write_text(json.dumps([held, left]))
+
+
+def test_no_file_of_a_lock_is_left(tmp_path):
+    """Streaming leaves one for each dataset, and looks at all of them when it opens the next."""
+    launch(locks_after_reading, (write_shards(tmp_path / "shards"), tmp_path / "locks"), 1, tmp_path)
+    held, left = json.loads((tmp_path / "locks").read_text())
+    assert held and not left
 
 
 def open_with_a_rank_that_ends(shards: Path, out: Path) -> None:

@@ -1,7 +1,8 @@
 """Blocks of shared memory through which the processes of a node share a StreamingDataset.
 
-StreamingDataset names them by the first free number and leaves them behind when it is killed. What it expects of its
-caller is here: jobs that do not take the same number, no leftovers, and blocks that are whole when they are opened.
+StreamingDataset names them by the first free number, leaves them behind when it is killed, and always leaves the files
+of its locks. What it expects of its caller is here: jobs that do not take the same number, no leftovers, and blocks
+that are whole when they are opened.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from digit_ds.data.mosaic import SharedMemory, shared_array
+from digit_ds.data.mosaic import SharedMemory, StreamingDataset, shared_array
 from digit_ds.parallel import launch, shared_memory
 
 _BLOCKS, _TEMPORARY = Path(shared_memory.FOLDER), Path(tempfile.gettempdir())
@@ -89,9 +90,22 @@ def forget_killed(cache: str) -> None:
             if ours not in named:
                 continue
             number = block.name.partition("_")[0]
-            for leftover in (*_BLOCKS.glob(f"{number}_*"), *_TEMPORARY.glob(f"{number}_*filelock")):
+            for leftover in (*_BLOCKS.glob(f"{number}_*"), *_locks(number)):
                 leftover.unlink(missing_ok=True)
     launch.barrier()
+
+
+def remove_locks(dataset: StreamingDataset) -> None:
+    """Remove the files of a dataset's locks, which StreamingDataset leaves: each would occupy its number for ever.
+
+    One process of a node calls it, when none reads the dataset any more.
+    """
+    for lock in _locks(f"{dataset._shm_prefix_int:06}"):
+        lock.unlink(missing_ok=True)
+
+
+def _locks(number: str) -> list[Path]:
+    return list(_TEMPORARY.glob(f"{number}_*filelock"))
 
 
 def _blocks(name: str) -> list[Path]:
