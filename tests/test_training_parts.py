@@ -310,21 +310,21 @@ def test_a_block_whose_maker_was_killed_is_removed(monkeypatch, tmp_path):
     assert sorted(tmp_path.iterdir()) == [young, used, other]
 
 
-def locks_after_reading(shards: Path, out: Path) -> None:
+def locks_after_opening(shards: Path, out: Path) -> None:
+    left = Path(tempfile.gettempdir(), "999990_cache_filelock")
+    left.touch()
     stream = TokenStream(str(shards), owner=str(out))
     ids(stream, Chunks(8, 2), 2)
+    second = TokenStream(str(shards), owner=f"{out}2")  # the lock of a dataset in use stays
     number = f"{stream.dataset.dataset._shm_prefix_int:06}"
-    held = [path.name for path in Path(tempfile.gettempdir()).glob(f"{number}_*lock")]
-    stream.close()
-    left = [path.name for path in Path(tempfile.gettempdir()).glob(f"{number}_*lock")]
-    out.write_text(json.dumps([held, left]))
+    held = Path(tempfile.gettempdir(), f"{number}_cache_filelock").exists()
+    out.write_text(json.dumps([left.exists(), held, second.dataset.dataset._shm_prefix_int != int(number)]))
 
 
-def test_no_file_of_a_lock_is_left(tmp_path):
+def test_the_file_of_a_lock_is_removed_when_its_dataset_is_gone(tmp_path):
     """Streaming leaves one for each dataset, and looks at all of them when it opens the next."""
-    launch(locks_after_reading, (write_shards(tmp_path / "shards"), tmp_path / "locks"), 1, tmp_path)
-    held, left = json.loads((tmp_path / "locks").read_text())
-    assert held and not left
+    launch(locks_after_opening, (write_shards(tmp_path / "shards"), tmp_path / "locks"), 1, tmp_path)
+    assert json.loads((tmp_path / "locks").read_text()) == [False, True, True]
 
 
 def open_with_a_rank_that_ends(shards: Path, out: Path) -> None:

@@ -24,7 +24,7 @@ from digit_ds.data.mosaic import StreamingDataset
 from digit_ds.data.objects import is_address
 from digit_ds.data.order import InOrder, KeyedOrder, Order, StoredOrder
 from digit_ds.data.shards import ShardManifest, read_manifest
-from digit_ds.data.streaming_memory import forget_killed, one_job_at_a_time, remove_locks
+from digit_ds.data.streaming_memory import forget_killed, one_job_at_a_time
 from digit_ds.errors import UserError, is_lost_peer
 from digit_ds.parallel import launch, shared_memory
 from digit_ds.parallel.decide import fail_together, from_main
@@ -133,10 +133,9 @@ class TokenStream:
         self.dataset = _Samples(dataset, self.manifest, _order(order, self.manifest, seed, dataset, limit))
 
     def close(self) -> None:
-        """Remove the default cache and the files of locks, after a run's orderly end; every process calls it."""
+        """Remove the default cache, after a run's orderly end; every process calls it."""
         launch.barrier()
         if self._held is not None:
-            remove_locks(self.dataset.dataset)
             if not self._named:
                 shutil.rmtree(self.cache, ignore_errors=True)
             self._held.close()

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from digit_ds.data.mosaic import SharedMemory, StreamingDataset, shared_array
+from digit_ds.data.mosaic import SharedMemory, shared_array
 from digit_ds.parallel import launch, shared_memory
 
 _BLOCKS, _TEMPORARY = Path(shared_memory.FOLDER), Path(tempfile.gettempdir())
+_NUMBER = "[0-9]" * 6
 _PATIENCE = 60.0
 """Seconds after which a block without a size is that of a process which was killed when it had just made it."""
 
@@ -36,8 +37,8 @@ class _WholeMemory(SharedMemory):
             try:
                 super().__init__(name, create, size, auto_cleanup)
                 return
-            except ValueError:
-                if time.monotonic() > deadline:
+            except ValueError as error:
+                if "empty file" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
 
@@ -59,6 +60,7 @@ def one_job_at_a_time() -> Iterator[None]:
     with _lock_file().open("a") as lock:
         if launch.local_rank() == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, by whatever ends the process
+            _remove_unused_locks()
         launch.barrier()
         yield
 
@@ -76,13 +78,13 @@ def forget_killed(cache: str) -> None:
     jobs on the node for stale ones; this removes exactly what names ``cache``.
     """
     if launch.local_rank() == 0:
-        for block in _blocks(""):
+        for block in _BLOCKS.glob(f"{_NUMBER}_*"):
             with suppress(OSError):  # gone meanwhile, or another user's
                 status = block.stat()
                 if status.st_size == 0 and time.time() - status.st_mtime > _PATIENCE:
                     block.unlink()
         ours = str(Path(cache).absolute()).encode()
-        for block in _blocks("locals"):
+        for block in _BLOCKS.glob(f"{_NUMBER}_locals"):
             try:
                 named = block.read_bytes()[4:].split(b"\0")  # a length, then paths
             except OSError:
@@ -90,24 +92,17 @@ def forget_killed(cache: str) -> None:
             if ours not in named:
                 continue
             number = block.name.partition("_")[0]
-            for leftover in (*_BLOCKS.glob(f"{number}_*"), *_locks(number)):
+            for leftover in (*_BLOCKS.glob(f"{number}_*"), *_TEMPORARY.glob(f"{number}_*filelock")):
                 leftover.unlink(missing_ok=True)
     launch.barrier()
 
 
-def remove_locks(dataset: StreamingDataset) -> None:
-    """Remove the files of a dataset's locks, which StreamingDataset leaves: each would occupy its number for ever.
+def _remove_unused_locks() -> None:
+    """Remove the files of locks whose dataset is gone: StreamingDataset leaves them, and takes their number for used.
 
-    One process of a node calls it, when none reads the dataset any more.
+    Only while no other job of this user opens a dataset: its processes must find the same number free.
     """
-    for lock in _locks(f"{dataset._shm_prefix_int:06}"):
-        lock.unlink(missing_ok=True)
-
-
-def _locks(number: str) -> list[Path]:
-    return list(_TEMPORARY.glob(f"{number}_*filelock"))
-
-
-def _blocks(name: str) -> list[Path]:
-    """Streaming's blocks of all jobs of the node, those of one name or all."""
-    return sorted(_BLOCKS.glob(f"{'[0-9]' * 6}_{name or '*'}"))
+    for lock in _TEMPORARY.glob(f"{_NUMBER}_*filelock"):
+        if not (_BLOCKS / f"{lock.name.partition('_')[0]}_locals").exists():
+            with suppress(OSError):  # another user's
+                lock.unlink()
