@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from digit_ds.errors import UserError
 from digit_ds.parallel.frameworks import deepspeed, parallel_state
 from digit_ds.parallel.topology import Mpu, Topology
+from digit_ds.training.kept_weights import KeptWeights
 from digit_ds.training.optimizer import GuardedAdamW
 from digit_ds.training.weight_gather import WeightGather
 
@@ -159,28 +160,44 @@ def _reduce_beside_the_host(zero: Any, stream: Any) -> None:
     zero.independent_gradient_partition_epilogue = epilogue
 
 
-def _gather_kept_at_once(zero: Any) -> None:
-    """Weights too small to be given back travel in one message after the update; DeepSpeed sends each, then waits."""
+def _keep_small_weights(zero: Any) -> None:
+    """Weights too small to be given back stay in one place and are brought up to date together."""
     _check(zero, "persistent_parameters")
-    if not zero.persistent_parameters:
+    parameters = zero.persistent_parameters
+    if not parameters:
         return
-    first = zero.persistent_parameters[0]  # DeepSpeed calls its method for all of them
-    _check(first, "ds_status", "all_gather", "all_gather_coalesced")
-    missing = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE
-    accelerator = deepspeed.get_accelerator()
-    _check(accelerator, "resolves_data_dependency")
+    first = parameters[0]  # DeepSpeed calls its method for all of them
+    _check(first, "ds_status", "ds_tensor", "ds_shape", "ds_process_group", "all_gather", "partition")
+    status = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
+    parts, shapes = [parameter.ds_tensor for parameter in parameters], [parameter.ds_shape for parameter in parameters]
+    kept, original = KeptWeights(parts, shapes, first.ds_process_group), first.all_gather
 
-    def gather(param_list: list[Any]) -> None:
-        if lacking := [parameter for parameter in param_list if parameter.ds_status == missing]:
-            handle = first.all_gather_coalesced(lacking)
-            # A rank alone only copies, on the stream that computes; DeepSpeed lets its host wait for the GPU.
-            accelerator.resolves_data_dependency = lambda: True
-            try:
-                handle.wait()
-            finally:
-                del accelerator.resolves_data_dependency
+    def gather(param_list: Any = None, **options: Any) -> None:
+        if param_list is not parameters:
+            original(param_list, **options)
+            return
+        kept.gather()
+        for parameter, whole in zip(parameters, kept.whole, strict=True):
+            if parameter.data_ptr() != whole.data_ptr():
+                parameter.data = whole
+            parameter.ds_status = status.AVAILABLE
 
     first.all_gather = gather
+    for parameter, whole in zip(parameters, kept.whole, strict=True):
+        _leave_in_place(parameter, whole, status.NOT_AVAILABLE)
+
+
+def _leave_in_place(parameter: Any, whole: Tensor, missing: Any) -> None:
+    """What DeepSpeed does to give a parameter's memory back leaves the data that is ``whole``."""
+    original = parameter.partition
+
+    def partition(param_list: Any = None, **options: Any) -> None:
+        if param_list is None and not options.get("has_been_updated") and parameter.data_ptr() == whole.data_ptr():
+            parameter.ds_status = missing
+        else:
+            original(param_list, **options)
+
+    parameter.partition = partition
 
 
 def _square_of_norm(gradients: Iterable[tuple[Tensor, Tensor]], topology: Topology, device: torch.device) -> Tensor:
@@ -353,7 +370,7 @@ class _PartitionedWeights:
         _mark_on_the_device(zero)
         _norm_of_parts(zero, topology, device)
         _reduce_beside_the_host(zero, zero.reduce_and_partition_stream)
-        _gather_kept_at_once(zero)
+        _keep_small_weights(zero)
         for parameter in parameters:
             _check(parameter, "ds_process_group", "ds_numel", "partition_numel")
 
