@@ -161,7 +161,7 @@ def measure(world: int, job: dict) -> list[dict]:
     return [json.loads((Path(job["folder"]) / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
-def write_model(folder: Path, sizes: tuple[int, int, int], codes: int) -> Path:
+def write_model(folder: Path, sizes: tuple[int, int, int], codes: int) -> None:
     """A released model to start from."""
     from digit_ds.model.released import save_model
     from digit_ds.model.weights import initial_state
@@ -169,7 +169,6 @@ def write_model(folder: Path, sizes: tuple[int, int, int], codes: int) -> Path:
 
     spec = model_spec(recipe(folder, sizes, 1, 1, None), manifest(codes))
     save_model(folder, spec, initial_state(spec, 0), dict(manifest(codes).identity))
-    return folder
 
 
 def main() -> None:
@@ -184,7 +183,9 @@ def main() -> None:
     sizes = options.layers, options.width, options.heads
     print(f"{'layout':14} {'start':10} rank {'share':>7} {'held':>7} {'peak':>7} {'gpu':>7} MiB  peak / bound  start s")
     with tempfile.TemporaryDirectory() as temporary:
-        model = write_model(Path(temporary) / "model", sizes, options.codes)
+        model = Path(temporary) / "model"
+        if "start_from" in options.starts:
+            write_model(model, sizes, options.codes)
         for layout in options.layouts:
             folder = Path(temporary) / layout
             common = {"sizes": sizes, "codes": options.codes, "save": False, "start_from": None}
