@@ -238,6 +238,34 @@ def test_index_follows_its_archive(parts: dict, tmp_path: Path) -> None:
     assert list(open_source(tmp_path / "set.tar", tmp_path / "index").names(Counter())) == names
 
 
+def open_and_die(archive: Path) -> Path:
+    """The folder of the index of a process that is killed."""
+    code = (
+        "import os, sys; from collections import Counter; from digit_ds.data.sources import opening, passing_index\n"
+        "make = passing_index.passing_index\n"
+        "opening.passing_index = lambda: print(path := make(), flush=True) or path\n"
+        "list(opening.open_source(sys.argv[1]).names(Counter())), os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, archive], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    return Path(ended.stdout.strip()).parent
+
+
+def test_index_of_a_killed_process_is_removed_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("a/x.jpg", b"pixels")
+    open_source(tmp_path / "set.zip")
+    [live] = tmp_path.glob("digit_ds-index-*")
+    left, young = open_and_die(tmp_path / "set.zip"), open_and_die(tmp_path / "set.zip")
+    for folder in (left, live):
+        os.utime(folder, (0, 0))
+    last = open_and_die(tmp_path / "set.zip")
+    # The young one could be of a process that has yet to lock it.
+    assert {*tmp_path.glob("digit_ds-index-*")} == {live, young, last}
+
+
 def test_numeric_labels_keep_their_order_and_rows_without_names_get_one(parts: dict, tmp_path: Path) -> None:
     pixels = next(parts["images"].rglob("*.jpg")).read_bytes()
     write_parquet(tmp_path / "set.parquet", [(pixels, None, label) for label in (10, 2, 0)])

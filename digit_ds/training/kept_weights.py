@@ -18,19 +18,25 @@ ALIGNMENT = 128
 class KeptWeights:
     """Whole weights of parameters that are cut over the ranks of a group."""
 
-    def __init__(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: dist.ProcessGroup) -> None:
-        """``parts``: this rank's part [P] of each parameter, live; ``shapes``: those of the whole parameters.
+    def __init__(
+        self,
+        parts: Sequence[Tensor],
+        shapes: Sequence[Sequence[int]],
+        group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        """``parts``: this rank's part [P] of each parameter, live, on ``device`` or offloaded to the host.
 
-        Rank ``r`` holds elements ``r * P`` to ``(r + 1) * P`` of the flattened parameter; the last parts are padded.
+        ``shapes`` are those of the whole parameters. Rank ``r`` holds elements ``r * P`` to ``(r + 1) * P`` of the
+        flattened parameter; the last parts are padded.
         """
         self._parts, self._group = list(parts), group
         ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
         lengths, sizes = [part.numel() for part in parts], [math.prod(shape) for shape in shapes]
         places, starts = _places(sizes, lengths)
-        self._rows = parts[0].new_empty(ranks, sum(lengths))
-        self._places = places.to(parts[0].device)
-        flat = parts[0].new_empty(len(places))
-        self._flat = flat
+        self._rows = parts[0].new_empty(ranks, sum(lengths), device=device)
+        self._places = places.to(device)
+        self._flat = flat = parts[0].new_empty(len(places), device=device)
         self.whole = [
             flat[start : start + size].view(shape) for start, size, shape in zip(starts, sizes, shapes, strict=True)
         ]
@@ -40,7 +46,7 @@ class KeptWeights:
     def gather(self) -> None:
         """Bring :attr:`whole` up to what the ranks' parts are now. Every rank calls it."""
         row, rows = self._rows[self._rank], self._rows.view(-1)
-        torch.cat(self._parts, out=row)
+        row.copy_(torch.cat(self._parts))
         if len(self._rows) > 1:
             dist.all_gather_into_tensor(rows, row, group=self._group)
         torch.index_select(rows, 0, self._places, out=self._flat)

@@ -160,7 +160,7 @@ def _reduce_beside_the_host(zero: Any, stream: Any) -> None:
     zero.independent_gradient_partition_epilogue = epilogue
 
 
-def _keep_small_weights(zero: Any) -> None:
+def _keep_small_weights(zero: Any, device: torch.device) -> None:
     """Weights too small to be given back stay in one place and are brought up to date together."""
     _check(zero, "persistent_parameters")
     parameters = zero.persistent_parameters
@@ -170,7 +170,7 @@ def _keep_small_weights(zero: Any) -> None:
     _check(first, "ds_status", "ds_tensor", "ds_shape", "ds_process_group", "all_gather", "partition")
     status = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
     parts, shapes = [parameter.ds_tensor for parameter in parameters], [parameter.ds_shape for parameter in parameters]
-    kept, original = KeptWeights(parts, shapes, first.ds_process_group), first.all_gather
+    kept, original = KeptWeights(parts, shapes, first.ds_process_group, device), first.all_gather
 
     def gather(param_list: Any = None, **options: Any) -> None:
         if param_list is not parameters:
@@ -370,7 +370,7 @@ class _PartitionedWeights:
         _mark_on_the_device(zero)
         _norm_of_parts(zero, topology, device)
         _reduce_beside_the_host(zero, zero.reduce_and_partition_stream)
-        _keep_small_weights(zero)
+        _keep_small_weights(zero, device)
         for parameter in parameters:
             _check(parameter, "ds_process_group", "ds_numel", "partition_numel")
 

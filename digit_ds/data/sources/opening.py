@@ -1,10 +1,6 @@
 """Which source a path is."""
 
-import atexit
-import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +11,7 @@ from digit_ds.data.sources.archive import ArchiveSource
 from digit_ds.data.sources.folder import FolderSource
 from digit_ds.data.sources.labels import Labels
 from digit_ds.data.sources.parquet import ParquetSource
+from digit_ds.data.sources.passing_index import passing_index
 from digit_ds.data.sources.protocol import ArchiveFile, ImageSource
 from digit_ds.data.sources.remote import is_remote, list_files
 from digit_ds.errors import UserError
@@ -71,24 +68,12 @@ def _open(
     splits = sorted({part for file in files for part in re.split("[-_.]", file.stem)} & {*SPLITS})
     if len(splits) > 1:
         raise UserError(f"{root}: holds the splits {' and '.join(splits)}, expected one, such as 'DIR/train-*.{kind}'")
-    index = index or _passing_index()
+    index = index or passing_index()
     if kind == "parquet":
         if labels is not None:
             raise UserError(f"{root}: has labels of its own, expected no --labels file with parquet")
         return ParquetSource(root, files, index)
     return ArchiveSource(root, files, index, labels, tars.entries if kind == "tar" else zips.entries)
-
-
-def _passing_index() -> Path:
-    """A file that is removed with this process, not with those that it forks."""
-    folder, process = tempfile.mkdtemp(prefix="digit-ds-index-"), os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == process:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return Path(folder) / "images.index"
 
 
 def list_source(source: ImageSource, passed_over: Counter[str] | None = None) -> list[str]:
