@@ -61,3 +61,18 @@ def test_small_weights_stay_in_place_and_follow_the_parts(tmp_path):
     assert all(step == addresses[0] for step in addresses)
     assert all(address % 16 == 0 for address in addresses[0])  # the widest access of a compiled kernel
     assert {step["freed"] for step in steps} == {steps[0]["freed"]}  # before the first gather they are DeepSpeed's
+
+
+def gather_beside_offloaded_parts() -> None:
+    """Parts on the CPU and another device, of which there is one everywhere that holds no values."""
+    from digit_ds.training.kept_weights import KeptWeights
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    kept = KeptWeights([torch.ones(6), torch.ones(2)], [(2, 3), (2,)], dist.group.WORLD, torch.device("meta"))
+    kept.gather()
+    assert [(whole.device.type, whole.shape) for whole in kept.whole] == [("meta", (2, 3)), ("meta", (2,))]
+    dist.destroy_process_group()
+
+
+def test_small_weights_are_on_the_device_where_the_parts_are_offloaded(tmp_path):
+    launch(gather_beside_offloaded_parts, (), 1, tmp_path / "log")
