@@ -1,6 +1,7 @@
 """Sources of images: the same pictures give the same names, features and shards, whatever they are kept in."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -264,6 +265,24 @@ def test_index_of_a_killed_process_is_removed_by_the_next_one(tmp_path: Path, mo
     last = open_and_die(tmp_path / "set.zip")
     # The young one could be of a process that has yet to lock it.
     assert {*tmp_path.glob("digit_ds-index-*")} == {live, young, last}
+
+
+def test_archives_are_read_where_the_temporary_folder_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("a/x.jpg", b"pixels")
+    first = open_source(tmp_path / "set.zip")
+    [folder] = tmp_path.glob("digit_ds-index-*")
+    os.utime(folder, (0, 0))
+    for source in (first, open_source(tmp_path / "set.zip")):
+        assert list(source.names(Counter())) == ["a/x.jpg"] and source.read("a/x.jpg") == b"pixels"
+    assert folder.is_dir()
 
 
 def test_numeric_labels_keep_their_order_and_rows_without_names_get_one(parts: dict, tmp_path: Path) -> None:
