@@ -11,6 +11,7 @@ from reference_loss import label_smoothed_cross_entropy
 from training_parts import (
     MODERN,
     OVERLAPPED,
+    gathering_file,
     launch,
     metrics,
     overlapped_file,
@@ -123,7 +124,9 @@ def test_layout_equals_plain_training(tensor, data, stage, token_shards, plain, 
     expected = plain("prior")
     norms = [line[2] for line in expected["lines"]]
     assert max(norms) > 0.7 > min(norms)  # clipping acts on some steps and not on others
-    values = recipe(tmp_path / "run", token_shards, deepspeed=f"zero{stage}.json", parallel__tensor=tensor)
+    values = recipe(
+        tmp_path / "run", token_shards, deepspeed=gathering_file(tmp_path, f"zero{stage}.json"), parallel__tensor=tensor
+    )
     launch(train, (values,), tensor * data, tmp_path / "log")
     compare(tmp_path / "run", expected)
 
@@ -140,7 +143,7 @@ def test_modern_model_equals_plain_training(tensor, data, stage, recompute, toke
     values = recipe(
         tmp_path / "run",
         token_shards,
-        deepspeed=f"zero{stage}.json",
+        deepspeed=gathering_file(tmp_path, f"zero{stage}.json"),
         parallel__tensor=tensor,
         training__recompute=recompute,
         training__ema_decay=0.9,
@@ -173,7 +176,7 @@ def test_random_order_equals_plain_training(tensor, data, stage, token_shards, p
     values = recipe(
         tmp_path / "run",
         token_shards,
-        deepspeed=f"zero{stage}.json",
+        deepspeed=gathering_file(tmp_path, f"zero{stage}.json"),
         parallel__tensor=tensor,
         **RANDOM_ORDER,
     )
@@ -198,7 +201,7 @@ def test_fast_layouts_equal_plain_training(
     values = recipe(
         tmp_path / "run",
         token_shards,
-        deepspeed=f"zero{stage}.json",
+        deepspeed=gathering_file(tmp_path, f"zero{stage}.json"),
         parallel__tensor=tensor,
         parallel__sequence=sequence,
         training__compile=compiled,

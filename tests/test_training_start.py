@@ -59,6 +59,28 @@ def test_steps_of_no_length_leave_the_given_weights(tmp_path):
         export(tmp_path / "run", tmp_path / "other")
 
 
+@pytest.mark.parametrize("file", ["zero1.json", "zero2_overlap.json", "zero3.json"])
+def test_bf16_begins_with_the_float32_weights_that_are_drawn(file, tmp_path):
+    """Masters rounded to bf16 would all change their rounded value at once, many updates later. The average too."""
+    values = recipe(
+        tmp_path / "run",
+        write_shards(tmp_path / "shards"),
+        deepspeed=file,
+        training__precision="bf16",
+        training__ema_decay=0.5,
+        training__steps=1,
+        optimizer__learning_rate=1e-30,
+        optimizer__weight_decay=0.0,
+        schedule__warmup_start=0.0,
+    )
+    launch(train, (values,), 2, tmp_path / "logs")
+    for average in (False, True):
+        export(tmp_path / "run", tmp_path / f"exported-{average}", ema=average)
+        _, state, _ = read_model(tmp_path / f"exported-{average}")
+        for name, value in initial_state(SPEC, values.training.seed).items():
+            assert (state[name] - value).abs().max() < 1e-25, name
+
+
 def test_another_models_weights_are_refused_by_the_size_that_differs(tmp_path):
     save_model(tmp_path / "model", SPEC, initial_state(SPEC, seed=7), {})
     values = recipe(tmp_path / "run", tmp_path, training__start_from=str(tmp_path / "model"))

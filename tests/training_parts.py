@@ -17,6 +17,7 @@ import torch
 from ports import free_port
 from small_models import MODERN_LAYERS
 
+from digit_ds import shipped
 from digit_ds.config import Recipe
 from digit_ds.data import shards
 from digit_ds.training.stored import StoredState
@@ -101,6 +102,21 @@ def overlapped_file(folder: Path) -> str:
     path = folder / "zero2_overlapped.json"
     path.write_text(json.dumps({"zero_optimization": OVERLAPPED}))
     return str(path)
+
+
+def gathering_file(folder: Path, name: str) -> str:
+    """A shipped DeepSpeed file; of ZeRO 3 a copy under which these models' matrices are gathered for each use.
+
+    Every rank would keep them: they have fewer elements than what the shipped files call small.
+    """
+    path = shipped.find(name)
+    config = json.loads(path.read_text())
+    if config["zero_optimization"]["stage"] < 3:
+        return name
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 4000}
+    copy = folder / f"gathering_{path.name}"
+    copy.write_text(json.dumps(config))
+    return str(copy)
 
 
 class Group:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -188,10 +188,17 @@ def initial_state(spec: TransformerSpec, seed: int) -> State:
     return {parameter.name: _draw(parameter, spec, seed) for parameter in parameters(spec)}
 
 
-def initial_shard(spec: TransformerSpec, seed: int, tensor_size: int, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """One tensor-parallel rank's part of :func:`initial_state`, parameter by parameter: one is whole at a time."""
+def initial_shard(
+    spec: TransformerSpec, seed: int, tensor_size: int, rank: int, names: Container[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """One tensor-parallel rank's part of :func:`initial_state`, parameter by parameter: one is whole at a time.
+
+    ``names``: the parameters to draw; None: all.
+    """
     check_tensor_size(spec, tensor_size)
     for parameter in parameters(spec):
+        if names is not None and parameter.name not in names:
+            continue
         yield parameter.name, shard_parameter(_draw(parameter, spec, seed), parameter, tensor_size, rank)
 
 

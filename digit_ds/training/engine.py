@@ -112,6 +112,8 @@ class Engine:
         self.kernels = _kernels(recipe, device) + ", rows travel in pieces" * pieces
         if first is not None:
             self._set_master_weights(first)
+        elif dtype != torch.float32 and not resumes:
+            self._set_master_weights(self._drawn(spec, recipe.training.seed))
 
     def train(self) -> None:
         """Dropout on."""
@@ -157,9 +159,19 @@ class Engine:
             if view is not None:
                 yield Fragment(name, start, {kind: view(kind) for kind in names})
 
+    def _drawn(self, spec: TransformerSpec, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Again the first values of the parameters of which this rank owns a part."""
+        owned = {name for name, parameter in self.model.named_parameters() if self._state.view(parameter)[1]}
+        return weights.initial_shard(spec, seed, self.topology.tensor_size, self.topology.tensor_rank, owned)
+
     @torch.no_grad()
     def _set_master_weights(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Give the masters the float32 values of which DeepSpeed only saw those in the compute precision."""
+        """Give the masters the float32 values of which DeepSpeed only saw those in the compute precision.
+
+        Masters that began as bfloat16 numbers would all lie in the middle of those that are rounded to them: no weight
+        would change until the sum of its updates exceeds half the distance of two such numbers, and then most of them
+        in the same few steps.
+        """
         fragments = {fragment.name: fragment for fragment in self.fragments()}
         for name, value in values:
             if (fragment := fragments.get(name)) is None:

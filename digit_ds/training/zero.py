@@ -200,6 +200,33 @@ def _leave_in_place(parameter: Any, whole: Tensor, missing: Any) -> None:
     parameter.partition = partition
 
 
+def _gather_what_is_updated(zero: Any) -> Callable[[], None]:
+    """Each update is complete before the next gather of weights reads its parts.
+
+    DeepSpeed gathers on a stream of its own (``overlap_comm``), which waits for no other one: it relies on the host to
+    wait for the update. A host that runs ahead would send the weights from before it.
+
+    Returns:
+        What else changes the parts calls it afterwards.
+    """
+    _check(zero, "parameter_offload")
+    owner, name = zero.parameter_offload, "_DeepSpeedZeRoOffload__allgather_stream"
+    _check(owner, name)
+    update = zero.step
+
+    def changed() -> None:
+        if (stream := getattr(owner, name)) is not None:  # None on a CPU, where nothing runs beside the host
+            stream.wait_stream(deepspeed.get_accelerator().current_stream())
+
+    def step(*arguments: Any, **options: Any) -> None:
+        update(*arguments, **options)
+        changed()
+
+    zero.step = step
+    changed()  # by what built them
+    return changed
+
+
 def _square_of_norm(gradients: Iterable[tuple[Tensor, Tensor]], topology: Topology, device: torch.device) -> Tensor:
     """Float64 square of the norm of what this rank counts, from pairs of a gradient and its parameter.
 
@@ -371,6 +398,7 @@ class _PartitionedWeights:
         _norm_of_parts(zero, topology, device)
         _reduce_beside_the_host(zero, zero.reduce_and_partition_stream)
         _keep_small_weights(zero, device)
+        self._changed = _gather_what_is_updated(zero)
         for parameter in parameters:
             _check(parameter, "ds_process_group", "ds_numel", "partition_numel")
 
@@ -396,6 +424,7 @@ class _PartitionedWeights:
         masters = self._zero.fp32_partitioned_groups_flat
         for model, master in zip(self._zero.fp16_partitioned_groups_flat, masters):
             model.data.copy_(master.data)
+        self._changed()
         self._zero.checkpoint_event_epilogue()
 
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ports import free_ports
 from training_parts import (
     MODERN,
+    gathering_file,
     launch,
     metrics,
     recipe,
@@ -55,6 +56,25 @@ def token_shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"))
 
 
+def train_all_with_a_slow_device(recipes: list, ports: list[int]) -> None:
+    """As ``train_all``; the GPU is behind the host whenever it has gradients to compute or weights to update.
+
+    What another stream reads too early is then what it was before, in models of any size.
+    """
+    from digit_ds.training.engine import Engine
+    from digit_ds.training.optimizer import GuardedAdamW
+
+    def late(method):
+        def run(self, *arguments):
+            torch.cuda._sleep(20_000_000)  # clock cycles, about 10 ms
+            return method(self, *arguments)
+
+        return run
+
+    Engine.backward, GuardedAdamW.step = late(Engine.backward), late(GuardedAdamW.step)
+    train_all(recipes, ports)
+
+
 @pytest.fixture(scope="module")
 def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     """Metrics of 20 steps at every layout, and of one GPU alone."""
@@ -66,12 +86,12 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     ]
     launch(train_all, (alone, free_ports(len(alone))), 1, folder / "log-alone", timeout=300)
     recipes = {
-        f"fp32-{name}": {"deepspeed": f"{file}.json", "parallel__tensor": tensor}
+        f"fp32-{name}": {"deepspeed": gathering_file(folder, f"{file}.json"), "parallel__tensor": tensor}
         | (MODERN if name.startswith("modern") else {})
         for name, (tensor, file) in FLOAT32.items()
     } | {
         f"bf16-{name}": {
-            "deepspeed": f"{file}.json",
+            "deepspeed": gathering_file(folder, f"{file}.json"),
             "parallel__tensor": tensor,
             "training__precision": "bf16",
             "training__compile": compiled,
@@ -80,7 +100,7 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     }
     recipes |= {
         f"fast-{name}": {
-            "deepspeed": f"{file}.json",
+            "deepspeed": gathering_file(folder, f"{file}.json"),
             "parallel__tensor": tensor,
             "parallel__sequence": sequence,
             "training__compile": True,
@@ -95,7 +115,8 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
             for name, options in recipes.items()
             if options.get("training__compile", False) == compiled
         ]
-        launch(train_all, (values, free_ports(len(values))), 2, folder / f"log-{compiled}", timeout=500)
+        arguments = values, free_ports(len(values))
+        launch(train_all_with_a_slow_device, arguments, 2, folder / f"log-{compiled}", timeout=500)
     return {name: metrics(folder / name) for name in (*single, *recipes)}
 
 
