@@ -11,7 +11,7 @@ import pytest
 import torch
 from calls import export
 from safetensors.torch import load_file, save_file
-from training_parts import launch, metrics, recipe, start, train, whole_state, write_shards
+from training_parts import launch, metrics, recipe, small_messages, start, train, whole_state, write_shards
 
 from digit_ds.config import Recipe
 from digit_ds.data.shards import read_manifest
@@ -359,7 +359,11 @@ def train_with_a_drift(values: Recipe) -> None:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_copies_that_drift_apart_are_brought_together_from_rank_0(stage, token_shards, tmp_path):
-    options = {"parallel__tensor": 2, "deepspeed": f"zero{stage}.json", "checkpoint__every": 6}
+    options = {
+        "parallel__tensor": 2,
+        "deepspeed": small_messages(tmp_path, f"zero{stage}.json"),
+        "checkpoint__every": 6,
+    }
     values = recipe(tmp_path / "run", token_shards, training__steps=12, checkpoint__keep_last=9, **options)
     output = launch(train_with_a_drift, (values,), 2, tmp_path / "log")
     warnings = re.findall(r"warning: (step \d+: copies[^\r\n]*)", output)
@@ -475,7 +479,7 @@ def test_masters_are_exactly_the_float32_weights_that_a_run_starts_from(stage, t
         "training__start_from": str(tmp_path / "model"),
         "training__precision": "bf16",
         "training__ema_decay": 0.5,
-        "deepspeed": f"zero{stage}.json",
+        "deepspeed": small_messages(tmp_path, f"zero{stage}.json"),
         "optimizer__learning_rate": 1e-30,
         "optimizer__weight_decay": 0.0,
         "schedule__warmup_start": 0.0,

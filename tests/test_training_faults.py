@@ -18,8 +18,8 @@ import torch
 from training_parts import (
     launch,
     metrics,
-    overlapped_file,
     recipe,
+    small_messages,
     start,
     steps_logged,
     train,
@@ -94,7 +94,7 @@ def train_and_stop_in_a_save(values: Recipe, moment: str, reached: Path) -> None
 def test_killed_at_twenty_moments_ends_as_if_never_killed(token_shards, tmp_path):
     """Ten of them at random, ten inside a save, before each of its files in turn."""
     options = {"training__steps": 120, "model__dropout": 0.2, "checkpoint__every": 2}
-    options["deepspeed"] = overlapped_file(tmp_path)
+    options["deepspeed"] = small_messages(tmp_path, "zero2_overlap.json")
     straight = recipe(tmp_path / "straight", token_shards, **options)
     launch(train, (straight,), 2, tmp_path / "log-straight")
     values = recipe(tmp_path / "run", token_shards, **options)
@@ -138,7 +138,7 @@ def test_layout_may_change_between_runs(token_shards, tmp_path):
     straight = recipe(tmp_path / "straight", token_shards, training__steps=18, **options)
     launch(train, (straight,), 1, tmp_path / "log")
     run = tmp_path / "run"
-    files = ["zero0.json", "zero1.json", overlapped_file(tmp_path), "zero3.json"]
+    files = [small_messages(tmp_path, f"{name}.json") for name in ("zero0", "zero1", "zero2_overlap", "zero3")]
     for steps, tensor, world, stage in ((6, 1, 2, 1), (9, 2, 4, 2), (12, 2, 2, 3), (15, 4, 4, 2), (18, 1, 1, 0)):
         values = recipe(
             run, token_shards, training__steps=steps, parallel__tensor=tensor, deepspeed=files[stage], **options
@@ -384,7 +384,11 @@ def train_with_nan(values: Recipe, bad_steps: list[int]) -> None:
 )
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("fp32", 3), ("bf16", 1), ("bf16", 2)])
 def test_nan_on_one_rank_skips_the_update_on_all(precision, stage, token_shards, tmp_path):
-    options = {"training__steps": 6, "training__precision": precision, "deepspeed": f"zero{stage}.json"}
+    options = {
+        "training__steps": 6,
+        "training__precision": precision,
+        "deepspeed": small_messages(tmp_path, f"zero{stage}.json"),
+    }
     values = recipe(tmp_path / "run", token_shards, checkpoint__every=1, checkpoint__keep_last=9, **options)
     output = launch(train_with_nan, (values, [3]), 2, tmp_path / "log")
     assert output.count("step 3: gradient not finite, update skipped") == 2 and "class1/" in output

@@ -10,12 +10,10 @@ import torch
 from reference_loss import label_smoothed_cross_entropy
 from training_parts import (
     MODERN,
-    OVERLAPPED,
-    gathering_file,
     launch,
     metrics,
-    overlapped_file,
     recipe,
+    small_messages,
     train,
     whole_state,
     write_shards,
@@ -125,7 +123,7 @@ def test_layout_equals_plain_training(tensor, data, stage, token_shards, plain, 
     norms = [line[2] for line in expected["lines"]]
     assert max(norms) > 0.7 > min(norms)  # clipping acts on some steps and not on others
     values = recipe(
-        tmp_path / "run", token_shards, deepspeed=gathering_file(tmp_path, f"zero{stage}.json"), parallel__tensor=tensor
+        tmp_path / "run", token_shards, deepspeed=small_messages(tmp_path, f"zero{stage}.json"), parallel__tensor=tensor
     )
     launch(train, (values,), tensor * data, tmp_path / "log")
     compare(tmp_path / "run", expected)
@@ -143,7 +141,7 @@ def test_modern_model_equals_plain_training(tensor, data, stage, recompute, toke
     values = recipe(
         tmp_path / "run",
         token_shards,
-        deepspeed=gathering_file(tmp_path, f"zero{stage}.json"),
+        deepspeed=small_messages(tmp_path, f"zero{stage}.json"),
         parallel__tensor=tensor,
         training__recompute=recompute,
         training__ema_decay=0.9,
@@ -176,7 +174,7 @@ def test_random_order_equals_plain_training(tensor, data, stage, token_shards, p
     values = recipe(
         tmp_path / "run",
         token_shards,
-        deepspeed=gathering_file(tmp_path, f"zero{stage}.json"),
+        deepspeed=small_messages(tmp_path, f"zero{stage}.json"),
         parallel__tensor=tensor,
         **RANDOM_ORDER,
     )
@@ -201,7 +199,7 @@ def test_fast_layouts_equal_plain_training(
     values = recipe(
         tmp_path / "run",
         token_shards,
-        deepspeed=gathering_file(tmp_path, f"zero{stage}.json"),
+        deepspeed=small_messages(tmp_path, f"zero{stage}.json"),
         parallel__tensor=tensor,
         parallel__sequence=sequence,
         training__compile=compiled,
@@ -221,14 +219,15 @@ def test_weights_sent_during_the_forward_pass(tensor, data, sequence, compiled, 
     values = recipe(
         tmp_path / "run",
         token_shards,
-        deepspeed=overlapped_file(tmp_path),
+        deepspeed=small_messages(tmp_path, "zero2_overlap.json"),
         parallel__tensor=tensor,
         parallel__sequence=sequence,
         training__compile=compiled,
         training__ema_decay=0.9,
     )
     modules = sizes_by_module(model_spec(values, read_manifest(token_shards)), tensor)
-    assert len(weight_groups(modules, ZeroOptions(**OVERLAPPED), data)) > 3
+    options = ZeroOptions.read(json.loads(Path(values.deepspeed).read_text()))
+    assert len(weight_groups(modules, options, data)) > 3
     launch(train, (values,), tensor * data, tmp_path / "log", timeout=600)
     compare(tmp_path / "run", plain("prior"))
 

@@ -93,28 +93,28 @@ def recipe(run: Path, token_shards: Path, **overrides: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-OVERLAPPED = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 3000, "allgather_bucket_size": 400}
-"""ZeRO 2 with overlapped communication, in pieces as small as these models need to have several."""
+MESSAGES = {
+    2: {"reduce_bucket_size": 3000, "allgather_bucket_size": 400},
+    3: {
+        "reduce_bucket_size": 3000,
+        "stage3_prefetch_bucket_size": 4000,
+        "stage3_param_persistence_threshold": 100,
+    },
+}
+"""By ZeRO stage: sizes with which these models have several messages of each kind, and matrices that are gathered."""
 
 
-def overlapped_file(folder: Path) -> str:
-    """A DeepSpeed file with :data:`OVERLAPPED`."""
-    path = folder / "zero2_overlapped.json"
-    path.write_text(json.dumps({"zero_optimization": OVERLAPPED}))
-    return str(path)
+def small_messages(folder: Path, name: str) -> str:
+    """A shipped DeepSpeed file, or under ZeRO 2 and 3 a copy of it with :data:`MESSAGES`.
 
-
-def gathering_file(folder: Path, name: str) -> str:
-    """A shipped DeepSpeed file; of ZeRO 3 a copy under which these models' matrices are gathered for each use.
-
-    Every rank would keep them: they have fewer elements than what the shipped files call small.
+    With the shipped sizes all that these models send goes in one message, and ZeRO 3 keeps all of it on every rank.
     """
     path = shipped.find(name)
     config = json.loads(path.read_text())
-    if config["zero_optimization"]["stage"] < 3:
+    if (sizes := MESSAGES.get(config["zero_optimization"]["stage"])) is None:
         return name
-    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 4000}
-    copy = folder / f"gathering_{path.name}"
+    config["zero_optimization"] |= sizes
+    copy = folder / f"small_{path.name}"
     copy.write_text(json.dumps(config))
     return str(copy)
 

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from devices import needs
 from ports import free_ports
-from training_parts import gathering_file, launch, metrics, recipe, start, steps_logged, train, train_all, write_shards
+from training_parts import launch, metrics, recipe, small_messages, start, steps_logged, train, train_all, write_shards
 
 from digit_ds.training.stored import newest_checkpoint
 
@@ -68,7 +68,7 @@ def test_layouts_agree_with_one_device(layout, precision, compiled, token_shards
         recipe(
             tmp_path / f"{file}{'-sequence' * sequence}",
             token_shards,
-            deepspeed=gathering_file(tmp_path, f"{file}.json"),
+            deepspeed=small_messages(tmp_path, f"{file}.json"),
             parallel__tensor=tensor,
             parallel__sequence=sequence,
             training__precision=precision,

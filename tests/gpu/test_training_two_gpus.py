@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ports import free_ports
 from training_parts import (
     MODERN,
-    gathering_file,
     launch,
     metrics,
     recipe,
+    small_messages,
     start,
     steps_logged,
     train,
@@ -86,12 +86,12 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     ]
     launch(train_all, (alone, free_ports(len(alone))), 1, folder / "log-alone", timeout=300)
     recipes = {
-        f"fp32-{name}": {"deepspeed": gathering_file(folder, f"{file}.json"), "parallel__tensor": tensor}
+        f"fp32-{name}": {"deepspeed": small_messages(folder, f"{file}.json"), "parallel__tensor": tensor}
         | (MODERN if name.startswith("modern") else {})
         for name, (tensor, file) in FLOAT32.items()
     } | {
         f"bf16-{name}": {
-            "deepspeed": gathering_file(folder, f"{file}.json"),
+            "deepspeed": small_messages(folder, f"{file}.json"),
             "parallel__tensor": tensor,
             "training__precision": "bf16",
             "training__compile": compiled,
@@ -100,7 +100,7 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     }
     recipes |= {
         f"fast-{name}": {
-            "deepspeed": gathering_file(folder, f"{file}.json"),
+            "deepspeed": small_messages(folder, f"{file}.json"),
             "parallel__tensor": tensor,
             "parallel__sequence": sequence,
             "training__compile": True,
