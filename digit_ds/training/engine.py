@@ -172,13 +172,15 @@ class Engine:
         would change until the sum of its updates exceeds half the distance of two such numbers, and then most of them
         in the same few steps.
         """
-        fragments = {fragment.name: fragment for fragment in self.fragments()}
+        views = {name: self._state.view(parameter) for name, parameter in self.model.named_parameters()}
         for name, value in values:
-            if (fragment := fragments.get(name)) is None:
-                continue
-            for kind in {"weight", "average"} & fragment.tensors.keys():
-                tensor = fragment.tensors[kind]
-                tensor.copy_(value.reshape(-1)[fragment.start : fragment.start + tensor.numel()])
+            start, view = views[name]
+            if view is not None:
+                master = view("weight")
+                master.copy_(value.reshape(-1)[start : start + master.numel()])
+        for master, state in self.optimizer.state.items():  # where DeepSpeed has made it already
+            if "average" in state:
+                state["average"].copy_(master)
         self.refresh_model()
 
     @torch.no_grad()
