@@ -465,8 +465,8 @@ def test_a_run_goes_on_with_the_tokens_that_it_was_begun_with(token_shards, tmp_
 # --- start_from --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_masters_are_exactly_the_float32_weights_that_a_run_starts_from(stage, token_shards, tmp_path):
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (3, "bf16")])
+def test_masters_are_exactly_the_float32_weights_that_a_run_starts_from(stage, precision, token_shards, tmp_path):
     """Also in bf16; the source is read once, its hash and provenance are carried."""
     from test_training_start import SPEC
 
@@ -477,7 +477,7 @@ def test_masters_are_exactly_the_float32_weights_that_a_run_starts_from(stage, t
     content = sha256(tmp_path / "model" / "model.safetensors")
     options = {
         "training__start_from": str(tmp_path / "model"),
-        "training__precision": "bf16",
+        "training__precision": precision,
         "training__ema_decay": 0.5,
         "deepspeed": small_messages(tmp_path, f"zero{stage}.json"),
         "optimizer__learning_rate": 1e-30,

@@ -94,14 +94,15 @@ def recipe(run: Path, token_shards: Path, **overrides: Any) -> Recipe:
 
 
 MESSAGES = {
-    2: {"reduce_bucket_size": 3000, "allgather_bucket_size": 400},
+    2: {"reduce_bucket_size": 1000, "allgather_bucket_size": 400},
     3: {
         "reduce_bucket_size": 3000,
         "stage3_prefetch_bucket_size": 4000,
         "stage3_param_persistence_threshold": 100,
     },
 }
-"""By ZeRO stage: sizes with which these models have several messages of each kind, and matrices that are gathered."""
+"""By ZeRO stage: sizes with which these models have several messages of each kind, matrices that are gathered, and
+under ZeRO 2 gradients that are larger than a bucket."""
 
 
 def small_messages(folder: Path, name: str) -> str:

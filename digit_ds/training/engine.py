@@ -168,9 +168,8 @@ class Engine:
     def _set_master_weights(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Give the masters the float32 values of which DeepSpeed only saw those in the compute precision.
 
-        Masters that began as bfloat16 numbers would all lie in the middle of those that are rounded to them: no weight
-        would change until the sum of its updates exceeds half the distance of two such numbers, and then most of them
-        in the same few steps.
+        A master that is itself a bfloat16 number keeps its rounded value until its updates add up to half the distance
+        to the next such number; weights of similar size then change in the same steps.
         """
         views = {name: self._state.view(parameter) for name, parameter in self.model.named_parameters()}
         for name, value in values:
@@ -178,7 +177,7 @@ class Engine:
             if view is not None:
                 master = view("weight")
                 master.copy_(value.reshape(-1)[start : start + master.numel()])
-        for master, state in self.optimizer.state.items():  # where DeepSpeed has made it already
+        for master, state in self.optimizer.state.items():  # where it exists already
             if "average" in state:
                 state["average"].copy_(master)
         self.refresh_model()

@@ -148,8 +148,11 @@ def _reduce_beside_the_host(zero: Any, stream: Any) -> None:
     accelerator, original = deepspeed.get_accelerator(), zero.independent_gradient_partition_epilogue
 
     def epilogue() -> None:
+        main = accelerator.current_stream()
+
         def wait() -> None:
-            accelerator.current_stream().wait_stream(stream)
+            stream.wait_stream(main)  # without contiguous_gradients DeepSpeed waits before the last reductions
+            main.wait_stream(stream)
 
         accelerator.synchronize = stream.synchronize = wait  # before the methods of their classes
         try:
@@ -158,6 +161,24 @@ def _reduce_beside_the_host(zero: Any, stream: Any) -> None:
             del accelerator.synchronize, stream.synchronize
 
     zero.independent_gradient_partition_epilogue = epilogue
+
+
+def _keep_what_is_reduced(zero: Any, stream: Any) -> None:
+    """The memory of a gradient on its way is not given to another tensor before ``stream`` has read it.
+
+    DeepSpeed leaves this out for a gradient that is larger than ``reduce_bucket_size``: it is reduced where it is, and
+    freed at once on a rank that owns no part of it.
+    """
+    _check(zero, "average_tensor")
+    if stream is None or not zero.overlap_comm:
+        return
+    original = zero.average_tensor
+
+    def average(tensor: Tensor, *arguments: Any) -> None:
+        tensor.record_stream(stream)
+        original(tensor, *arguments)
+
+    zero.average_tensor = average
 
 
 def _keep_small_weights(zero: Any, device: torch.device) -> None:
@@ -328,7 +349,8 @@ class _WholeState:
         group = parallel_state.get_data_parallel_group()
         owner = dist.get_process_group_ranks(group)[0]
         for parameter in self._parameters:
-            for kind in ("weight", *self._optimizer.state_names):
+            exists = parameter in self._optimizer.state  # not before the first step of a run that starts from a model
+            for kind in ("weight", *(self._optimizer.state_names if exists else ())):
                 dist.broadcast(self._whole(parameter, kind), owner, group=group)
 
     def _whole(self, parameter: Tensor, kind: str) -> Tensor:
@@ -351,6 +373,7 @@ class _PartitionedState:
             optimizer.create_state()  # DeepSpeed links the states of all groups after the update of the first
         if hasattr(zero, "reduction_stream"):
             _reduce_beside_the_host(zero, zero.reduction_stream)
+            _keep_what_is_reduced(zero, zero.reduction_stream)
         else:  # stage 1 in bf16
             _leave_the_norm(zero)
         for parameter in parameters:

@@ -64,14 +64,14 @@ def train_all_with_a_slow_device(recipes: list, ports: list[int]) -> None:
     from digit_ds.training.engine import Engine
     from digit_ds.training.optimizer import GuardedAdamW
 
-    def late(method):
+    def late(method, milliseconds: int):
         def run(self, *arguments):
-            torch.cuda._sleep(20_000_000)  # clock cycles, about 10 ms
+            torch.cuda._sleep(milliseconds * 2_000_000)  # clock cycles
             return method(self, *arguments)
 
         return run
 
-    Engine.backward, GuardedAdamW.step = late(Engine.backward), late(GuardedAdamW.step)
+    Engine.backward, GuardedAdamW.step = late(Engine.backward, 10), late(GuardedAdamW.step, 100)
     train_all(recipes, ports)
 
 
