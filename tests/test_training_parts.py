@@ -1,5 +1,6 @@
 """Pieces of training that need one process at most."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -276,6 +277,37 @@ def test_jobs_of_one_node_open_their_shards_one_after_the_other(monkeypatch):
     monkeypatch.setattr(stream, "CachedShards", lambda *_: is_locked())
     assert stream._open("shards", "cache") is True
     assert not is_locked()
+
+
+def open_while_others_open(shards: Path, out: Path) -> None:
+    """As a job on several nodes, which takes no lock: all have found their numbers when the first takes one."""
+    rank, found = ranks.rank(), streaming_memory.shared_prefix._check_and_find_retrying
+
+    def find(streams_local: list, streams_remote: list, shm_name: str, retry: int) -> int:
+        number = found(streams_local, streams_remote, shm_name, retry)
+        (out / f"{rank}-{shm_name}").touch()
+        while len(list(out.glob(f"*-{shm_name}"))) < 4:
+            time.sleep(0.01)
+        return number
+
+    streaming_memory.shared_prefix._check_and_find_retrying = find
+    stream.one_job_at_a_time = contextlib.nullcontext
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    try:
+        number = TokenStream(str(shards), owner=f"{out}-{rank}").dataset.dataset._shm_prefix_int
+    except UserError as error:
+        number = error
+    (out / f"opened-{rank}").write_text(str(number))
+    while len(list(out.glob("opened-*"))) < 4:
+        time.sleep(0.01)
+
+
+def test_jobs_that_open_their_shards_together_take_different_numbers(tmp_path):
+    """Two jobs on the same two nodes cannot wait for each other; one of them failed."""
+    (tmp_path / "out").mkdir()
+    launch(open_while_others_open, (write_shards(tmp_path / "shards"), tmp_path / "out"), 4, tmp_path)
+    numbers = {path.read_text() for path in (tmp_path / "out").glob("opened-*")}
+    assert len(numbers) == 4 and all(map(str.isdigit, numbers)), numbers
 
 
 def read_slowly_made(shards: Path, out: Path) -> None:

@@ -30,6 +30,7 @@ try:
     from streaming.base.hashing import get_hash
     from streaming.base.shared import SharedMemory
     from streaming.base.shared import array as shared_array
+    from streaming.base.shared import prefix as shared_prefix
 finally:
     for _name in _placed:
         del sys.modules[_name]
@@ -45,4 +46,5 @@ __all__ = [
     "decompress",
     "get_hash",
     "shared_array",
+    "shared_prefix",
 ]

@@ -24,7 +24,7 @@ from digit_ds.data.mosaic import StreamingDataset
 from digit_ds.data.objects import is_address
 from digit_ds.data.order import InOrder, KeyedOrder, Order, StoredOrder
 from digit_ds.data.shards import ShardManifest, read_manifest
-from digit_ds.data.streaming_memory import forget_killed, one_job_at_a_time
+from digit_ds.data.streaming_memory import forget_killed, one_job_at_a_time, own_numbers
 from digit_ds.errors import UserError, is_lost_peer
 from digit_ds.parallel import launch, shared_memory
 from digit_ds.parallel.decide import fail_together, from_main
@@ -253,7 +253,7 @@ def _open(shards: str, cache: str, cache_limit: int | None = None) -> StreamingD
     forget_killed(cache)
     fail_together(shared_memory.shortage(shared_memory.LEAST))
     try:
-        with one_job_at_a_time():
+        with one_job_at_a_time(), own_numbers(cache):
             return CachedShards(remote, cache, cache_limit)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         if is_lost_peer(error):  # StreamingDataset's barriers

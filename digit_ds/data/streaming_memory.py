@@ -6,14 +6,16 @@ that are whole when they are opened.
 """
 
 import fcntl
+import itertools
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from digit_ds.data.mosaic import SharedMemory, shared_array
+from digit_ds.data.mosaic import SharedMemory, shared_array, shared_prefix
 from digit_ds.parallel import launch, shared_memory
 
 _BLOCKS, _TEMPORARY = Path(shared_memory.FOLDER), Path(tempfile.gettempdir())
@@ -50,9 +52,7 @@ vars(shared_array)["SharedMemory"] = _WholeMemory  # the name by which Streaming
 def one_job_at_a_time() -> Iterator[None]:
     """Mutual exclusion of this user's jobs on this node while a dataset is opened.
 
-    Each process of a job looks for the first free number in shared memory, then one takes it: of jobs that start
-    together some take the same one and fail. A job on several nodes takes no lock: two such jobs could hold one node
-    each.
+    Files of locks are removed meanwhile. A job on several nodes takes no lock: two such jobs could hold one node each.
     """
     if launch.world_size() != launch.local_world_size():
         yield
@@ -63,6 +63,23 @@ def one_job_at_a_time() -> Iterator[None]:
             _remove_unused_locks()
         launch.barrier()
         yield
+
+
+@contextmanager
+def own_numbers(cache: str) -> Iterator[None]:
+    """While a dataset is opened, the search for a free number begins at one made from its cache's path.
+
+    Each process of a node looks for a free number, then waits for all processes of the job, then one takes it: of jobs
+    that start together some would take the same one and fail. A cache belongs to one job, and all of its processes on
+    the node name it alike.
+    """
+    first = zlib.crc32(os.fsencode(Path(cache).absolute())) % 10**6 // 2  # far from where names get a seventh digit
+    original = shared_prefix._each_prefix_int
+    shared_prefix._each_prefix_int = lambda: itertools.count(first)
+    try:
+        yield
+    finally:
+        shared_prefix._each_prefix_int = original
 
 
 def _lock_file() -> Path:
