@@ -5,7 +5,6 @@ torchrun would end ranks that are still saving when the first one leaves, and hi
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,15 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from ports import free_port  # noqa: E402
+
 PATIENCE = 20.0
 """Seconds in which the other ranks may exit after one has failed."""
-
-
-def free_port() -> int:
-    """A port of this machine for the processes of one job to meet at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Ranks:

@@ -101,21 +101,27 @@ MESSAGES = {
         "stage3_param_persistence_threshold": 100,
     },
 }
-"""By ZeRO stage: sizes with which these models have several messages of each kind, matrices that are gathered, and
-under ZeRO 2 gradients that are larger than a bucket."""
+"""By ZeRO stage: sizes with which models of width 16 have several messages of each kind, matrices that are gathered,
+and under ZeRO 2 gradients that are larger than a bucket."""
 
 
-def small_messages(folder: Path, name: str) -> str:
-    """A shipped DeepSpeed file, or under ZeRO 2 and 3 a copy of it with :data:`MESSAGES`.
+def small_messages(folder: Path, name: str, width: int = 16) -> str:
+    """A shipped DeepSpeed file, or under ZeRO 2 and 3 a copy of it with :data:`MESSAGES` for models of this width.
 
     With the shipped sizes all that these models send goes in one message, and ZeRO 3 keeps all of it on every rank.
+    With sizes that are too small for the width, each matrix goes by itself: DeepSpeed sends it from where it is, and
+    does not copy it first.
     """
     path = shipped.find(name)
     config = json.loads(path.read_text())
     if (sizes := MESSAGES.get(config["zero_optimization"]["stage"])) is None:
         return name
-    config["zero_optimization"] |= sizes
-    copy = folder / f"small_{path.name}"
+    scale = width // 16
+    config["zero_optimization"] |= {
+        key: value * (scale if key == "stage3_param_persistence_threshold" else scale**2)
+        for key, value in sizes.items()
+    }
+    copy = folder / f"small_{width}_{path.name}"
     copy.write_text(json.dumps(config))
     return str(copy)
 

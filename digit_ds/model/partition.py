@@ -6,7 +6,7 @@ fresh optimizer.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,11 @@ def from_megatron(settings: FromMegatron) -> None:
 class ShardReader:
     """One rank's weights to start training from, out of a released or a partitioned model directory of any size.
 
-    Each iteration reads the parameters again, one whole parameter at a time: pairs of a name and a tensor of
-    ``shard_shape``, dtypes as stored. A directory cut for the same size costs this rank only its own file.
+    A directory cut for the same size costs this rank only its own file.
 
     Raises:
         UserError: a file is missing, damaged or of another model, or the size does not divide the model. All of this
-            is found before the first iteration.
+            is found before the first reading.
     """
 
     def __init__(self, directory: Path | str, tensor_size: int, rank: int) -> None:
@@ -122,8 +121,9 @@ class ShardReader:
         with ExitStack() as stack:
             yield [stack.enter_context(open_tensors(path)) for path in self._paths]
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        remaining = deque(parameters(self.spec))
+    def read(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of these names, one whole at a time: tensors of ``shard_shape``, dtypes as stored."""
+        remaining = deque(parameter for parameter in parameters(self.spec) if parameter.name in names)
         while remaining:
             with self._opened() as files:
                 read = 0

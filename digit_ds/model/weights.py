@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from digit_ds.errors import UserError
@@ -29,6 +32,8 @@ POSITION_OFFSET = 2
 """Position 0 uses row 2 of a position table (fairseq counts from the pad id + 1)."""
 VOCABULARY_MULTIPLE = 128
 """Megatron's vocabulary tables are padded to a multiple of this, whatever the tensor-parallel size."""
+DRAWN_AHEAD = 4
+"""Threads that draw initial weights, if PyTorch may use as many; each holds a whole parameter."""
 _SPLIT_DIM: dict[str, int | None] = {"replicated": None, "column": 0, "row": 1, "vocabulary": 0}
 
 
@@ -188,18 +193,32 @@ def initial_state(spec: TransformerSpec, seed: int) -> State:
     return {parameter.name: _draw(parameter, spec, seed) for parameter in parameters(spec)}
 
 
-def initial_shard(
-    spec: TransformerSpec, seed: int, tensor_size: int, rank: int, names: Container[str] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """One tensor-parallel rank's part of :func:`initial_state`, parameter by parameter: one is whole at a time.
+@dataclass(frozen=True)
+class InitialShard:
+    """One tensor-parallel rank's part of :func:`initial_state`, drawn anew at each reading."""
 
-    ``names``: the parameters to draw; None: all.
-    """
-    check_tensor_size(spec, tensor_size)
-    for parameter in parameters(spec):
-        if names is not None and parameter.name not in names:
-            continue
-        yield parameter.name, shard_parameter(_draw(parameter, spec, seed), parameter, tensor_size, rank)
+    spec: TransformerSpec
+    seed: int
+    tensor_size: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        check_tensor_size(self.spec, self.tensor_size)
+
+    def read(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of these names, in the schema's order; at most ``DRAWN_AHEAD`` and one are whole at a time."""
+        import torch
+
+        chosen = [parameter for parameter in parameters(self.spec) if parameter.name in names]
+        threads = min(DRAWN_AHEAD, torch.get_num_threads())  # PyTorch itself draws on one
+        drawn: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            upcoming = iter(chosen)
+            for parameter in chosen:
+                for following in islice(upcoming, threads - len(drawn)):
+                    drawn.append(pool.submit(_draw, following, self.spec, self.seed))
+                value = drawn.popleft().result()
+                yield parameter.name, shard_parameter(value, parameter, self.tensor_size, self.rank)
 
 
 def _draw(parameter: Parameter, spec: TransformerSpec, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The DeepSpeed engine around the Megatron model: what is built, and the few things asked of it."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from digit_ds.config import Recipe
 from digit_ds.errors import UserError
-from digit_ds.model import tensor_parallel, weights
+from digit_ds.model import tensor_parallel
 from digit_ds.model.megatron import NORM_KERNEL, MegatronTransformer, TransformerLayer, check_reductions
 from digit_ds.model.partition import ShardReader
 from digit_ds.model.spec import TransformerSpec
+from digit_ds.model.weights import InitialShard
 from digit_ds.parallel.decide import fail_together, together
 from digit_ds.parallel.frameworks import deepspeed
 from digit_ds.parallel.topology import Mpu, Topology
@@ -65,16 +66,9 @@ class Engine:
                 recipe.training.label_smoothing,
                 recipe.parallel.sequence,
             )
-        first: ShardReader | None = None
-        values: Iterable[tuple[str, Tensor]]
-        if resumes:
-            values = _placeholders(model, topology)
-        elif recipe.training.start_from is None:
-            values = weights.initial_shard(spec, recipe.training.seed, topology.tensor_size, topology.tensor_rank)
-        else:
-            with together():
-                values = first = _first_weights(recipe, spec, topology)
-        _fill(model, values, dtype, device, Partitioner(config) if kind.partitions_weights else None)
+        with together():
+            first = None if resumes else _first_weights(recipe, spec, topology)
+        _allocate(model, topology, dtype, device, Partitioner(config) if kind.partitions_weights else None)
         before = fingerprint(model, dtype) if topology.world_size > 1 and not kind.partitions_weights else None
         if kind.partitions_weights:
             # Weights are gathered a layer at a time: fewer and larger messages, and no hook inside a compiled layer.
@@ -111,9 +105,7 @@ class Engine:
             raise RuntimeError("deepspeed.initialize changed this rank's weights")
         self.kernels = _kernels(recipe, device) + ", rows travel in pieces" * pieces
         if first is not None:
-            self._set_master_weights(first)
-        elif dtype != torch.float32 and not resumes:
-            self._set_master_weights(self._drawn(spec, recipe.training.seed))
+            self._set_weights(first)
 
     def train(self) -> None:
         """Dropout on."""
@@ -159,23 +151,22 @@ class Engine:
             if view is not None:
                 yield Fragment(name, start, {kind: view(kind) for kind in names})
 
-    def _drawn(self, spec: TransformerSpec, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Again the first values of the parameters of which this rank owns a part."""
-        owned = {name for name, parameter in self.model.named_parameters() if self._state.view(parameter)[1]}
-        return weights.initial_shard(spec, seed, self.topology.tensor_size, self.topology.tensor_rank, owned)
-
     @torch.no_grad()
-    def _set_master_weights(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Give the masters the float32 values of which DeepSpeed only saw those in the compute precision.
+    def _set_weights(self, first: ShardReader | InitialShard) -> None:
+        """Give the float32 masters their first values, then the model those in its own precision.
 
-        A master that is itself a bfloat16 number keeps its rounded value until its updates add up to half the distance
-        to the next such number; weights of similar size then change in the same steps.
+        DeepSpeed would make masters from a bfloat16 model. A master that is itself a bfloat16 number keeps its rounded
+        value until its updates add up to half the distance to the next such number; weights of similar size then
+        change in the same steps.
         """
-        views = {name: self._state.view(parameter) for name, parameter in self.model.named_parameters()}
-        for name, value in values:
-            start, view = views[name]
+        owned = {}
+        for name, parameter in self.model.named_parameters():
+            start, view = self._state.view(parameter)
             if view is not None:
-                master = view("weight")
+                owned[name] = start, view("weight")
+        with together():  # before the collectives of the refresh: no rank waits there for one that cannot read
+            for name, value in first.read(owned):
+                start, master = owned[name]
                 master.copy_(value.reshape(-1)[start : start + master.numel()])
         for master, state in self.optimizer.state.items():  # where it exists already
             if "average" in state:
@@ -208,8 +199,10 @@ class Engine:
         return int(states[0]["step"]) if states else 0
 
 
-def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) -> ShardReader:
-    """This rank's part of the weights of the model that training starts from."""
+def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) -> ShardReader | InitialShard:
+    """This rank's part of the weights that training starts from: those of a model, or drawn ones."""
+    if recipe.training.start_from is None:
+        return InitialShard(spec, recipe.training.seed, topology.tensor_size, topology.tensor_rank)
     source = str(recipe.training.start_from)
     reader = ShardReader(source, topology.tensor_size, topology.tensor_rank)
     for name, value in spec.to_dict().items():
@@ -218,39 +211,27 @@ def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) ->
     return reader
 
 
-def _placeholders(model: MegatronTransformer, topology: Topology) -> Iterator[tuple[str, Tensor]]:
-    """Values until a checkpoint is read: other ones on each tensor-parallel rank, for the comparison after start."""
-    for name, parameter in model.named_parameters():
-        yield name, torch.full((), 1.0 + topology.tensor_rank).expand(parameter.shape)
-
-
 @torch.no_grad()
-def _fill(
+def _allocate(
     model: MegatronTransformer,
-    values: Iterable[tuple[str, Tensor]],
+    topology: Topology,
     dtype: torch.dtype,
     device: torch.device,
     partition: Callable[[torch.nn.Parameter], None] | None,
 ) -> None:
-    """Give the parameters, which are on the meta device, memory and values, one after the other.
+    """Give the parameters, which are on the meta device, memory, one after the other.
 
-    ``partition`` cuts each one before the next is made (ZeRO stage 3).
+    Their values differ between tensor-parallel ranks, for the comparison after ``deepspeed.initialize``. ``partition``
+    cuts each parameter before the next is made (ZeRO stage 3).
     """
-    places = {
-        f"{path}.{name}" if path else name: (module, name)
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    for name, value in values:
-        module, key = places.pop(name)
-        described = getattr(module, key)
-        parameter = torch.nn.Parameter(torch.empty(described.shape, dtype=dtype, device=device))
-        parameter.copy_(value)
-        vars(parameter).update(vars(described))  # Megatron's marks
-        setattr(module, key, parameter)
-        if partition is not None:
-            partition(parameter)
-    assert not places, f"not set: {list(places)}"
+    for module in model.modules():
+        for name, described in list(module.named_parameters(recurse=False)):
+            value = torch.full(described.shape, 1.0 + topology.tensor_rank, dtype=dtype, device=device)
+            parameter = torch.nn.Parameter(value)
+            vars(parameter).update(vars(described))  # Megatron's marks
+            setattr(module, name, parameter)
+            if partition is not None:
+                partition(parameter)
 
 
 def fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> list[int]:

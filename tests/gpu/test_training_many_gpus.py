@@ -68,7 +68,7 @@ def test_layouts_agree_with_one_device(layout, precision, compiled, token_shards
         recipe(
             tmp_path / f"{file}{'-sequence' * sequence}",
             token_shards,
-            deepspeed=small_messages(tmp_path, f"{file}.json"),
+            deepspeed=small_messages(tmp_path, f"{file}.json", OPTIONS["model__width"]),
             parallel__tensor=tensor,
             parallel__sequence=sequence,
             training__precision=precision,

@@ -29,7 +29,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 
-SIZES = {"model__width": 128, "optimizer__learning_rate": 2e-3}
+WIDTH = 128
+SIZES = {"model__width": WIDTH, "optimizer__learning_rate": 2e-3}
 FLOAT32 = {
     "2x1-zero1": (2, "zero1"),
     "1x2-zero2": (1, "zero2"),
@@ -86,12 +87,12 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     ]
     launch(train_all, (alone, free_ports(len(alone))), 1, folder / "log-alone", timeout=300)
     recipes = {
-        f"fp32-{name}": {"deepspeed": small_messages(folder, f"{file}.json"), "parallel__tensor": tensor}
+        f"fp32-{name}": {"deepspeed": small_messages(folder, f"{file}.json", WIDTH), "parallel__tensor": tensor}
         | (MODERN if name.startswith("modern") else {})
         for name, (tensor, file) in FLOAT32.items()
     } | {
         f"bf16-{name}": {
-            "deepspeed": small_messages(folder, f"{file}.json"),
+            "deepspeed": small_messages(folder, f"{file}.json", WIDTH),
             "parallel__tensor": tensor,
             "training__precision": "bf16",
             "training__compile": compiled,
@@ -100,7 +101,7 @@ def runs(token_shards, tmp_path_factory) -> dict[str, list[dict]]:
     }
     recipes |= {
         f"fast-{name}": {
-            "deepspeed": small_messages(folder, f"{file}.json"),
+            "deepspeed": small_messages(folder, f"{file}.json", WIDTH),
             "parallel__tensor": tensor,
             "parallel__sequence": sequence,
             "training__compile": True,
