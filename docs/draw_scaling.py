@@ -62,7 +62,7 @@ MEASURED = (
     Measured(Layout("base_prior", "zero1", 1, False, 256, 256), 2, 2431),
     Measured(Layout("large_prior", "zero1", 1, False, 128, 128), 2, 779),
     Measured(Layout("large_prior", "zero2_overlap", 1, False, 128, 128), 2, 775),
-    Measured(Layout("large_prior", "zero3_overlap", 1, False, 128, 128), 2, 692),
+    Measured(Layout("large_prior", "zero3_overlap", 1, False, 128, 128), 2, 732),
     Measured(Layout("large_prior", "zero1", 2, False, 64, 128), 2, 596),
     Measured(Layout("large_prior", "zero1", 2, True, 128, 256), 2, 692),
     Measured(Layout("prior_3.7b", "zero1", 2, True, 32, 64), 2, 152),
