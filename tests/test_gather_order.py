@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_parts import launch, recipe, train, write_shards
+from training_parts import launch, recipe, small_messages, train, write_shards
 
 
 class Stream:
@@ -74,3 +74,49 @@ def test_gathers_wait_for_the_update(deepspeed, tmp_path):
     launch(train_watching, (values, tmp_path / "out"), 2, tmp_path / "log")
     notes = json.loads((tmp_path / "out").read_text())
     assert notes == [{"changed": True, "current": True}] * 4
+
+
+def train_noting_messages(values, out: Path) -> None:
+    """How many matrices the first gather after each update joins."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    from digit_ds.training.engine import Engine
+
+    name, step, joined = "_PartitionedParameterCoordinator__all_gather_params", Engine.step, []
+    gather = getattr(PartitionedParameterCoordinator, name)
+
+    def note(self, parameters, forward: bool) -> None:
+        missing = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
+        if missing and joined and joined[-1] is None:
+            joined[-1] = sum(len(parameter.ds_shape) == 2 for parameter in missing)
+        gather(self, parameters, forward)
+
+    def update(self: Engine, rate: float) -> None:
+        boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        step(self, rate)
+        if boundary:
+            joined.append(None)
+
+    setattr(PartitionedParameterCoordinator, name, note)
+    Engine.step = update
+    train(values)
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps(joined[:-1]))
+
+
+@pytest.mark.parametrize("width", [16, 128])
+def test_small_messages_join_several_matrices(width, tmp_path):
+    """Only then DeepSpeed copies parts before it sends them, and may do so too early.
+
+    With one matrix in each message, the runs that are compared on GPUs would be equal without the wait too.
+    """
+    values = recipe(
+        tmp_path / "run",
+        write_shards(tmp_path / "shards"),
+        deepspeed=small_messages(tmp_path, "zero3_overlap.json", width),
+        model__width=width,
+        training__steps=4,
+    )
+    launch(train_noting_messages, (values, tmp_path / "out"), 2, tmp_path / "log")
+    joined = json.loads((tmp_path / "out").read_text())
+    assert len(joined) == 3 and min(joined) > 1, joined
