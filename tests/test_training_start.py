@@ -1,5 +1,7 @@
 """What training starts from: a released model, at another tensor-parallel size than it was cut for, left as it was."""
 
+import os
+
 import pytest
 import torch
 from calls import export
@@ -89,6 +91,36 @@ def test_another_models_weights_are_refused_by_the_size_that_differs(tmp_path):
     place = Topology(tensor_size=1, tensor_rank=0, data_size=1, data_rank=0, mailbox=None)
     with pytest.raises(UserError, match="discriminative_codes 27, but the recipe and its shards make 28"):
         _first_weights(values, other, place)
+
+
+def train_without_a_part(values) -> None:
+    """Rank 1's file disappears after all files were checked, before they are read."""
+    from digit_ds.training import engine
+
+    check = engine._first_weights
+
+    def check_and_remove(*arguments):
+        first = check(*arguments)
+        if os.environ["RANK"] == "1":
+            first._paths[0].unlink()
+        return first
+
+    engine._first_weights = check_and_remove
+    train(values)
+
+
+def test_no_rank_waits_for_one_that_cannot_read_its_weights(tmp_path):
+    write_partitioned(tmp_path / "cut", SPEC, initial_state(SPEC, seed=7), {}, 2)
+    values = recipe(
+        tmp_path / "run",
+        write_shards(tmp_path / "shards"),
+        training__start_from=str(tmp_path / "cut"),
+        training__timeout_seconds=20.0,
+        parallel__tensor=2,
+    )
+    group = start(train_without_a_part, (values,), 2, tmp_path / "log")
+    assert 0 not in group.wait(100)
+    assert "tensor_rank_01_of_02.safetensors: does not exist" in (tmp_path / "log" / "rank0.log").read_text()
 
 
 def train_without_mpu(values) -> None:

@@ -183,21 +183,15 @@ def test_initial_weights_are_fairseqs():
     assert same(state, initial_state(spec, 5)) and not same(state, initial_state(spec, 6))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_rank_draws_its_part_of_the_initial_weights(threads):
-    spec, before = SMALL[2], torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for size in (1, 2, 4):
-            for rank in range(size):
-                expected = shard(initial_state(spec, 1), spec, size, rank)
-                first = InitialShard(spec, 1, size, rank)
-                assert [name for name, _ in first.read(expected)] == list(expected)
-                assert same(dict(first.read(expected)), expected)
-                some = list(expected)[1::2]
-                assert same(dict(first.read(some)), {name: expected[name] for name in some})
-    finally:
-        torch.set_num_threads(before)
+def test_a_rank_draws_its_part_of_the_initial_weights():
+    spec = SMALL[2]
+    for size in (1, 2, 4):
+        for rank in range(size):
+            expected = shard(initial_state(spec, 1), spec, size, rank)
+            first = InitialShard(spec, 1, size, rank)
+            assert same(dict(first.read(expected)), expected)
+            some = list(expected)[1::2]
+            assert same(dict(first.read(some)), {name: expected[name] for name in some})
     with pytest.raises(UserError, match=r"tensor-parallel size is 3, expected a divisor of heads \(4\)"):
         InitialShard(spec, 1, 3, 0)
 

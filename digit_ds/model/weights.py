@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from digit_ds.errors import UserError
@@ -32,8 +29,6 @@ POSITION_OFFSET = 2
 """Position 0 uses row 2 of a position table (fairseq counts from the pad id + 1)."""
 VOCABULARY_MULTIPLE = 128
 """Megatron's vocabulary tables are padded to a multiple of this, whatever the tensor-parallel size."""
-DRAWN_AHEAD = 4
-"""Threads that draw initial weights, if PyTorch may use as many; each holds a whole parameter."""
 _SPLIT_DIM: dict[str, int | None] = {"replicated": None, "column": 0, "row": 1, "vocabulary": 0}
 
 
@@ -206,18 +201,10 @@ class InitialShard:
         check_tensor_size(self.spec, self.tensor_size)
 
     def read(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-        """The parameters of these names, in the schema's order; at most ``DRAWN_AHEAD`` and one are whole at a time."""
-        import torch
-
-        chosen = [parameter for parameter in parameters(self.spec) if parameter.name in names]
-        threads = min(DRAWN_AHEAD, torch.get_num_threads())  # PyTorch itself draws on one
-        drawn: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(threads) as pool:
-            upcoming = iter(chosen)
-            for parameter in chosen:
-                for following in islice(upcoming, threads - len(drawn)):
-                    drawn.append(pool.submit(_draw, following, self.spec, self.seed))
-                value = drawn.popleft().result()
+        """The parameters of these names, one whole at a time: float32 tensors of ``shard_shape``."""
+        for parameter in parameters(self.spec):
+            if parameter.name in names:
+                value = _draw(parameter, self.spec, self.seed)
                 yield parameter.name, shard_parameter(value, parameter, self.tensor_size, self.rank)
 
 

@@ -23,9 +23,6 @@ from digit_ds.training.weight_gather import WeightGather
 from digit_ds.training.zero import STATES, Given, Partitioner
 from digit_ds.training.zero_messages import ZeroOptions
 
-FINGERPRINT_PART = 1 << 22
-"""Elements that :func:`fingerprint` widens to 64 bits at a time."""
-
 
 @dataclass(frozen=True)
 class Fragment:
@@ -68,8 +65,8 @@ class Engine:
             )
         with together():
             first = None if resumes else _first_weights(recipe, spec, topology)
-        _allocate(model, topology, dtype, device, Partitioner(config) if kind.partitions_weights else None)
-        before = fingerprint(model, dtype) if topology.world_size > 1 and not kind.partitions_weights else None
+        placeholder = 1.0 + topology.tensor_rank
+        _allocate(model, placeholder, dtype, device, Partitioner(config) if kind.partitions_weights else None)
         if kind.partitions_weights:
             # Weights are gathered a layer at a time: fewer and larger messages, and no hook inside a compiled layer.
             deepspeed.utils.set_z3_leaf_modules(model, [TransformerLayer])
@@ -101,7 +98,9 @@ class Engine:
         parameters = list(model.parameters())
         self._state = kind(Given(self._deepspeed.optimizer, self.optimizer, parameters, topology, device, gather))
         self.optimizer.global_norm = self._state.global_norm
-        if before is not None and fingerprint(model, dtype) != before:
+        # Told the wrong groups, DeepSpeed copies the weights of one tensor-parallel rank to all of them.
+        whole = [] if kind.partitions_weights else parameters
+        if any(parameter.detach().ne(placeholder).any() for parameter in whole):
             raise RuntimeError("deepspeed.initialize changed this rank's weights")
         self.kernels = _kernels(recipe, device) + ", rows travel in pieces" * pieces
         if first is not None:
@@ -214,40 +213,23 @@ def _first_weights(recipe: Recipe, spec: TransformerSpec, topology: Topology) ->
 @torch.no_grad()
 def _allocate(
     model: MegatronTransformer,
-    topology: Topology,
+    placeholder: float,
     dtype: torch.dtype,
     device: torch.device,
     partition: Callable[[torch.nn.Parameter], None] | None,
 ) -> None:
-    """Give the parameters, which are on the meta device, memory, one after the other.
+    """Give the parameters, which are on the meta device, memory filled with ``placeholder``, one after the other.
 
-    Their values differ between tensor-parallel ranks, for the comparison after ``deepspeed.initialize``. ``partition``
-    cuts each parameter before the next is made (ZeRO stage 3).
+    ``partition`` cuts each parameter before the next is made (ZeRO stage 3).
     """
     for module in model.modules():
         for name, described in list(module.named_parameters(recurse=False)):
-            value = torch.full(described.shape, 1.0 + topology.tensor_rank, dtype=dtype, device=device)
+            value = torch.full(described.shape, placeholder, dtype=dtype, device=device)
             parameter = torch.nn.Parameter(value)
             vars(parameter).update(vars(described))  # Megatron's marks
             setattr(module, name, parameter)
             if partition is not None:
                 partition(parameter)
-
-
-def fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> list[int]:
-    """Two sums of every parameter's bits in ``dtype``: changes when any value does.
-
-    Whole numbers, since a sum of floats would differ between CPU and GPU, which add in another order.
-    """
-    pattern = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
-    sums = []
-    for parameter in model.parameters():
-        total = torch.zeros(2, dtype=torch.int64, device=parameter.device)
-        for part in parameter.detach().reshape(-1).split(FINGERPRINT_PART):
-            bits = part.to(dtype).view(pattern).long()
-            total += torch.stack([bits.sum(), (bits * bits).sum()])  # beyond 64 bits they wrap, equally everywhere
-        sums += total.tolist()
-    return sums
 
 
 def _kernels(recipe: Recipe, device: torch.device) -> str:
